@@ -1,0 +1,154 @@
+"""Which code runs where: Triton on CUDA devices, the compiled C++ library on the CPU, plain torch for the rest.
+
+Nothing here asks a device anything at import. `FASTLORA_BACKEND=torch|cpp|triton` forces a path, for
+debugging; with `TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora import native, reference
+
+MIN_CAPABILITY = (8, 0)
+BACKENDS = ("triton", "cpp", "torch")
+
+
+class Backend(NamedTuple):
+    """The code that runs on a device, and why that and no other."""
+
+    name: str  # "triton", "cpp" or "torch"
+    reason: str
+
+
+def backend(device: torch.device | str) -> Backend:
+    """The path taken on `device`, with the reason, which names what is missing where it is the slow one.
+
+    Raises:
+        ValueError: FASTLORA_BACKEND names no backend, or one that cannot run there.
+    """
+    device = torch.device(device)
+    return _backend(device.type, device.index, os.environ.get("FASTLORA_BACKEND", ""))
+
+
+@functools.cache
+def _backend(device_type: str, index: int | None, forced: str) -> Backend:
+    missing = {"triton": _no_triton(device_type, index), "cpp": _no_cpp(device_type), "torch": ""}
+    if forced:
+        if forced not in BACKENDS:
+            raise ValueError(f"FASTLORA_BACKEND must be one of {', '.join(BACKENDS)}; got {forced!r}")
+        if missing[forced]:
+            raise ValueError(f"FASTLORA_BACKEND={forced} cannot run on {device_type}: {missing[forced]}")
+        return Backend(forced, "forced by FASTLORA_BACKEND")
+    if device_type == "cuda":
+        if missing["triton"]:
+            return Backend("torch", f"slow path: {missing['triton']}")
+        return Backend("triton", "Triton kernels")
+    if missing["cpp"]:
+        return Backend("torch", f"slow path: {missing['cpp']}")
+    return Backend("cpp", native.status()[1])
+
+
+def _no_triton(device_type: str, index: int | None) -> str:
+    """Why the Triton kernels cannot run on a device; empty where they can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install triton"
+    if triton.knobs.runtime.interpret:
+        return ""
+    if device_type != "cuda":
+        return "the Triton kernels need a CUDA device"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return ""
+
+
+def _no_cpp(device_type: str) -> str:
+    """Why the C++ library cannot run on a device; empty where it can."""
+    if device_type != "cpu":
+        return f"no fastlora kernels for {device_type!r} devices"
+    loaded, reason = native.status()
+    return "" if loaded else reason
+
+
+@functools.cache
+def level_table(device: torch.device) -> Tensor:
+    """The sixteen NF4 levels on a device: [16], fp32. One small copy per device, made at first use."""
+    return torch.tensor(reference.NF4_CODE, device=device)
+
+
+torch.library.define(
+    "fastlora::nf4_dequantize",
+    "(Tensor codes, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int k, int blocksize, "
+    "ScalarType dtype, Tensor? lora_a=None, Tensor? lora_b=None, float scaling=0.0) -> Tensor",
+)
+
+
+@torch.library.impl("fastlora::nf4_dequantize", "CompositeExplicitAutograd")
+def _nf4_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    n: int,
+    k: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 0.0,
+) -> Tensor:
+    name = backend(codes.device).name
+    if name == "torch":
+        scales = reference.nf4_scales(absmax, absmax2, code2, offset)
+        w = reference.nf4_dequantize(codes, scales, (n, k), blocksize)
+        if lora_a is not None and lora_b is not None:
+            w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling)
+        return w.to(dtype)
+    out = torch.empty(n, k, dtype=dtype, device=codes.device)
+    if name == "cpp":
+        merged = (_plain(lora_a), _plain(lora_b)) if lora_a is not None else (None, None)
+        native.nf4_dequantize(codes, absmax, absmax2, code2, offset, blocksize, out, *merged, scaling=scaling)
+        return out
+    from fastlora.kernels import nf4 as kernel
+
+    kernel.dequantize(
+        codes, absmax, absmax2, code2, offset, level_table(codes.device), blocksize, out, lora_a, lora_b, scaling
+    )
+    return out
+
+
+@torch.library.register_fake("fastlora::nf4_dequantize")
+def _nf4_dequantize_fake(codes, absmax, absmax2, code2, offset, n, k, blocksize, dtype, *_, **__):  # type: ignore[no-untyped-def]
+    return codes.new_empty((n, k), dtype=dtype)
+
+
+def _plain(adapter: Tensor | None) -> Tensor | None:
+    """An adapter as the C++ library takes it: fp32, contiguous."""
+    return adapter.detach().float().contiguous() if adapter is not None else None
+
+
+def nf4_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    n: int,
+    k: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 0.0,
+) -> Tensor:
+    """W, or W + scaling · B A, as [n, k] in `dtype`, rounded once from fp32. The arguments are those of `NF4Weight`."""
+    return torch.ops.fastlora.nf4_dequantize(
+        codes, absmax, absmax2, code2, offset, n, k, blocksize, dtype, lora_a, lora_b, scaling
+    )

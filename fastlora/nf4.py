@@ -1,0 +1,327 @@
+"""NF4 weights: packed codes and their scales, bit for bit as bitsandbytes has them.
+
+A weight [N, K] is cut, flat, into blocks of `blocksize` values. A block keeps its largest magnitude
+(`absmax`) and, for each value, the index of the nearest of sixteen levels, two indices a byte, the
+first in the high nibble. With double quantization the scales are quantized once more: their mean is
+taken off (`offset`), and each run of 256 shares a second-level scale (`absmax2`) over 8-bit levels
+(`code2`). At blocksize 64 that is 4.13 bits a weight.
+
+Nothing here needs bitsandbytes but reading and writing its own objects.
+Source: arXiv:2305.14314, section 3; arXiv:2110.02861 (the 8-bit levels).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import dispatch, reference
+from fastlora.reference import NESTED_BLOCKSIZE, NF4_CODE
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
+_QUANTIZE_CHUNK = 1 << 22  # weights expanded at a time: bounds the memory of quantize()
+
+
+@dataclass(eq=False, frozen=True)
+class NF4Weight:
+    """A weight [N, K] in NF4.
+
+    Args:
+        codes: [ceil(N*K/2)], uint8, flat, high nibble first.
+        absmax: [blocks], fp32 scales; uint8 levels where nested.
+        shape: (N, K).
+        dtype: dtype before quantization, which `dequantize()` gives back by default.
+        blocksize: values a scale serves: 32, 64, ... 4096.
+        absmax2: nested: [ceil(blocks/256)], fp32.
+        code2: nested: [256], fp32, the 8-bit levels.
+        offset: nested: 0-d, fp32, the mean of the scales.
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    blocksize: int
+    absmax2: Tensor | None = None
+    code2: Tensor | None = None
+    offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_blocksize(self.blocksize)
+        if self.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype of an NF4 weight must be fp32, fp16 or bf16, not {self.dtype}")
+        n, k = self.shape
+        blocks = -(n * k // -self.blocksize)
+        expected = [("codes", self.codes, torch.uint8, -(n * k // -2))]
+        if self.absmax2 is None:
+            expected += [("absmax", self.absmax, torch.float32, blocks)]
+        else:
+            if self.code2 is None or self.offset is None:
+                raise ValueError("nested NF4 scales need absmax2, code2 and offset together")
+            expected += [
+                ("absmax", self.absmax, torch.uint8, blocks),
+                ("absmax2", self.absmax2, torch.float32, -(blocks // -NESTED_BLOCKSIZE)),
+                ("code2", self.code2, torch.float32, 256),
+                ("offset", self.offset, torch.float32, 1),
+            ]
+        for name, tensor, dtype, numel in expected:
+            if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} of an NF4 weight {list(self.shape)} with blocksize {self.blocksize} must be contiguous, "
+                    f"{numel} x {dtype}; got {tensor.numel()} x {tensor.dtype}"
+                )
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are themselves quantized (bitsandbytes: `compress_statistics`)."""
+        return self.absmax2 is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes lie."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return sum(tensor.nbytes for tensor in self.tensors() if tensor is not None)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(codes, absmax, absmax2, code2, offset), the order in which operators take them."""
+        return self.codes, self.absmax, self.absmax2, self.code2, self.offset
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [N, K] in `dtype` (default: as before quantization), rounded once from fp32."""
+        dtype = dtype or self.dtype
+        _check_float_dtype(dtype)
+        return dispatch.nf4_dequantize(*self.tensors(), *self.shape, self.blocksize, dtype)
+
+    def to(self, device: torch.device | str) -> "NF4Weight":
+        """The same weight on another device; itself where nothing moves."""
+        moved = {
+            name: value.to(device)
+            for name in ("codes", "absmax", "absmax2", "code2", "offset")
+            if (value := getattr(self, name)) is not None
+        }
+        if all(value is getattr(self, name) for name, value in moved.items()):
+            return self
+        return replace(self, **moved)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors under the names that bitsandbytes' `Linear4bit` saves: `weight`, `weight.absmax`, ..."""
+        state: dict[str, Tensor] = {
+            "weight": self.codes.view(-1, 1),
+            "weight.absmax": self.absmax,
+            "weight.quant_map": torch.tensor(NF4_CODE, device=self.device),
+        }
+        facts: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": self.blocksize,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        if self.absmax2 is not None and self.code2 is not None and self.offset is not None:
+            state["weight.nested_absmax"] = self.absmax2
+            state["weight.nested_quant_map"] = self.code2
+            facts |= {
+                "nested_blocksize": NESTED_BLOCKSIZE,
+                "nested_dtype": "float32",
+                "nested_offset": self.offset.item(),
+            }
+        state[_STATE_KEY] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8, device=self.device)
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "NF4Weight":
+        """The inverse of `state_dict()`; also reads what bitsandbytes saved.
+
+        Raises:
+            ValueError: a key is missing, the weight is fp4, or the parts do not fit together.
+        """
+        if _STATE_KEY not in state:
+            other = [key for key in state if "bitsandbytes__" in key]
+            found = f"found {other[0]!r}: only nf4 is supported" if other else f"keys are {sorted(state)}"
+            raise ValueError(f"no {_STATE_KEY!r} in the state of an NF4 weight; {found}")
+        facts = json.loads(bytes(state[_STATE_KEY].cpu().tolist()))
+        nested = "nested_offset" in facts
+        needed = ["weight", "weight.absmax"] + ["weight.nested_absmax", "weight.nested_quant_map"] * nested
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise ValueError(f"the state of an NF4 weight lacks {', '.join(missing)}")
+        _check_nested_blocksize(facts.get("nested_blocksize", NESTED_BLOCKSIZE))
+        codes = state["weight"].contiguous().view(torch.uint8).flatten()
+        n, k = facts["shape"]
+        return cls(
+            codes=codes,
+            absmax=state["weight.absmax"],
+            shape=(n, k),
+            dtype=getattr(torch, facts["dtype"]),
+            blocksize=facts["blocksize"],
+            absmax2=state["weight.nested_absmax"] if nested else None,
+            code2=state["weight.nested_quant_map"] if nested else None,
+            offset=torch.tensor(facts["nested_offset"], device=codes.device) if nested else None,
+        )
+
+    @classmethod
+    def from_bnb(cls, params4bit: Any) -> "NF4Weight":
+        """A view of a bitsandbytes `Params4bit`: the same memory, nothing copied.
+
+        Raises:
+            ValueError: not yet quantized, fp4, not a matrix, or repacked for CPU inference.
+        """
+        state = getattr(params4bit, "quant_state", None)
+        if state is None:
+            raise ValueError("this Params4bit is not quantized yet: move it to its device with .to(device) first")
+        if state.quant_type != "nf4":
+            raise ValueError(f"quant_type is {state.quant_type!r}: load the model with bnb_4bit_quant_type='nf4'")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes has repacked this weight for CPU inference, which loses precision: reload the model, and "
+                "hand it over before any forward pass in eval mode"
+            )
+        if len(state.shape) != 2:
+            raise ValueError(f"an NF4 weight is a matrix [N, K]; this one has shape {list(state.shape)}")
+        second = state.state2
+        if second is not None:
+            _check_nested_blocksize(second.blocksize)
+        return cls(
+            codes=params4bit.data.view(torch.uint8).view(-1),
+            absmax=state.absmax,
+            shape=(state.shape[0], state.shape[1]),
+            dtype=state.dtype,
+            blocksize=state.blocksize,
+            absmax2=second.absmax if second is not None else None,
+            code2=second.code if second is not None else None,
+            offset=state.offset if second is not None else None,
+        )
+
+    def to_bnb(self) -> Any:
+        """A bitsandbytes `Params4bit` over the same memory, as `Linear4bit.weight` holds it."""
+        from bitsandbytes.functional import QuantState
+        from bitsandbytes.nn import Params4bit
+
+        second = None
+        if self.absmax2 is not None:
+            second = QuantState(
+                absmax=self.absmax2, code=self.code2, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32
+            )
+        state = QuantState(
+            absmax=self.absmax,
+            shape=torch.Size(self.shape),
+            code=torch.tensor(NF4_CODE, device=self.device),
+            blocksize=self.blocksize,
+            quant_type="nf4",
+            dtype=self.dtype,
+            offset=self.offset,
+            state2=second,
+        )
+        return Params4bit(
+            self.codes.view(-1, 1),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=self.blocksize,
+            compress_statistics=self.nested,
+            quant_type="nf4",
+            bnb_quantized=True,
+        )
+
+
+def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+    """Quantize a weight to NF4: the same codes and scales as bitsandbytes' `quantize_4bit`.
+
+    Args:
+        w: [N, K], fp32, fp16 or bf16, any strides, any device.
+        blocksize: values a scale serves: 32, 64, ... 4096; blocks may cross rows.
+        double_quant: quantize the scales too (0.37 bits a weight less at blocksize 64).
+    Raises:
+        ValueError: wrong dtype, not a matrix, empty, an unknown blocksize, NaN or inf among the values.
+    Source: arXiv:2305.14314, section 3.
+    """
+    _check_blocksize(blocksize)
+    _check_float_dtype(w.dtype)
+    if w.ndim != 2 or w.numel() == 0:
+        raise ValueError(f"quantize takes a weight [N, K] with at least one value; got shape {list(w.shape)}")
+    flat = w.detach().contiguous().view(-1)
+    codes = torch.empty(-(flat.numel() // -2), dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(flat.numel() // -blocksize), dtype=torch.float32, device=w.device)
+    for start in range(0, flat.numel(), _QUANTIZE_CHUNK):
+        part = flat[start : start + _QUANTIZE_CHUNK].float()
+        part_absmax = _block_absmax(part, blocksize)
+        absmax[start // blocksize :][: part_absmax.numel()] = part_absmax
+        levels = _nearest_levels(part, part_absmax, blocksize, torch.tensor(NF4_CODE, device=w.device))
+        if levels.numel() % 2:
+            # bitsandbytes pads an odd weight with the value zero
+            levels = torch.cat((levels, levels.new_full((1,), NF4_CODE.index(0.0))))
+        codes[start // 2 :][: levels.numel() // 2] = (levels[::2] << 4) | levels[1::2]
+    if not torch.isfinite(absmax).all():
+        bad = int(torch.isfinite(flat).logical_not().nonzero()[0])
+        row, column = divmod(bad, w.shape[1])
+        raise ValueError(f"the weight holds {flat[bad].item()} at [{row}, {column}]: repair the checkpoint first")
+    shape = (w.shape[0], w.shape[1])
+    if not double_quant:
+        return NF4Weight(codes, absmax, shape, w.dtype, blocksize)
+    offset = absmax.mean()
+    centred = absmax - offset
+    code2 = dynamic_code(w.device)
+    absmax2 = _block_absmax(centred, NESTED_BLOCKSIZE)
+    levels = _nearest_levels(centred, absmax2, NESTED_BLOCKSIZE, code2, grid=w.device.type == "cpu")
+    return NF4Weight(codes, levels, shape, w.dtype, blocksize, absmax2, code2, offset)
+
+
+def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 levels of the signed dynamic 8-bit type, sorted: [256], fp32.
+
+    Decade `i` of seven holds 2^i midpoints of equal parts of [0.1, 1] times 10^(i-6), with both signs; 0 and 1 complete them.
+    Source: arXiv:2110.02861, section 2.1 ("dynamic quantization").
+    """
+    levels = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        middles = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        levels += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(levels), device=device)
+
+
+def _block_absmax(values: Tensor, blocksize: int) -> Tensor:
+    """Largest magnitude of each block of a flat fp32 tensor, the last of which may be short."""
+    full = values.numel() - values.numel() % blocksize
+    whole = values[:full].view(-1, blocksize).abs().amax(dim=1)
+    return whole if full == values.numel() else torch.cat((whole, values[full:].abs().amax().view(1)))
+
+
+def _nearest_levels(values: Tensor, absmax: Tensor, blocksize: int, code: Tensor, grid: bool = False) -> Tensor:
+    """Index of the level nearest to each value over its block's scale; on a tie the lower one. uint8, flat.
+
+    With `grid`, values are first rounded to 65536 steps over [-1, 1]: on the CPU bitsandbytes finds
+    8-bit levels in a table of that size, on other devices it compares with the midpoints.
+    """
+    inverse = (1.0 / absmax.clamp(min=1e-38)).repeat_interleave(blocksize)[: values.numel()]
+    scaled = (values * inverse).clamp_(-1, 1)
+    if grid:
+        scaled = ((scaled + 1) * 32767.5 + 0.5).floor() / 32767.5 - 1
+    return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def _check_blocksize(blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}; got {blocksize}")
+
+
+def _check_nested_blocksize(blocksize: int) -> None:
+    if blocksize != NESTED_BLOCKSIZE:
+        raise ValueError(f"nested scales come in blocks of {NESTED_BLOCKSIZE}; this weight has {blocksize}")
+
+
+def _check_float_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"NF4 works with fp32, fp16 and bf16, not {dtype}: convert the weight first")
+
+
+__all__ = ["BLOCKSIZES", "NF4_CODE", "NF4Weight", "dynamic_code", "quantize", "reference"]

@@ -1,0 +1,314 @@
+"""The low-rank products around a linear layer, each reading its activations once.
+
+    shrink:  h  = (mask ∘ x) Aᵀ                    [M, K] -> [M, R]
+    expand:  o  = mask ∘ (scaling · h Bᵀ) + bias   [M, R] -> [M, N]
+    dy pass: g  = scaling · dy B  and  dB = scaling · dyᵀ h     in one read of dy
+    x pass:  dA = gᵀ (mask ∘ x)                                 in one read of x
+
+Bytes, bf16: shrink 2MK, dy pass 2MN, x pass 2MK, expand 2MN written; 2·M·K·R FLOPs each (twice for
+the dy pass), so all are bound by memory up to R of about 64. h and g stay in fp32, [M, R].
+
+Reductions over M, N or K that span programs go through fp32 partial sums and a second, ordered
+addition: no atomics, so the same input gives the same bits.
+
+The dropout mask is never stored. Eight neighbours of a row share one Philox-4x32-7 call, 16 bits
+each, keyed by a seed tensor and counted by position, so forward, backward and a checkpoint's
+recomputation derive the same mask; see `fastlora.reference.dropout_mask`.
+
+Products run in the adapters' dtype where that has 16 bits, else in fp32: as three tf32 products
+(`tf32x3`) for 16-bit activations, exactly (`ieee`) for fp32 ones.
+Source: arXiv:2106.09685, section 4.1; Salmon et al., SC 2011 (Philox).
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PHILOX_ROUNDS = tl.constexpr(7)
+PROGRAMS_PER_SM = 2
+
+
+@triton.jit
+def _keep(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which elements of the tile [BLOCK_M, BLOCK_K] survive dropout; k_start is a multiple of eight."""
+    seed = tl.load(seed_ptr)
+    group = k_start // 8 + tl.arange(0, BLOCK_K // 8)
+    counter = offs_m[:, None] * ((K + 7) // 8) + group[None, :]
+    w0, w1, w2, w3 = tl.randint4x(seed, counter.to(tl.int32), n_rounds=PHILOX_ROUNDS)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.uint32, bitcast=True)
+    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_M, BLOCK_K))
+    return halves.to(tl.int32) >= threshold
+
+
+@triton.jit
+def _lora_shrink_kernel(
+    x_ptr, a_ptr, seed_ptr, h_ptr,
+    M, K, R, k_per_split, threshold, keep_scale,
+    stride_xm, stride_xk, stride_ar, stride_ak,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    k_end = tl.minimum(split * k_per_split + k_per_split, K)
+    for k_start in range(split * k_per_split, k_end, BLOCK_K):
+        offs_k = k_start + tl.arange(0, BLOCK_K)
+        x_mask = (offs_m[:, None] < M) & (offs_k[None, :] < k_end)
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
+        a_mask = (offs_k[:, None] < k_end) & (offs_r[None, :] < R)
+        a = tl.load(a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar, mask=a_mask, other=0.0)
+        if DROPOUT:
+            x = tl.where(_keep(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+        if WIDE:
+            acc = tl.dot(x.to(tl.float32), a.to(tl.float32), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x.to(a.dtype), a, acc)
+    h_ptrs = h_ptr + (split * M + offs_m[:, None]) * R + offs_r[None, :]
+    tl.store(h_ptrs, acc * keep_scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
+
+
+@triton.jit
+def _lora_expand_kernel(
+    h_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,
+    M, N, R, scaling, threshold,
+    stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_start = tl.program_id(1).to(tl.int64) * BLOCK_N
+    offs_n = n_start + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r_start in range(0, R, BLOCK_R):
+        offs_r = r_start + tl.arange(0, BLOCK_R)
+        h_mask = (offs_m[:, None] < M) & (offs_r[None, :] < R)
+        h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=h_mask, other=0.0)
+        b_mask = (offs_r[:, None] < R) & (offs_n[None, :] < N)
+        b = tl.load(b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn, mask=b_mask, other=0.0)
+        if WIDE:
+            acc = tl.dot(h, b.to(tl.float32), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(h.to(b.dtype), b, acc)
+    acc *= scaling
+    if DROPOUT:
+        acc = tl.where(_keep(seed_ptr, offs_m, n_start, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    out_mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def _lora_dy_kernel(
+    dy_ptr, b_ptr, h_ptr, g_ptr, db_ptr,
+    M, N, R, m_per_split, scaling,
+    stride_dm, stride_dn, stride_bn, stride_br,
+    NEED_G: tl.constexpr, NEED_DB: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    tile_n, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    in_r = offs_r[None, :] < R
+    b = tl.load(
+        b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br,
+        mask=(offs_n[:, None] < N) & in_r,
+        other=0.0,
+    )
+    db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for m_start in range(split * m_per_split, tl.minimum(split * m_per_split + m_per_split, M), BLOCK_M):
+        offs_m = m_start + tl.arange(0, BLOCK_M)
+        dy_mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+        dy = tl.load(dy_ptr + offs_m[:, None] * stride_dm + offs_n[None, :] * stride_dn, mask=dy_mask, other=0.0)
+        hg_mask = (offs_m[:, None] < M) & in_r
+        if NEED_G:
+            if WIDE:
+                g = tl.dot(dy.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+            else:
+                g = tl.dot(dy.to(b.dtype), b)
+            tl.store(g_ptr + (tile_n * M + offs_m[:, None]) * R + offs_r[None, :], g * scaling, mask=hg_mask)
+        if NEED_DB:
+            h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=hg_mask, other=0.0)
+            if WIDE:
+                db = tl.dot(tl.trans(dy).to(tl.float32), h, db, input_precision=PRECISION)
+            else:
+                db = tl.dot(tl.trans(dy).to(b.dtype), h.to(b.dtype), db)
+    if NEED_DB:
+        db_ptrs = db_ptr + (split * N + offs_n[:, None]) * R + offs_r[None, :]
+        tl.store(db_ptrs, db * scaling, mask=(offs_n[:, None] < N) & in_r)
+
+
+@triton.jit
+def _lora_x_kernel(
+    x_ptr, g_ptr, seed_ptr, da_ptr,
+    M, K, R, m_per_split, threshold, keep_scale,
+    stride_xm, stride_xk,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    k_start = tl.program_id(0).to(tl.int64) * BLOCK_K
+    split = tl.program_id(1).to(tl.int64)
+    offs_k = k_start + tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    da = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for m_start in range(split * m_per_split, tl.minimum(split * m_per_split + m_per_split, M), BLOCK_M):
+        offs_m = m_start + tl.arange(0, BLOCK_M)
+        x_mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
+        if DROPOUT:
+            x = tl.where(_keep(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+        g_mask = (offs_m[None, :] < M) & (offs_r[:, None] < R)
+        g = tl.load(g_ptr + offs_m[None, :] * R + offs_r[:, None], mask=g_mask, other=0.0)
+        if WIDE:
+            da = tl.dot(g, x.to(tl.float32), da, input_precision=PRECISION)
+        else:
+            da = tl.dot(g.to(x.dtype), x, da)
+    da_ptrs = da_ptr + (split * R + offs_r[:, None]) * K + offs_k[None, :]
+    tl.store(da_ptrs, da * keep_scale, mask=(offs_r[:, None] < R) & (offs_k[None, :] < K))
+
+
+class Dropout:
+    """What the kernels need of dropout: p as a 16-bit threshold and the scale of what is kept.
+
+    Args:
+        p: share dropped, 0 <= p < 1. seed: int64, one element, on the device; None where p is 0.
+    """
+
+    def __init__(self, p: float = 0.0, seed: Tensor | None = None) -> None:
+        self.threshold = round(p * 65536) if seed is not None else 0
+        self.keep_scale = 65536 / (65536 - self.threshold)
+        self.seed = seed
+        self.active = self.threshold > 0
+
+
+def _is_wide(x: Tensor, adapter: Tensor) -> bool:
+    return x.dtype == torch.float32 or adapter.dtype == torch.float32
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32x3"
+
+
+def block_r(r: int) -> int:
+    """The padded rank: a power of two from 16."""
+    return max(16, triton.next_power_of_2(r))
+
+
+def tile(r: int, wide: bool) -> tuple[int, int, int]:
+    """(rows, columns, warps) of an activation tile beside a padded rank; wide operands take half the columns."""
+    rows, columns, warps = (64, 128, 4) if r <= 32 else (64, 64, 4) if r <= 64 else (32, 64, 8)
+    return rows, columns // 2 if wide and r > 32 else columns, warps
+
+
+@functools.cache
+def _programs_wanted(device_index: int | None) -> int:
+    """Programs that fill the device."""
+    if device_index is None:
+        return 8  # the interpreter
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def _split(x: Tensor, tiles: int, length: int, block: int) -> tuple[int, int]:
+    """(number of splits, length of each) that cut a reduction so that tiles x splits fill the device."""
+    splits = max(1, min(triton.cdiv(length, block), _programs_wanted(x.device.index) // tiles))
+    per_split = triton.cdiv(triton.cdiv(length, splits), block) * block
+    return triton.cdiv(length, per_split), per_split
+
+
+def _total(partials: Tensor) -> Tensor:
+    """Sum over the first axis, in order."""
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+
+
+def shrink(x: Tensor, lora_a: Tensor, dropout: Dropout) -> Tensor:
+    """h = (mask ∘ x) Aᵀ. x: [M, K], any strides; lora_a: [R, K]. Returns [M, R], fp32."""
+    m, k = x.shape
+    r = lora_a.shape[0]
+    wide = _is_wide(x, lora_a)
+    rows, columns, warps = tile(block_r(r), wide)
+    tiles = triton.cdiv(m, rows)
+    splits, k_per_split = _split(x, tiles, k, columns)
+    h = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _lora_shrink_kernel[(tiles, splits)](
+            x, lora_a, dropout.seed if dropout.active else x, h,
+            m, k, r, k_per_split, dropout.threshold, dropout.keep_scale,
+            *x.stride(), *lora_a.stride(),
+            DROPOUT=dropout.active, WIDE=wide, PRECISION=_precision(x),
+            BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r(r), num_warps=warps,
+        )  # fmt: skip
+    return _total(h)
+
+
+def expand(
+    h: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype, dropout: Dropout, bias: Tensor | None = None
+) -> Tensor:
+    """mask ∘ (scaling · h Bᵀ) + bias. h: [M, R], fp32; lora_b: [N, R], any strides. Returns [M, N] in `dtype`."""
+    m, r = h.shape
+    n = lora_b.shape[0]
+    out = torch.empty(m, n, dtype=dtype, device=h.device)
+    rows, columns = 64, 128
+    with torch.cuda.device_of(h):
+        _lora_expand_kernel[(triton.cdiv(m, rows), triton.cdiv(n, columns))](
+            h, lora_b, bias if bias is not None else h, dropout.seed if dropout.active else h, out,
+            m, n, r, scaling * dropout.keep_scale, dropout.threshold,
+            *lora_b.stride(),
+            HAS_BIAS=bias is not None, DROPOUT=dropout.active, WIDE=_is_wide(out, lora_b), PRECISION=_precision(out),
+            BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=min(32, block_r(r)), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def dy_pass(
+    dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float, need_g: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """g = scaling · dy B and dB = scaling · dyᵀ h, in one read of dy.
+
+    dy: [M, N], any strides; lora_b: [N, R]; h: [M, R], fp32 (any tensor where dB is not needed).
+    Returns ([M, R], [N, R]) in fp32, None for what is not needed.
+    """
+    m, n = dy.shape
+    r = lora_b.shape[1]
+    wide = _is_wide(dy, lora_b)
+    rows, columns, warps = tile(block_r(r), wide)
+    tiles = triton.cdiv(n, columns)
+    splits, m_per_split = _split(dy, tiles, m, rows)
+    g = torch.empty(tiles if need_g else 0, m, r, dtype=torch.float32, device=dy.device)
+    db = torch.empty(splits if need_db else 0, n, r, dtype=torch.float32, device=dy.device)
+    with torch.cuda.device_of(dy):
+        _lora_dy_kernel[(tiles, splits)](
+            dy, lora_b, h, g, db,
+            m, n, r, m_per_split, scaling,
+            *dy.stride(), *lora_b.stride(),
+            NEED_G=need_g, NEED_DB=need_db, WIDE=wide, PRECISION=_precision(dy),
+            BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=block_r(r), num_warps=warps,
+        )  # fmt: skip
+    return _total(g) if need_g else None, _total(db) if need_db else None
+
+
+def x_pass(x: Tensor, g: Tensor, dropout: Dropout, wide: bool) -> Tensor:
+    """dA = gᵀ (mask ∘ x), in one read of x. x: [M, K], any strides; g: [M, R], fp32. Returns [R, K], fp32.
+
+    `wide`: multiply in fp32, as fp32 adapters need; else g is rounded to x's dtype.
+    """
+    m, k = x.shape
+    r = g.shape[1]
+    wide = wide or x.dtype == torch.float32
+    rows, columns, warps = tile(block_r(r), wide)
+    tiles = triton.cdiv(k, columns)
+    splits, m_per_split = _split(x, tiles, m, rows)
+    da = torch.empty(splits, r, k, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _lora_x_kernel[(tiles, splits)](
+            x, g, dropout.seed if dropout.active else x, da,
+            m, k, r, m_per_split, dropout.threshold, dropout.keep_scale,
+            *x.stride(),
+            DROPOUT=dropout.active, WIDE=wide, PRECISION=_precision(x),
+            BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r(r), num_warps=warps,
+        )  # fmt: skip
+    return _total(da)
