@@ -209,9 +209,7 @@ class NF4Weight:
 
         second = None
         if self.absmax2 is not None:
-            second = QuantState(
-                absmax=self.absmax2, code=self.code2, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32
-            )
+            second = QuantState(absmax=self.absmax2, code=self.code2, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
         state = QuantState(
             absmax=self.absmax,
             shape=torch.Size(self.shape),

@@ -1,7 +1,7 @@
 """The one tolerance rule: against the fp64 oracle, never much worse than torch in the dtype under test.
 
-    rms(ours - oracle) <= 1.1 * rms(baseline - oracle) + 1e-6 * rms(oracle)
-    max|ours - oracle| <= 2   * max|baseline - oracle| + 1e-6 * max|oracle|
+rms(ours - oracle) <= 1.1 * rms(baseline - oracle) + 1e-6 * rms(oracle)
+max|ours - oracle| <= 2   * max|baseline - oracle| + 1e-6 * max|oracle|
 """
 
 import torch
