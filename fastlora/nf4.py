@@ -270,13 +270,18 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
     code2 = dynamic_code(w.device)
     absmax2 = _block_absmax(centred, NESTED_BLOCKSIZE)
     levels = _nearest_levels(centred, absmax2, NESTED_BLOCKSIZE, code2, grid=w.device.type == "cpu")
+    if (
+        w.device.type == "cpu"
+    ):  # scales all alike: bitsandbytes divides 0 by 0 and ends at level 0; the value is the same
+        levels[(absmax2 == 0).repeat_interleave(NESTED_BLOCKSIZE)[: levels.numel()]] = 0
     return NF4Weight(codes, levels, shape, w.dtype, blocksize, absmax2, code2, offset)
 
 
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
     """The 256 levels of the signed dynamic 8-bit type, sorted: [256], fp32.
 
-    Decade `i` of seven holds 2^i midpoints of equal parts of [0.1, 1] times 10^(i-6), with both signs; 0 and 1 complete them.
+    Decade `i` of seven holds 2^i midpoints of equal parts of [0.1, 1] times 10^(i-6), with both signs;
+    0 and 1 complete them.
     Source: arXiv:2110.02861, section 2.1 ("dynamic quantization").
     """
     levels = [0.0, 1.0]

@@ -2,12 +2,14 @@
 
 NF4 expands through `Base.dense`, which on the CPU is one pass of compiled C++. From `MERGE_FROM_M`
 tokens the update is merged into the expanding weight and costs no pass over activations. Below, and
-for dense weights or dropout, it is added inside one matrix product with `beta=1`:
+for dense weights or dropout, the update is written first and the base product is added to it with
+beta = 1, in fp32 and rounded once: added the other way round, a small update would round away.
 
-    y  = x Wᵀ;   y  += [h₁ h₂ h₁] [B₁ B₁ B₂]ᵀ,      h = h₁ + h₂, B = B₁ + B₂
+    y = [h1 h2 h1] [B1 B1 B2]ᵀ + bias,     h = h1 + h2, B = B1 + B2
+    y = y + x Wᵀ
 
-with fp32 values split into two 16-bit ones, which keeps 16 bits of their product and never makes a
-separate [M, N] in fp32.
+Where adapters are fp32 and activations have 16 bits, each factor is split into two 16-bit ones, which
+keeps 16 bits of the product and never makes an [M, N] in fp32.
 """
 
 import torch
@@ -34,8 +36,7 @@ def forward(
         y = F.linear(x, base.merged(x.dtype, lora), bias)
     else:
         assert h is not None
-        y = _base_product(x, base, bias)
-        _add_product(y, h, lora.b.to(lora.dtype).t(), lora.scaling)
+        y = _sum(_update(h * lora.scaling, lora.b.to(lora.dtype).t(), x, base, bias), x, base)
     return y, h.float() if h is not None and save_h else None
 
 
@@ -61,12 +62,10 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: L
     if merges:
         return Gradients(dy @ base.merged(dy.dtype, lora), da, db)
     assert g is not None
-    dx = _base_product_t(dy, base)
-    if lora.seed is None:
-        _add_product(dx, g, lora.a.to(lora.dtype), 1.0)
-    else:
-        dx += (g @ lora.a.to(lora.dtype)).mul_(_mask(lora, *dx.shape))
-    return Gradients(dx, da, db)
+    update = _update(g, lora.a.to(lora.dtype), dy, base, None)
+    if lora.seed is not None:
+        update.mul_(_mask(lora, *update.shape))
+    return Gradients(_sum(update, dy, base, transposed=True), da, db)
 
 
 def _merges(x: Tensor, base: Base, lora: Lora) -> bool:
@@ -91,34 +90,49 @@ def _reads_packed(x: Tensor, base: Base) -> bool:
     return base.is_nf4 and 0 < x.shape[0] <= GEMV_UP_TO_M and backend(x.device).name == "cpp"
 
 
+def _packed_product(x: Tensor, base: Base, transposed: bool) -> Tensor:
+    """x Wᵀ, or x W where `transposed`, in fp32, for a few rows."""
+    assert base.absmax is not None
+    out = torch.empty(x.shape[0], base.k if transposed else base.n)
+    product = native.nf4_gemv_t if transposed else native.nf4_gemv
+    product(x.contiguous(), base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, out)
+    return out
+
+
 def _base_product(x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, [M, N]."""
     if not _reads_packed(x, base):
         return F.linear(x, base.dense(x.dtype), bias)
-    assert base.absmax is not None
-    y = torch.empty(x.shape[0], base.n, dtype=x.dtype)
-    native.nf4_gemv(x.contiguous(), base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, y)
-    return y if bias is None else y.add_(bias)
+    y = _packed_product(x, base, transposed=False)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _base_product_t(dy: Tensor, base: Base) -> Tensor:
     """dy W, [M, K]."""
     if not _reads_packed(dy, base):
         return dy @ base.dense(dy.dtype)
-    assert base.absmax is not None
-    dx = torch.empty(dy.shape[0], base.k, dtype=dy.dtype)
-    native.nf4_gemv_t(
-        dy.contiguous(), base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, dx
-    )
-    return dx
+    return _packed_product(dy, base, transposed=True).to(dy.dtype)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    """out += alpha · left right, in one product. out: [M, N]; left: [M, R]; right: [R, N]; R is small."""
-    if left.dtype == out.dtype:
-        out.addmm_(left, right, alpha=alpha)
-        return
-    left = left * alpha
-    left_high, right_high = left.to(out.dtype), right.to(out.dtype)
-    left_low, right_low = (left - left_high).to(out.dtype), (right - right_high).to(out.dtype)
-    out.addmm_(torch.cat((left_high, left_low, left_high), dim=1), torch.cat((right_high, right_high, right_low)))
+def _update(left: Tensor, right: Tensor, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+    """left right + bias, to which `_sum` adds the base product. left: [M, R]; right: [R, N].
+
+    In fp32 where that product comes in fp32 (few rows), else in x's dtype.
+    """
+    dtype = torch.float32 if _reads_packed(x, base) else x.dtype
+    if left.dtype != dtype and dtype == torch.float32:
+        left, right = left.float(), right.float()
+    elif left.dtype != dtype:
+        left_high, right_high = left.to(dtype), right.to(dtype)
+        left_low, right_low = (left - left_high).to(dtype), (right - right_high).to(dtype)
+        left = torch.cat((left_high, left_low, left_high), dim=1)
+        right = torch.cat((right_high, right_high, right_low))
+    return left @ right if bias is None else torch.addmm(bias.to(dtype), left, right)
+
+
+def _sum(update: Tensor, x: Tensor, base: Base, transposed: bool = False) -> Tensor:
+    """update + x Wᵀ (or x W), rounded once to x's dtype; `update` is overwritten."""
+    if _reads_packed(x, base):
+        return update.add_(_packed_product(x, base, transposed)).to(x.dtype)
+    weight = base.dense(x.dtype)
+    return update.addmm_(x, weight if transposed else weight.t())

@@ -9,7 +9,6 @@ The expanded weight comes from torch's caching allocator, which hands the same b
 in turn on a stream: a scratch buffer in effect, with nothing to size or to free.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,7 +45,7 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: L
     if needs.lora_a:
         assert g is not None
         assert x is not None
-        da = kernel.x_pass(x, g, dropout, wide=lora.a.dtype == torch.float32).to(lora.a.dtype)
+        da = kernel.x_pass(x, g, dropout, lora.a.dtype).to(lora.a.dtype)
     db = db.to(lora.b.dtype) if db is not None else None
     if not needs.x:
         return Gradients(None, da, db)

@@ -15,8 +15,13 @@ The dropout mask is never stored. Eight neighbours of a row share one Philox-4x3
 each, keyed by a seed tensor and counted by position, so forward, backward and a checkpoint's
 recomputation derive the same mask; see `fastlora.reference.dropout_mask`.
 
-Products run in the adapters' dtype where that has 16 bits, else in fp32: as three tf32 products
-(`tf32x3`) for 16-bit activations, exactly (`ieee`) for fp32 ones.
+Products, by `MODE`, so that the adapters' precision is kept at the cost of 16-bit tensor cores:
+    narrow  16-bit activations and adapters: one 16-bit product;
+    split   bf16 activations, fp32 adapters: v = v1 + v2 + v3, each exact in bf16, three bf16 products,
+            exact but for the fp32 accumulation (expand, which rounds to bf16 anyway, keeps two parts);
+    tf32x3  fp16 activations, fp32 adapters: three tf32 products;
+    ieee    fp32 activations.
+A rank above 64 is cut into parts of 64, each of which reads the activations anew.
 Source: arXiv:2106.09685, section 4.1; Salmon et al., SC 2011 (Philox).
 """
 
@@ -29,6 +34,9 @@ from torch import Tensor
 
 PHILOX_ROUNDS = tl.constexpr(7)
 PROGRAMS_PER_SM = 2
+EXPAND_ROWS, EXPAND_COLUMNS = 64, 128
+MAX_BLOCK_R = 64
+MAX_EXPAND_BLOCK_R = 32
 
 
 @triton.jit
@@ -44,16 +52,49 @@ def _keep(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _top(v):
+    """The upper half of fp32's bits: a value that bf16 holds exactly."""
+    return (v.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot_bf16(left, right, acc, INTERPRETED: tl.constexpr):
+    """acc + left right for values exact in bf16. The interpreter multiplies bf16 wrongly and gets fp32."""
+    if INTERPRETED:
+        acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
+    else:
+        acc = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), acc)
+    return acc
+
+
+@triton.jit
+def _dot(left, v, acc, MODE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + left v, where `left` is an activation and `v` an adapter, h or g."""
+    if MODE == "narrow":
+        acc = tl.dot(left, v.to(left.dtype), acc)
+    elif MODE == "split":
+        v1 = _top(v)
+        v2 = _top(v - v1)
+        v3 = v - v1 - v2
+        acc = _dot_bf16(left, v1, acc, INTERPRETED)
+        acc = _dot_bf16(left, v2, acc, INTERPRETED)
+        acc = _dot_bf16(left, v3, acc, INTERPRETED)
+    else:
+        acc = tl.dot(left.to(tl.float32), v.to(tl.float32), acc, input_precision=MODE)
+    return acc
+
+
+@triton.jit
 def _lora_shrink_kernel(
     x_ptr, a_ptr, seed_ptr, h_ptr,
     M, K, R, k_per_split, threshold, keep_scale,
     stride_xm, stride_xk, stride_ar, stride_ak,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1).to(tl.int64)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     k_end = tl.minimum(split * k_per_split + k_per_split, K)
     for k_start in range(split * k_per_split, k_end, BLOCK_K):
@@ -64,10 +105,7 @@ def _lora_shrink_kernel(
         a = tl.load(a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar, mask=a_mask, other=0.0)
         if DROPOUT:
             x = tl.where(_keep(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        if WIDE:
-            acc = tl.dot(x.to(tl.float32), a.to(tl.float32), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(x.to(a.dtype), a, acc)
+        acc = _dot(x, a, acc, MODE, INTERPRETED)
     h_ptrs = h_ptr + (split * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(h_ptrs, acc * keep_scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
 
@@ -77,7 +115,7 @@ def _lora_expand_kernel(
     h_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,
     M, N, R, scaling, threshold,
     stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -90,10 +128,15 @@ def _lora_expand_kernel(
         h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=h_mask, other=0.0)
         b_mask = (offs_r[:, None] < R) & (offs_n[None, :] < N)
         b = tl.load(b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn, mask=b_mask, other=0.0)
-        if WIDE:
-            acc = tl.dot(h, b.to(tl.float32), acc, input_precision=PRECISION)
-        else:
+        if MODE == "narrow":
             acc = tl.dot(h.to(b.dtype), b, acc)
+        elif MODE == "split":
+            h1, b1 = _top(h), _top(b)
+            acc = _dot_bf16(h1, b1, acc, INTERPRETED)
+            acc = _dot_bf16(_top(h - h1), b1, acc, INTERPRETED)
+            acc = _dot_bf16(h1, _top(b - b1), acc, INTERPRETED)
+        else:
+            acc = tl.dot(h, b.to(tl.float32), acc, input_precision=MODE)
     acc *= scaling
     if DROPOUT:
         acc = tl.where(_keep(seed_ptr, offs_m, n_start, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
@@ -108,12 +151,12 @@ def _lora_dy_kernel(
     dy_ptr, b_ptr, h_ptr, g_ptr, db_ptr,
     M, N, R, m_per_split, scaling,
     stride_dm, stride_dn, stride_bn, stride_br,
-    NEED_G: tl.constexpr, NEED_DB: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_G: tl.constexpr, NEED_DB: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     tile_n, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_r = offs_r[None, :] < R
     b = tl.load(
         b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br,
@@ -127,17 +170,11 @@ def _lora_dy_kernel(
         dy = tl.load(dy_ptr + offs_m[:, None] * stride_dm + offs_n[None, :] * stride_dn, mask=dy_mask, other=0.0)
         hg_mask = (offs_m[:, None] < M) & in_r
         if NEED_G:
-            if WIDE:
-                g = tl.dot(dy.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
-            else:
-                g = tl.dot(dy.to(b.dtype), b)
+            g = _dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), MODE, INTERPRETED)
             tl.store(g_ptr + (tile_n * M + offs_m[:, None]) * R + offs_r[None, :], g * scaling, mask=hg_mask)
         if NEED_DB:
             h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=hg_mask, other=0.0)
-            if WIDE:
-                db = tl.dot(tl.trans(dy).to(tl.float32), h, db, input_precision=PRECISION)
-            else:
-                db = tl.dot(tl.trans(dy).to(b.dtype), h.to(b.dtype), db)
+            db = _dot(tl.trans(dy), h, db, MODE, INTERPRETED)
     if NEED_DB:
         db_ptrs = db_ptr + (split * N + offs_n[:, None]) * R + offs_r[None, :]
         tl.store(db_ptrs, db * scaling, mask=(offs_n[:, None] < N) & in_r)
@@ -148,28 +185,25 @@ def _lora_x_kernel(
     x_ptr, g_ptr, seed_ptr, da_ptr,
     M, K, R, m_per_split, threshold, keep_scale,
     stride_xm, stride_xk,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     k_start = tl.program_id(0).to(tl.int64) * BLOCK_K
     split = tl.program_id(1).to(tl.int64)
     offs_k = k_start + tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, BLOCK_R)
-    da = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    da = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     for m_start in range(split * m_per_split, tl.minimum(split * m_per_split + m_per_split, M), BLOCK_M):
         offs_m = m_start + tl.arange(0, BLOCK_M)
         x_mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
         if DROPOUT:
             x = tl.where(_keep(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        g_mask = (offs_m[None, :] < M) & (offs_r[:, None] < R)
-        g = tl.load(g_ptr + offs_m[None, :] * R + offs_r[:, None], mask=g_mask, other=0.0)
-        if WIDE:
-            da = tl.dot(g, x.to(tl.float32), da, input_precision=PRECISION)
-        else:
-            da = tl.dot(g.to(x.dtype), x, da)
-    da_ptrs = da_ptr + (split * R + offs_r[:, None]) * K + offs_k[None, :]
-    tl.store(da_ptrs, da * keep_scale, mask=(offs_r[:, None] < R) & (offs_k[None, :] < K))
+        g_mask = (offs_m[:, None] < M) & (offs_r[None, :] < R)
+        g = tl.load(g_ptr + offs_m[:, None] * R + offs_r[None, :], mask=g_mask, other=0.0)
+        da = _dot(tl.trans(x), g, da, MODE, INTERPRETED)
+    da_ptrs = da_ptr + (split * R + offs_r[None, :]) * K + offs_k[:, None]
+    tl.store(da_ptrs, da * keep_scale, mask=(offs_r[None, :] < R) & (offs_k[:, None] < K))
 
 
 class Dropout:
@@ -186,23 +220,29 @@ class Dropout:
         self.active = self.threshold > 0
 
 
-def _is_wide(x: Tensor, adapter: Tensor) -> bool:
-    return x.dtype == torch.float32 or adapter.dtype == torch.float32
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32x3"
+def mode(activation: torch.dtype, adapter: torch.dtype) -> str:
+    """How activations and adapters of these dtypes are multiplied; see the head of this file."""
+    if activation == torch.float32:
+        return "ieee"
+    if adapter != torch.float32:
+        return "narrow"
+    return "split" if activation == torch.bfloat16 else "tf32x3"
 
 
 def block_r(r: int) -> int:
-    """The padded rank: a power of two from 16."""
-    return max(16, triton.next_power_of_2(r))
+    """Ranks a program takes: a power of two from 16 to 64."""
+    return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(r)))
 
 
-def tile(r: int, wide: bool) -> tuple[int, int, int]:
-    """(rows, columns, warps) of an activation tile beside a padded rank; wide operands take half the columns."""
-    rows, columns, warps = (64, 128, 4) if r <= 32 else (64, 64, 4) if r <= 64 else (32, 64, 8)
-    return rows, columns // 2 if wide and r > 32 else columns, warps
+def tile(r: int, how: str) -> tuple[int, int, int]:
+    """(rows, columns, warps) of an activation tile, for a padded rank and a mode."""
+    if how in ("ieee", "tf32x3"):
+        return 32, 64, 4
+    return (64, 128, 4) if r <= 32 else (64, 64, 8)
+
+
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
 
 
 @functools.cache
@@ -229,17 +269,17 @@ def shrink(x: Tensor, lora_a: Tensor, dropout: Dropout) -> Tensor:
     """h = (mask ∘ x) Aᵀ. x: [M, K], any strides; lora_a: [R, K]. Returns [M, R], fp32."""
     m, k = x.shape
     r = lora_a.shape[0]
-    wide = _is_wide(x, lora_a)
-    rows, columns, warps = tile(block_r(r), wide)
+    how = mode(x.dtype, lora_a.dtype)
+    rows, columns, warps = tile(block_r(r), how)
     tiles = triton.cdiv(m, rows)
     splits, k_per_split = _split(x, tiles, k, columns)
     h = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _lora_shrink_kernel[(tiles, splits)](
+        _lora_shrink_kernel[(tiles, splits, triton.cdiv(r, block_r(r)))](
             x, lora_a, dropout.seed if dropout.active else x, h,
             m, k, r, k_per_split, dropout.threshold, dropout.keep_scale,
             *x.stride(), *lora_a.stride(),
-            DROPOUT=dropout.active, WIDE=wide, PRECISION=_precision(x),
+            DROPOUT=dropout.active, MODE=how, INTERPRETED=_interpreted(),
             BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r(r), num_warps=warps,
         )  # fmt: skip
     return _total(h)
@@ -252,14 +292,13 @@ def expand(
     m, r = h.shape
     n = lora_b.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=h.device)
-    rows, columns = 64, 128
     with torch.cuda.device_of(h):
-        _lora_expand_kernel[(triton.cdiv(m, rows), triton.cdiv(n, columns))](
+        _lora_expand_kernel[(triton.cdiv(m, EXPAND_ROWS), triton.cdiv(n, EXPAND_COLUMNS))](
             h, lora_b, bias if bias is not None else h, dropout.seed if dropout.active else h, out,
             m, n, r, scaling * dropout.keep_scale, dropout.threshold,
             *lora_b.stride(),
-            HAS_BIAS=bias is not None, DROPOUT=dropout.active, WIDE=_is_wide(out, lora_b), PRECISION=_precision(out),
-            BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=min(32, block_r(r)), num_warps=4,
+            HAS_BIAS=bias is not None, DROPOUT=dropout.active,
+            MODE=mode(dtype, lora_b.dtype), INTERPRETED=_interpreted(), BLOCK_M=EXPAND_ROWS, BLOCK_N=EXPAND_COLUMNS, BLOCK_R=min(MAX_EXPAND_BLOCK_R, block_r(r)), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -274,41 +313,41 @@ def dy_pass(
     """
     m, n = dy.shape
     r = lora_b.shape[1]
-    wide = _is_wide(dy, lora_b)
-    rows, columns, warps = tile(block_r(r), wide)
+    how = mode(dy.dtype, lora_b.dtype)
+    rows, columns, warps = tile(block_r(r), how)
     tiles = triton.cdiv(n, columns)
     splits, m_per_split = _split(dy, tiles, m, rows)
     g = torch.empty(tiles if need_g else 0, m, r, dtype=torch.float32, device=dy.device)
     db = torch.empty(splits if need_db else 0, n, r, dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
-        _lora_dy_kernel[(tiles, splits)](
+        _lora_dy_kernel[(tiles, splits, triton.cdiv(r, block_r(r)))](
             dy, lora_b, h, g, db,
             m, n, r, m_per_split, scaling,
             *dy.stride(), *lora_b.stride(),
-            NEED_G=need_g, NEED_DB=need_db, WIDE=wide, PRECISION=_precision(dy),
+            NEED_G=need_g, NEED_DB=need_db, MODE=how, INTERPRETED=_interpreted(),
             BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=block_r(r), num_warps=warps,
         )  # fmt: skip
     return _total(g) if need_g else None, _total(db) if need_db else None
 
 
-def x_pass(x: Tensor, g: Tensor, dropout: Dropout, wide: bool) -> Tensor:
+def x_pass(x: Tensor, g: Tensor, dropout: Dropout, adapter_dtype: torch.dtype) -> Tensor:
     """dA = gᵀ (mask ∘ x), in one read of x. x: [M, K], any strides; g: [M, R], fp32. Returns [R, K], fp32.
 
-    `wide`: multiply in fp32, as fp32 adapters need; else g is rounded to x's dtype.
+    adapter_dtype: that of A, which sets the precision: with 16-bit adapters g is rounded to x's dtype.
     """
     m, k = x.shape
     r = g.shape[1]
-    wide = wide or x.dtype == torch.float32
-    rows, columns, warps = tile(block_r(r), wide)
+    how = mode(x.dtype, adapter_dtype)
+    rows, columns, warps = tile(block_r(r), how)
     tiles = triton.cdiv(k, columns)
     splits, m_per_split = _split(x, tiles, m, rows)
     da = torch.empty(splits, r, k, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _lora_x_kernel[(tiles, splits)](
+        _lora_x_kernel[(tiles, splits, triton.cdiv(r, block_r(r)))](
             x, g, dropout.seed if dropout.active else x, da,
             m, k, r, m_per_split, dropout.threshold, dropout.keep_scale,
             *x.stride(),
-            DROPOUT=dropout.active, WIDE=wide, PRECISION=_precision(x),
+            DROPOUT=dropout.active, MODE=how, INTERPRETED=_interpreted(),
             BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r(r), num_warps=warps,
         )  # fmt: skip
     return _total(da)

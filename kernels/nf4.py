@@ -30,8 +30,10 @@ def _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED: tl.
     if NESTED:
         level = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         outer = tl.load(absmax2_ptr + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
-        return tl.load(code2_ptr + level) * outer + offset
-    return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+        scale = tl.load(code2_ptr + level) * outer + offset
+    else:
+        scale = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit
