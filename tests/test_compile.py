@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for every architecture, with no GPU: it fits the chip, does not spill, uses its tensor cores."""
+"""Every Triton kernel compiled for every architecture, with no GPU: it fits, does not spill, uses the tensor cores."""
 
 import os
 import subprocess

@@ -217,7 +217,7 @@ def test_a_state_with_parts_missing_is_refused():
     del state["weight.nested_absmax"]
     with pytest.raises(ValueError, match=r"lacks weight\.nested_absmax"):
         NF4Weight.from_state_dict(state)
-    with pytest.raises(ValueError, match="no 'weight.quant_state"):
+    with pytest.raises(ValueError, match=r"no 'weight\.quant_state"):
         NF4Weight.from_state_dict({"weight": state["weight"]})
 
 

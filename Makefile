@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
+# PYTHON chooses the interpreter; TORCH the torch to install (default: 2.13.0 without an NVIDIA GPU, the newest with one).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+TORCH ?= $(if $(GPU),torch,torch==2.13.0)
+JOBS ?= 2
+
+.PHONY: demo test install lint types tests gpu-tests bench clean
+
+demo: install
+	$(BIN)/fastlora train
+
+test: lint types tests
+
+install: $(VENV)/.installed
+
+# torch comes first and alone, so that no other package's needs choose its build.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+tests: install
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+
+bench: install
+	$(BIN)/python -m bench kernels --device $(if $(GPU),cuda,cpu)
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache fastlora/lib *.egg-info
