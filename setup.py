@@ -1,3 +1,98 @@
-from setuptools import setup
+"""Builds the CPU library during installation; everything else about the package is in pyproject.toml.
 
-setup()
+`pip install -e .` puts the library into the source tree; `pip install .` and a wheel carry it along with its sources,
+so that `fastlora.native.build()` can compile it later too. Without a compiler the installation goes on: one line says
+so, and fastlora runs on its plain torch path.
+"""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _load_recipe() -> ModuleType:
+    """fastlora/_build.py without importing the package, which needs torch."""
+    spec = importlib.util.spec_from_file_location("fastlora_build", ROOT / "fastlora" / "_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recipe = _load_recipe()
+
+
+class build_native(Command):  # noqa: N801
+    """Compiles the CPU library; a step of `build`, in setuptools' SubCommand protocol."""
+
+    description = "compile the CPU library"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        target = self._package() / "lib" / recipe.LIBRARY
+        if not self.editable_mode:
+            self._copy_sources()
+            target.unlink(missing_ok=True)  # build_py copied the source tree's, which may be of another day
+        try:
+            recipe.compile_library(target)
+        except recipe.BuildError as error:
+            print(f"fastlora: installed without its CPU library: {error}", file=sys.stderr)
+
+    def _package(self) -> Path:
+        assert self.build_lib is not None
+        return (ROOT if self.editable_mode else Path(self.build_lib)) / "fastlora"
+
+    def _copy_sources(self) -> None:
+        for source, copy in self._copies().items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+
+    def _copies(self) -> dict[Path, Path]:
+        folder = recipe.source_dir()
+        return {path: self._package() / "csrc" / path.relative_to(folder) for path in recipe.source_files()}
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in recipe.source_files()]
+
+    def get_outputs(self) -> list[str]:
+        if self.editable_mode:
+            return []
+        return [*map(str, self._copies().values()), str(self._package() / "lib" / recipe.LIBRARY)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class PlatformDistribution(Distribution):
+    """A package with machine code in it, though not an extension module that setuptools would know of."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+class platform_wheel(bdist_wheel):  # noqa: N801
+    """A wheel for this platform and any Python 3: the library knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+build.sub_commands.append(("build_native", None))
+setup(distclass=PlatformDistribution, cmdclass={"build_native": build_native, "bdist_wheel": platform_wheel})

@@ -132,7 +132,7 @@ def _lora_specimens() -> Iterator[Specimen]:
                     "BLOCK_N": lora.EXPAND_COLUMNS,
                     "BLOCK_R": min(lora.MAX_EXPAND_BLOCK_R, block_r),
                 },
-                4,
+                lora.EXPAND_WARPS,
             )
             if not dropout:
                 yield Specimen(

@@ -1,4 +1,4 @@
-"""The operations of fastlora in plain torch: the oracle in fp64, the baseline in every other dtype, the fall-back on any device.
+"""The operations of fastlora in plain torch: the oracle in fp64, the baseline in other dtypes, the fall-back anywhere.
 
     NF4:   W[n, k] = code[q[n, k]] * absmax[(n K + k) // blocksize]
            absmax[b] = code2[absmax_u8[b]] * absmax2[b // 256] + offset        (nested scales)

@@ -6,6 +6,7 @@ pretraining of the demo model nor its fine-tuning has seen what the evaluation a
 """
 
 import ast
+import functools
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -14,8 +15,20 @@ from pathlib import Path
 
 # Not the library itself (tests), or tables rather than text (codecs, generated topics).
 SKIPPED_FOLDERS = frozenset(
-    "test tests idle_test idlelib lib2to3 turtledemo ensurepip encodings pydoc_data "
-    "site-packages dist-packages __pycache__".split()
+    [
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "encodings",
+        "pydoc_data",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+    ]
 )
 HELD_OUT_SHARE = 8  # one module in eight
 MIN_ANSWER_CHARS, MAX_ANSWER_CHARS = 12, 160
@@ -84,6 +97,8 @@ def pairs_of(module: str, source: str) -> list[Pair]:
         signature = f"{name}({ast.unparse(node.args)})"
         if not MIN_ANSWER_CHARS <= len(answer) <= MAX_ANSWER_CHARS or len(signature) > MAX_SIGNATURE_CHARS:
             continue
+        if not answer.endswith("."):  # the sentence goes on in the next line: no answer ends there
+            continue
         found.append(Pair(module, f"Question: What does `{signature}` do?\nAnswer:", f" {answer}"))
     return found
 
@@ -93,11 +108,16 @@ def instruction_pairs(held_out: bool) -> list[Pair]:
 
     An answer that stands in both halves is kept for training alone: evaluation asks nothing seen.
     """
+    return list(_halves()[held_out])
+
+
+@functools.cache
+def _halves() -> dict[bool, list[Pair]]:
+    """Both halves, from one pass over the library, which takes seconds."""
     halves: dict[bool, dict[str, Pair]] = {False: {}, True: {}}
     for name, path in modules():
         half = halves[is_held_out(name)]
         for pair in pairs_of(name, read_source(path)):
             half.setdefault(pair.completion, pair)
-    if not held_out:
-        return list(halves[False].values())
-    return [pair for answer, pair in halves[True].items() if answer not in halves[False]]
+    seen = halves[False]
+    return {False: list(seen.values()), True: [pair for answer, pair in halves[True].items() if answer not in seen]}

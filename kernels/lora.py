@@ -34,7 +34,7 @@ from torch import Tensor
 
 PHILOX_ROUNDS = tl.constexpr(7)
 PROGRAMS_PER_SM = 2
-EXPAND_ROWS, EXPAND_COLUMNS = 64, 128
+EXPAND_ROWS, EXPAND_COLUMNS, EXPAND_WARPS = 64, 128, 8
 MAX_BLOCK_R = 64
 MAX_EXPAND_BLOCK_R = 32
 
@@ -236,7 +236,7 @@ def block_r(r: int) -> int:
 
 def tile(r: int, how: str) -> tuple[int, int, int]:
     """(rows, columns, warps) of an activation tile, for a padded rank and a mode."""
-    if how in ("ieee", "tf32x3"):
+    if how in ("ieee", "tf32x3") or (how == "split" and r > 32):
         return 32, 64, 4
     return (64, 128, 4) if r <= 32 else (64, 64, 8)
 
@@ -299,7 +299,7 @@ def expand(
             *lora_b.stride(),
             HAS_BIAS=bias is not None, DROPOUT=dropout.active,
             MODE=mode(dtype, lora_b.dtype), INTERPRETED=_interpreted(),
-            BLOCK_M=EXPAND_ROWS, BLOCK_N=EXPAND_COLUMNS, BLOCK_R=min(MAX_EXPAND_BLOCK_R, block_r(r)), num_warps=4,
+            BLOCK_M=EXPAND_ROWS, BLOCK_N=EXPAND_COLUMNS, BLOCK_R=min(MAX_EXPAND_BLOCK_R, block_r(r)), num_warps=EXPAND_WARPS,
         )  # fmt: skip
     return out
 

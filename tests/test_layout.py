@@ -46,20 +46,10 @@ def test_every_public_name_exists_and_is_documented():
 
 @pytest.mark.slow
 def test_a_wheel_holds_the_kernels_the_recipes_and_the_demo_model(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-    ]
+    pip = (sys.executable, "-m", "pip")
     source = tmp_path / "source"
     run("git", "clone", "--quiet", str(ROOT), str(source), cwd=tmp_path)
-    run(*command, str(source), cwd=tmp_path)
+    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source), cwd=tmp_path)
     (wheel,) = tmp_path.glob("fastlora-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for wanted in (
@@ -71,17 +61,6 @@ def test_a_wheel_holds_the_kernels_the_recipes_and_the_demo_model(tmp_path):
     ):
         assert wanted in names
     target = tmp_path / "site"
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(target),
-        str(wheel),
-        cwd=tmp_path,
-    )
+    run(*pip, "install", "-q", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
     code = f"import sys; sys.path.insert(0, {str(target)!r}); import fastlora.kernels.nf4 as m; print(m.__file__)"
     assert run(sys.executable, "-c", code, cwd=tmp_path).strip().startswith(str(target))

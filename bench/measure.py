@@ -1,0 +1,169 @@
+"""How a time is taken: providers in turn, medians, inputs rotated past the cache, the machine's own speed first.
+
+On a shared machine the same call takes 10% more or less from one minute to the next, so a number means
+something only beside its rivals' from the same moment. Each round calls every candidate once, in a new
+random order, each on the next copy of the inputs; the median over rounds is reported with the 20th and
+80th percentile.
+"""
+
+import gc
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+import torch.nn.functional as F
+
+_DEFAULT_CACHE = 32 << 20
+_CACHE_SIZE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_MAX_COPIES = 16
+_MAX_ROUNDS = 200
+_WARM_UP = 2
+
+
+class Spread(NamedTuple):
+    """Median and the percentiles around it."""
+
+    p50: float
+    p20: float
+    p80: float
+
+
+def spread(samples: list[float]) -> Spread:
+    """Percentiles of the samples, interpolated linearly between neighbours.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no samples to take percentiles of")
+    p50, p20, p80 = numpy.percentile(samples, (50, 20, 80)).tolist()
+    return Spread(p50, p20, p80)
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[int], object]],
+    device: torch.device,
+    budget_s: float,
+    min_rounds: int,
+    max_rounds: int = _MAX_ROUNDS,
+) -> dict[str, Spread]:
+    """Time candidates in turn: rounds of one call each until the budget is spent.
+
+    Args:
+        candidates: name -> function of the copy to work on, a number that grows by one with every call made.
+        budget_s: seconds for all rounds together; `min_rounds` are made even where they take longer.
+    Returns:
+        name -> milliseconds a call.
+    """
+    serial = 0
+    for _ in range(_WARM_UP):
+        started = time.perf_counter()
+        for call in candidates.values():
+            call(serial)
+            serial += 1
+        _synchronize(device)
+    a_round = time.perf_counter() - started
+    rounds = max(min_rounds, min(max_rounds, int(budget_s / a_round)))
+
+    order = random.Random(0)
+    names = list(candidates)
+    timers: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            order.shuffle(names)
+            for name in names:
+                timers[name].append(_timed(candidates[name], serial, device))
+                serial += 1
+            _synchronize(device)
+    finally:
+        gc.enable()
+    return {name: spread([read() for read in timers[name]]) for name in candidates}
+
+
+def _timed(call: Callable[[int], object], serial: int, device: torch.device) -> Callable[[], float]:
+    """Make the call; returns a function that gives its milliseconds once the device is synchronized."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(serial)
+        end.record()
+        return lambda: start.elapsed_time(end)
+    began = time.perf_counter()
+    call(serial)
+    milliseconds = (time.perf_counter() - began) * 1e3
+    return lambda: milliseconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def copies_past_cache(nbytes: int, device: torch.device) -> int:
+    """How many copies of `nbytes` to rotate so that a copy has left the last-level cache when its turn comes again."""
+    return max(2, min(_MAX_COPIES, -(2 * last_level_cache(device) // -max(nbytes, 1))))
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the last-level cache: 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        return int(_CACHE_SIZE_FILE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return _DEFAULT_CACHE
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the number of threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+class Machine(NamedTuple):
+    """The machine's own speed: a copy of `copy_shape` bf16 values, a bf16 product of `matmul_shape` (M, K, N)."""
+
+    copy: Spread
+    copy_shape: tuple[int, int]
+    matmul: Spread
+    matmul_shape: tuple[int, int, int]
+
+    @property
+    def gb_per_s(self) -> float:
+        """Copy bandwidth, bytes read and bytes written both counted."""
+        rows, cols = self.copy_shape
+        return 4 * rows * cols / self.copy.p50 / 1e6
+
+    @property
+    def tflop_per_s(self) -> float:
+        """Rate of the bf16 matrix product."""
+        m, k, n = self.matmul_shape
+        return 2 * m * k * n / self.matmul.p50 / 1e9
+
+
+def measure_machine(device: torch.device, size: int = 4096, budget_s: float = 3.0) -> Machine:
+    """Copy [4 size, size] and multiply [size / 4, size] by [size, size], both bf16."""
+    rows, m = 4 * size, size // 4
+    source = torch.randn(rows, size, dtype=torch.float32, device=device).bfloat16()
+    target = torch.empty_like(source)
+    x, weight = source[:m], source[m : m + size]
+    found = interleave(
+        {"copy": lambda _: target.copy_(source), "matmul": lambda _: F.linear(x, weight)},
+        device,
+        budget_s,
+        min_rounds=5,
+    )
+    return Machine(found["copy"], (rows, size), found["matmul"], (m, size, size))

@@ -1,0 +1,163 @@
+"""Peak memory of one call: what is held at the worst moment above what was held before it.
+
+On CUDA the caching allocator counts: `max_memory_allocated` less what was allocated at the start.
+
+On a CPU nothing counts but the kernel, and a process that has run other things holds freed memory that the next call
+would use unseen. So each measurement has a process of its own, forked from a server that has imported everything and
+run nothing. The server's malloc is told to map every block above 64 KB separately and to give it back at once
+(MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), so resident memory follows what is allocated; transparent huge pages
+are off, so it follows by the page. The first call starts threads and has oneDNN compile code for the shapes (0.6 MB a
+product, once in a process, whoever asks); tensors it leaves behind, such as scratch kept for later calls, are counted.
+Then the peak (VmHWM) is reset by writing 5 to /proc/self/clear_refs, the call runs again, and the peak's growth is
+added. So the memory of native code counts, which torch's allocator does not see, except what such code keeps
+between calls. Two runs agree to about 0.1 MB.
+
+    parent  --{"kernel": ..., "M": ...}-->  python -m bench.memory  --fork-->  child: build, reset, call, print
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.providers import LoraLayer, Problem, Provider, draw_inputs, find_providers, make_operands
+
+_PR_SET_THP_DISABLE = 41
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why peak memory cannot be measured here; None where it can."""
+    if device.type == "cuda":
+        return None
+    try:
+        _reset_peak()
+        _peak()
+    except (OSError, StopIteration) as error:
+        return f"peak memory on a CPU is read from Linux's /proc, which does not serve here ({error})"
+    return None
+
+
+def peak_on_cuda(layer: LoraLayer, problem: Problem, m: int, modes: tuple[str, ...]) -> dict[str, float]:
+    """mode -> bytes, on the CUDA device of the problem."""
+    x, dy = draw_inputs(problem, m, layer.grad)
+    peaks = {}
+    for mode in modes:
+        torch.cuda.synchronize(problem.device)
+        torch.cuda.reset_peak_memory_stats(problem.device)
+        before = torch.cuda.memory_allocated(problem.device)
+        _call(layer, mode, x, dy)
+        torch.cuda.synchronize(problem.device)
+        peaks[mode] = float(torch.cuda.max_memory_allocated(problem.device) - before)
+    return peaks
+
+
+class CpuMemory:
+    """A server that measures in processes of its own; a context manager."""
+
+    def __enter__(self) -> "CpuMemory":
+        environment = os.environ | _MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "bench.memory"],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.communicate()
+
+    def peak(self, provider: Provider, problem: Problem, m: int, modes: tuple[str, ...]) -> dict[str, float]:
+        """mode -> bytes.
+
+        Raises:
+            RuntimeError: the child failed; its own message is on stderr.
+        """
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        p = problem
+        request = {"provider": provider.name, "kernel": p.kernel, "K": p.K, "N": p.N, "R": p.R, "dropout": p.dropout}
+        print(json.dumps(request | {"M": m, "modes": modes}), file=self._server.stdin, flush=True)
+        answer = json.loads(self._server.stdout.readline() or "{}")
+        if not answer:
+            raise RuntimeError(f"measuring the memory of {provider.name} at {p.kernel} M={m} K={p.K} N={p.N} failed")
+        return answer
+
+
+def _call(layer: LoraLayer, mode: str, x: Tensor, dy: Tensor) -> None:
+    if mode == "forward":
+        layer.forward(x)
+    else:
+        layer.both(x, dy)
+
+
+def _measure(provider: Provider, request: dict[str, Any]) -> dict[str, float]:
+    """In the child: every mode of one provider at one shape."""
+    problem = Problem(
+        request["kernel"], request["K"], request["N"], request["R"], torch.device("cpu"), request["dropout"]
+    )
+    layer = provider.build(make_operands(problem))[0]
+    x, dy = draw_inputs(problem, request["M"], layer.grad)
+    held = _held_by_tensors()
+    peaks = {}
+    for mode in request["modes"]:
+        _call(layer, mode, x, dy)
+        kept = _held_by_tensors() - held
+        _reset_peak()
+        before = _peak()
+        _call(layer, mode, x, dy)
+        peaks[mode] = float(_peak() - before + kept)
+    return peaks
+
+
+def _held_by_tensors() -> int:
+    """Bytes of the storages of all tensors that Python knows, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.layout == torch.strided and thing.device.type == "cpu":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """The most memory this process has had resident since the reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) << 10
+
+
+def _serve() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    for line in sys.stdin:
+        request = json.loads(line)
+        (provider,) = find_providers([request["provider"]])
+        for package in ("fastlora.linear", *provider.needs(request["kernel"])):
+            importlib.import_module(package)
+        child = os.fork()
+        if child == 0:
+            print(json.dumps(_measure(provider, request)), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            print("{}", flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,126 @@
+"""The benchmark CSV: one row a measured point, appended to, never overwritten.
+
+    metric        unit   p50 holds
+    time          ms     median of the calls; p20 and p80 beside it
+    peak_memory   MB     most memory held during one call, above what was held before it (1 MB = 1e6 bytes)
+    error         limit  worst error of y and the gradients, in units of the error allowed; above 1 is wrong, and
+                         such a provider has no other row
+
+`share_of_floor` is the floor's time over this row's: 1 is as fast as the bare bf16 product of the same
+shape. Rows of kernel `copy` and `matmul` hold the machine's own speed: a copy of M x K values (bytes
+moved: 4 M K) and a bf16 product (FLOP: 2 M N K).
+"""
+
+import csv
+import io
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+HEADER = (
+    "kernel,provider,mode,metric,unit,M,K,N,R,dtype,dropout,p50,p20,p80,share_of_floor,"
+    "device,torch,triton,commit,timestamp"
+)
+COLUMNS = HEADER.split(",")
+UNITS = {"time": "ms", "peak_memory": "MB", "error": "limit"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured; where and with what is added by the Recorder."""
+
+    kernel: str
+    provider: str
+    mode: str
+    metric: str
+    M: int
+    K: int
+    N: int
+    R: int
+    p50: float
+    p20: float | None = None
+    p80: float | None = None
+    share_of_floor: float | None = None
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+
+    @property
+    def unit(self) -> str:
+        """The unit of p50, p20 and p80."""
+        return UNITS[self.metric]
+
+
+class Recorder:
+    """Appends points to a CSV file, each group as it is measured, so that an interrupted run keeps what it has.
+
+    Args:
+        path: the file. A new one gets the header; one with the same header is appended to.
+        device: name of the machine measured.
+    Raises:
+        ValueError: the file exists and is no benchmark CSV, or ends in the middle of a row. It is left as it is.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = path
+        self._facts = {
+            "device": device,
+            "torch": torch.__version__,
+            "triton": _triton_version(),
+            "commit": _commit(),
+        }
+        if path.exists() and path.stat().st_size:
+            text = path.read_text()
+            if text.splitlines()[0] != HEADER:
+                raise ValueError(f"{path} exists and its first line is not this benchmark's header: name another file")
+            if not text.endswith("\n"):
+                raise ValueError(
+                    f"{path} ends in the middle of a row: complete or remove that row, or name another file"
+                )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(HEADER + "\n")
+
+    def write(self, points: Iterable[Point]) -> None:
+        """Append the points in one write."""
+        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        for point in points:
+            row = asdict(point) | {"unit": point.unit} | self._facts | {"timestamp": stamp}
+            writer.writerow({name: _cell(row[name]) for name in COLUMNS})
+        with self.path.open("a") as file:
+            file.write(text.getvalue())
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
+def _commit() -> str:
+    """Short hash of the source measured, with `-dirty` where files differ from it; `unknown` outside a repository."""
+    root = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()

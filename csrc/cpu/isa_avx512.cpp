@@ -1,0 +1,66 @@
+// Sixteen-lane vectors: AVX-512 F, BW and VL.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+#define FASTLORA_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")))
+#define FASTLORA_VECTOR FASTLORA_TARGET __attribute__((always_inline)) inline
+
+namespace fastlora {
+namespace {
+
+using F = __m512;
+constexpr int W = 16;
+constexpr int kVecs = 4;
+alignas(64) constexpr Nf4Code kCode = nf4_code();
+
+FASTLORA_VECTOR F set1(float value) { return _mm512_set1_ps(value); }
+FASTLORA_VECTOR F load(const float* p) { return _mm512_loadu_ps(p); }
+FASTLORA_VECTOR F load(const Bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+FASTLORA_VECTOR F load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTLORA_VECTOR F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+FASTLORA_VECTOR F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+FASTLORA_VECTOR float sum(F v) { return _mm512_reduce_add_ps(v); }
+
+// Each lane holds the four bytes its nibble is in and shifts it down; the permutation reads only the low four bits.
+FASTLORA_VECTOR F lookup(const uint8_t* codes) {
+  int32_t word[2];
+  std::memcpy(word, codes, sizeof word);
+  const __m512i shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+  const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(word[0]), 0xff00, word[1]);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), _mm512_load_ps(kCode.value));
+}
+
+FASTLORA_VECTOR __m256i narrow(F v, const Bf16*) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i top = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(top, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+FASTLORA_VECTOR __m256i narrow(F v, const Half*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+FASTLORA_VECTOR void store(float* out, F v) { _mm512_storeu_ps(out, v); }
+template <class T>
+FASTLORA_VECTOR void store(T* out, F v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow(v, out));
+}
+
+#include "kernels.inl"
+
+}  // namespace
+
+const Kernels kAvx512Kernels = kernels();
+
+}  // namespace fastlora
+#endif

@@ -1,0 +1,33 @@
+// The C interface of libfastlora_cpu: raw pointers and sizes, so that one build serves every torch and Python.
+//
+// Every call may be made from several threads at once. `isa` is 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + VL
+// and at most fastlora_best_isa(). A dtype is 0 fp32, 1 bf16, 2 fp16. The caller has checked shapes and pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "nf4.h"
+
+// Raised with every change of a signature, of Nf4Weight or of a meaning; fastlora/_build.py holds the same number.
+#define FASTLORA_ABI_VERSION 1
+
+#define FASTLORA_EXPORT extern "C" __attribute__((visibility("default")))
+
+enum FastloraStatus : int { FASTLORA_OK = 0, FASTLORA_NO_MEMORY = 1, FASTLORA_NO_ISA = 2 };
+
+FASTLORA_EXPORT int fastlora_abi_version();
+FASTLORA_EXPORT int fastlora_best_isa();
+FASTLORA_EXPORT const char* fastlora_threading();
+
+// out [N, K] = W, or W + scaling * (lora_b lora_a) with lora_a [rank, K] and lora_b [N, rank] fp32; rank 0 for none.
+FASTLORA_EXPORT int fastlora_nf4_dequantize(const fastlora::Nf4Weight* weight, const float* lora_a, const float* lora_b,
+                                            int64_t rank, float scaling, void* out, int out_dtype, int isa,
+                                            int threads);
+
+// out [tokens, N] = x [tokens, K] Wᵀ.
+FASTLORA_EXPORT int fastlora_nf4_gemv(const fastlora::Nf4Weight* weight, const void* x, int x_dtype, int64_t tokens,
+                                      void* out, int out_dtype, int isa, int threads);
+
+// out [tokens, K] = x [tokens, N] W.
+FASTLORA_EXPORT int fastlora_nf4_gemv_t(const fastlora::Nf4Weight* weight, const void* x, int x_dtype, int64_t tokens,
+                                        void* out, int out_dtype, int isa, int threads);

@@ -1,0 +1,158 @@
+"""Checkpoints of a run: whole or not there, verified when read, and enough to continue bit for bit.
+
+    checkpoint-<step>/  adapter_model.safetensors, adapter_config.json   the adapter, in peft's format
+                        optimizer.pt, rng-<process>.pt                   moments; python, numpy, torch, CUDA generators
+                        trainer_state.json                               step, recipe, and a hash of each other file
+
+Data and learning rate are functions of the step, so they need no state of their own.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from fastlora.adapter import load_adapter, save_adapter
+
+STATE_FILE = "trainer_state.json"
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps at which `directory` holds a checkpoint, ascending."""
+    names = (path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return directory / f"checkpoint-{step}"
+
+
+def save(
+    directory: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    facts: dict[str, Any],
+    keep: int | None = None,
+) -> Path:
+    """Write `checkpoint-<step>` under another name, rename it, and then drop all but the `keep` newest.
+
+    Every process calls it. `facts` go into `trainer_state.json` as they are.
+    """
+    final, part = path_of(directory, step), directory / f".checkpoint-{step}.part"
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_adapter(model, part)
+        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+    accelerator.wait_for_everyone()
+    torch.save(rng_state(), part / f"rng-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+        state = {"step": step, "processes": accelerator.num_processes, **facts, "sha256": hashes}
+        (part / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        if keep is not None:
+            # Later steps can only be damaged leftovers from before a resume, not what "newest" means.
+            for old in [s for s in steps(directory) if s <= step][:-keep]:
+                shutil.rmtree(path_of(directory, old))
+    return final
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `trainer_state.json` says, once every file is found to be as it was written.
+
+    Raises:
+        ValueError: naming the file that is missing or damaged.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        hashes = dict(state["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / STATE_FILE} is missing or damaged") from error
+    for name, expected in hashes.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing")
+        if _sha256(path / name) != expected:
+            raise ValueError(f"{path / name} is damaged: its hash is not the one in {STATE_FILE}")
+    return state
+
+
+def newest(directory: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest checkpoint that is whole, its state, and what is wrong with each newer one.
+
+    Raises:
+        ValueError: there is none; each damaged one is named.
+    """
+    damaged: list[str] = []
+    for step in reversed(steps(directory)):
+        path = path_of(directory, step)
+        try:
+            return path, read(path), damaged
+        except ValueError as error:
+            damaged.append(str(error))
+    raise ValueError(f"{directory}: nothing to resume from: {'; '.join(damaged) or 'it holds no checkpoint'}")
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process: int) -> None:
+    """Adapter, moments and random generators of one process, as they were when `path` was saved."""
+    load_adapter(model, path)
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    set_rng_state(torch.load(path / f"rng-{process}.pt", weights_only=True))
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of the four generators, in types that `torch.load(weights_only=True)` reads."""
+    kind, keys, *rest = np.random.get_state()
+    numpy_state = [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """The inverse of `rng_state`."""
+    kind, keys, *rest = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be made again, and a last line that was never finished."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        try:
+            made = json.loads(line)["step"]
+        except ValueError:
+            break
+        if made <= step:
+            kept.append(line)
+    write_atomically(path, "".join(kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `path` so that a reader finds the old text or the new one, never half of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,308 @@
+"""From files or `datasets` to the batches of a run.
+
+Records have TRL's formats, one format a file:
+
+- `{"text": ...}`: loss on every token, the end-of-text token included;
+- `{"prompt": ..., "completion": ...}`: loss on the completion and the end-of-text token;
+- `{"messages": [{"role": ..., "content": ...}, ...]}`: the tokenizer's chat template, loss on what the
+  assistant says. That needs a template with generation marks; one without is refused, never guessed.
+
+All examples lie end to end in two flat arrays (`TokenSet`). What a step trains on is a pure function of
+(seed, step): `BatchPlan` keeps no state, so resuming needs nothing but the number of the step.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastlora.recipe import Recipe
+
+IGNORED = -100  # a label that is no target: torch.nn.functional.cross_entropy's ignore_index
+FORMATS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+PAD_MULTIPLE = 8  # lengths of batches, so that products have a friendly M
+GROUP_WINDOW = 50  # group_by_length sorts by length within this many micro-batches
+
+Record = tuple[str, dict[str, Any]]  # where it stands ("data.jsonl:7"), and its fields
+Encoded = tuple[list[int], list[int]]  # input_ids, labels
+
+
+@dataclass(eq=False, frozen=True)
+class TokenSet:
+    """Examples end to end: tokens and labels [T] int32, offsets [examples + 1] int64."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example: [examples] int64."""
+        return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """A hash of tokens, labels and bounds: the same data, wherever the file lies."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.labels, self.offsets):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+    def summary(self) -> str:
+        """One line for the user: how many examples and targets, and what was cut or left out."""
+        targets = int((self.labels != IGNORED).sum())
+        line = f"{len(self):,} examples, {len(self.tokens):,} tokens, {targets:,} with loss"
+        if self.truncated:
+            line += f"; {self.truncated:,} cut at max_length"
+        if self.dropped:
+            line += f"; {self.dropped:,} left out, as the cut left nothing to learn"
+        return line
+
+
+def load(recipe: Recipe, tokenizer: Any, evaluation: bool = False) -> TokenSet | None:
+    """The training (or evaluation) examples that `recipe` names, tokenized; None if it names no evaluation.
+
+    Raises:
+        ValueError: naming file and line of what cannot be used, and why.
+    """
+    if recipe.dataset_name is not None and not (evaluation and recipe.eval_file is not None):
+        split = recipe.dataset_test_split if evaluation else recipe.dataset_train_split
+        if split is None:
+            return None
+        records = read_dataset(recipe.dataset_name, recipe.dataset_config, split)
+    else:
+        path = recipe.eval_file if evaluation else recipe.train_file
+        if path is None:
+            return None
+        records = read_file(path)
+    return tokenize(records, tokenizer, recipe)
+
+
+def read_file(path: str | Path) -> list[Record]:
+    """The records of a JSONL file (one object a line), or of a JSON file (one list of objects).
+
+    Raises:
+        ValueError: naming file and line of an empty or malformed line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from error
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: expected a list of objects; name it .jsonl if it has one object a line")
+        numbered = [(f"{path}: record {number}", row) for number, row in enumerate(rows, 1)]
+    else:
+        lines = text.removesuffix("\n").split("\n") if text else []
+        numbered = [(f"{path}:{number}", _parsed(line, f"{path}:{number}")) for number, line in enumerate(lines, 1)]
+    if not numbered:
+        raise ValueError(f"{path}: no records")
+    for where, row in numbered:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    return numbered
+
+
+def _parsed(line: str, where: str) -> Any:
+    if not line.strip():
+        raise ValueError(f"{where}: empty line")
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+
+
+def read_dataset(name: str, config: str | None, split: str) -> list[Record]:
+    """The records of one split of what `datasets.load_dataset` finds under `name`: a hub name or a local folder."""
+    import datasets
+
+    rows = datasets.load_dataset(name, config, split=split)
+    if not len(rows):
+        raise ValueError(f"{name}[{split}]: no records")
+    return [(f"{name}[{split}] row {number}", dict(row)) for number, row in enumerate(rows)]
+
+
+def tokenize(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> TokenSet:
+    """Records of one format as a `TokenSet`, cut at `recipe.max_length`.
+
+    Raises:
+        ValueError: a record of another format, an empty or mistyped field, or nothing left to learn.
+    """
+    keys = next((f for f in FORMATS if all(k in records[0][1] for k in f)), None)
+    if keys is None:
+        wanted = " | ".join(" + ".join(f) for f in FORMATS)
+        raise ValueError(f"{records[0][0]}: expected {wanted}, found the keys {sorted(records[0][1])}")
+    for where, row in records:
+        for key in keys:
+            _check_field(where, row, key)
+    encode: Callable[..., Iterable[Encoded]] = {
+        "text": _encode_text,
+        "prompt": _encode_pairs,
+        "messages": _encode_messages,
+    }[keys[0]]
+    tokens: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    truncated = dropped = 0
+    for input_ids, targets in encode(records, tokenizer, recipe):
+        truncated += len(input_ids) > recipe.max_length
+        kept = np.asarray(targets[: recipe.max_length], dtype=np.int32)
+        if (kept[1:] == IGNORED).all():  # the first token is predicted from nothing
+            dropped += 1
+            continue
+        labels.append(kept)
+        tokens.append(np.asarray(input_ids[: recipe.max_length], dtype=np.int32))
+    if not tokens:
+        raise ValueError(
+            f"{records[0][0]}: no example has a token to learn; is max_length={recipe.max_length} too short?"
+        )
+    offsets = np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64)
+    return TokenSet(np.concatenate(tokens), np.concatenate(labels), offsets, truncated, dropped)
+
+
+def _check_field(where: str, row: dict[str, Any], key: str) -> None:
+    if key not in row:
+        raise ValueError(f"{where}: {key!r} is missing; found the keys {sorted(row)}")
+    value = row[key]
+    if key != "messages":
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key!r} must be a string, found {type(value).__name__}")
+        if not value and key != "prompt":
+            raise ValueError(f"{where}: {key!r} is empty")
+        return
+    well_formed = isinstance(value, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+    )
+    if not well_formed or not value:
+        raise ValueError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
+
+
+def _encode_text(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Iterable[Encoded]:
+    for input_ids in tokenizer([row["text"] for _, row in records])["input_ids"]:
+        ids = _ended(input_ids, tokenizer)
+        yield ids, ids
+
+
+def _encode_pairs(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Iterable[Encoded]:
+    """The pair is tokenized as one text. A token across the border counts as completion."""
+    prompts = tokenizer([row["prompt"] for _, row in records])["input_ids"]
+    wholes = tokenizer([row["prompt"] + row["completion"] for _, row in records])["input_ids"]
+    for prompt, whole in zip(prompts, wholes, strict=True):
+        shared = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(prompt, whole, strict=False)))
+        masked = shared if recipe.completion_only_loss else 0
+        ids = _ended(whole, tokenizer)
+        yield ids, [IGNORED] * masked + ids[masked:]
+
+
+def _encode_messages(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Iterable[Encoded]:
+    masked = recipe.assistant_only_loss
+    if not tokenizer.chat_template:
+        raise ValueError(f"{records[0][0]}: 'messages' need a chat template, and {tokenizer.name_or_path!r} has none")
+    if masked and not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        raise ValueError(
+            f"assistant_only_loss: the chat template of {tokenizer.name_or_path!r} does not mark what the assistant "
+            "says ({% generation %} ... {% endgeneration %}). Use a template that does, or set "
+            "assistant_only_loss=false to learn every token, the user's included."
+        )
+    for where, row in records:
+        try:
+            out = tokenizer.apply_chat_template(
+                row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=masked
+            )
+        except Exception as error:  # a Jinja template raises what it likes
+            raise ValueError(f"{where}: the chat template refuses these messages ({error})") from error
+        ids = list(out["input_ids"])
+        mask = out["assistant_masks"] if masked else [1] * len(ids)
+        yield ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
+
+
+def _ended(input_ids: list[int], tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    return input_ids if end is None or (input_ids and input_ids[-1] == end) else [*input_ids, end]
+
+
+def collate(examples: TokenSet, rows: Sequence[int], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The examples `rows`, padded on the right: input_ids, attention_mask, labels, each [rows, longest] int64."""
+    longest = max(int(examples.lengths[row]) for row in rows)
+    shape = (len(rows), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE)
+    batch = {
+        "input_ids": np.full(shape, pad_token_id, dtype=np.int64),
+        "attention_mask": np.zeros(shape, dtype=np.int64),
+        "labels": np.full(shape, IGNORED, dtype=np.int64),
+    }
+    for line, row in enumerate(rows):
+        start, end = examples.offsets[row], examples.offsets[row + 1]
+        batch["input_ids"][line, : end - start] = examples.tokens[start:end]
+        batch["attention_mask"][line, : end - start] = 1
+        batch["labels"][line, : end - start] = examples.labels[start:end]
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def count_targets(batch: dict[str, torch.Tensor]) -> int:
+    """The tokens of a collated batch that carry loss; the first of a row is predicted from nothing."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+@dataclass(eq=False, frozen=True)
+class BatchPlan:
+    """Which examples each step trains on: a pure function of the step's number.
+
+    An epoch's last step takes what is left, in fewer or smaller micro-batches. With several processes a
+    micro-batch of `batch * processes` examples is dealt out in runs of `batch`.
+    """
+
+    lengths: np.ndarray
+    batch: int
+    accumulation: int
+    seed: int
+    strategy: str = "random"
+    processes: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return -(-len(self.lengths) // (self.batch * self.processes * self.accumulation))
+
+    def micro_batches(self, step: int, process: int = 0) -> list[list[int]]:
+        """The rows of each forward pass of one process in `step` (from 0). Empty where too few rows were left."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        whole = self.batch * self.processes
+        order = _epoch_order(self, epoch)[position * whole * self.accumulation :][: whole * self.accumulation]
+        starts = range(0, len(order), whole)
+        return [order[start : start + whole][process * self.batch :][: self.batch].tolist() for start in starts]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(plan: BatchPlan, epoch: int) -> np.ndarray:
+    """The rows of an epoch in the order of training: [examples] int64."""
+    count = len(plan.lengths)
+    if plan.strategy == "sequential":
+        return np.arange(count)
+    generator = np.random.default_rng((plan.seed, epoch))
+    order = generator.permutation(count)
+    if plan.strategy == "random":
+        return order
+    chunk = plan.batch * plan.processes
+    windows = [order[i : i + GROUP_WINDOW * chunk] for i in range(0, count, GROUP_WINDOW * chunk)]
+    by_length = np.concatenate([window[np.argsort(plan.lengths[window], kind="stable")] for window in windows])
+    full = count // chunk
+    chunks = by_length[: full * chunk].reshape(full, chunk)[generator.permutation(full)]
+    return np.concatenate([chunks.reshape(-1), by_length[full * chunk :]])

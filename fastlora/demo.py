@@ -1,0 +1,279 @@
+"""The demo: a language model is fine-tuned with QLoRA, start to end, with nothing to download.
+
+The base is a 4 M-parameter Llama that has read the sources of Python's standard library. It has never
+seen a question, nor stopped after an answer. The demo quantizes it to NF4, hangs rank-16 adapters on every
+linear layer, teaches it to answer "what does this function do?" with the first line of the docstring, and
+asks it about modules that neither the pretraining nor the fine-tuning saw.
+
+It is the recipe `recipes/demo.yaml` and two hooks around the one loop of `fastlora.train`; whatever can be
+set there can be set here: `fastlora train --set max_steps=50`.
+"""
+
+import copy
+import json
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from fastlora import functional, stdlib_data
+from fastlora.data import IGNORED, collate
+from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.recipe import Recipe, from_mapping, parse_overrides, read
+from fastlora.train import Hooks, Result, Run, load_base, train
+
+MODEL = Path(__file__).resolve().parent / "demo_model"
+QUESTIONS = 3
+ANSWER_TOKENS = 40
+WINDOWS, WINDOW = 48, 256  # of plain held-out source, for the perplexity; in tokens
+WINDOW_CHARS = 8 * WINDOW  # more than a window needs
+SAME_LOGITS = 1e-4  # of the largest logit: fp32 rounding in another order, and no more
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured twice, before and after: answers to `QUESTIONS` questions, perplexity on plain source."""
+
+    answers: list[str]
+    perplexity: float
+
+
+def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | None = None) -> Result:
+    """Make the data, train, compare before and after, and leave everything in `output_dir` (runs/demo).
+
+    The demo's own last run is moved to `<output_dir>.previous`, in place of the one before.
+
+    Raises:
+        ValueError: as `fastlora.train.train`; a directory that holds another run is not touched.
+    """
+    console = console or Console()
+    transformers_logging.disable_progress_bar()
+    recipe = recipe_with_data(overrides)
+    directory = Path(recipe.output_dir)
+    if not resume:
+        _set_aside(directory, recipe, console)
+    _write_pairs(Path(str(recipe.train_file)), stdlib_data.instruction_pairs(held_out=False))
+    _write_pairs(Path(str(recipe.eval_file)), stdlib_data.instruction_pairs(held_out=True))
+    return train(recipe, resume, BeforeAndAfter(), console)
+
+
+def recipe_with_data(overrides: Iterable[str] = ()) -> Recipe:
+    """`recipes/demo.yaml` under `overrides`, with the model and the data it leaves open."""
+    values = {"model_name_or_path": str(MODEL), **read("demo"), **parse_overrides(overrides)}
+    data = Path(str(values["output_dir"])) / "data"
+    files = {"train_file": str(data / "train.jsonl"), "eval_file": str(data / "eval.jsonl")}
+    return from_mapping({**values, **files}, source="demo")
+
+
+class BeforeAndAfter(Hooks):
+    """Measures before the first step and after the last, and shows both side by side."""
+
+    def on_start(self, run: Run) -> None:
+        self.began = time.perf_counter()
+        self.pairs = _questions(stdlib_data.instruction_pairs(held_out=True))
+        run.console.print(_introduction(run))
+        run.model.fastlora_report.print(run.console)  # type: ignore[operator, union-attr]
+        remembered = run.directory / "before.json"
+        if run.step > 0 and remembered.is_file():
+            self.before = Measured(**json.loads(remembered.read_text(encoding="utf-8")))
+        else:
+            self.before = measure(run, self.pairs)
+            remembered.write_text(json.dumps(asdict(self.before), indent=1) + "\n", encoding="utf-8")
+
+    def on_end(self, run: Run) -> None:
+        after = measure(run, self.pairs)
+        summary = _summary(run, self.before, after, time.perf_counter() - self.began)
+        (run.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        run.console.print(_answers_table(self.pairs, self.before, after))
+        run.console.print(_numbers_table(summary))
+
+
+def measure(run: Run, pairs: list[stdlib_data.Pair]) -> Measured:
+    """Answers and perplexity of the model as it is now, in the precision of training."""
+    training = run.model.training
+    run.model.eval()
+    with torch.no_grad(), run.autocast():
+        measured = Measured([answer(run, pair.prompt) for pair in pairs], perplexity(run))
+    run.model.train(training)
+    return measured
+
+
+def answer(run: Run, prompt: str) -> str:
+    """What the model says after `prompt`, taking the likeliest token each time."""
+    inputs = run.tokenizer(prompt, return_tensors="pt").to(run.accelerator.device)
+    out = run.model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        pad_token_id=run.tokenizer.pad_token_id,
+    )
+    said = out[0, inputs["input_ids"].shape[1] :]
+    return run.tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def perplexity(run: Run) -> float:
+    """Per token, on `WINDOWS` evenly spaced windows of the held-out modules' source, no question in sight."""
+    text = "\n".join(stdlib_data.plain_sources(held_out=True))
+    starts = torch.linspace(0, len(text) - WINDOW_CHARS, WINDOWS).long().tolist()
+    cuts = [text[start : start + WINDOW_CHARS] for start in starts]
+    batch = run.tokenizer(cuts, truncation=True, max_length=WINDOW, padding=True, return_tensors="pt")
+    total, count = 0.0, 0
+    for ids, mask in zip(batch["input_ids"].split(8), batch["attention_mask"].split(8), strict=True):
+        labels = torch.where(mask[:, 1:] > 0, ids[:, 1:], IGNORED).flatten().to(run.accelerator.device)
+        logits = run.model(input_ids=ids.to(run.accelerator.device), use_cache=False).logits[:, :-1]
+        total += float(F.cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum"))
+        count += int((labels != IGNORED).sum())
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def difference_in_peft(run: Run) -> tuple[float, float] | None:
+    """Open the saved adapter in peft, over the same dequantized base, and compare logits in fp32.
+
+    Returns:
+        The largest difference on eight held-out examples, and the largest logit; None where peft is not installed.
+    Raises:
+        RuntimeError: the logits are not the same.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of what is not needed
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError:
+        return None
+    assert run.eval_set is not None
+    batch = collate(run.eval_set, range(8), run.tokenizer.pad_token_id)
+    inputs = {key: batch[key].to(run.accelerator.device) for key in ("input_ids", "attention_mask")}
+    ours = copy.deepcopy(run.model).float().eval()
+    base, _ = load_base(run.recipe.replace(bf16=False))
+    base = base.to(run.accelerator.device).eval()
+    for name, module in ours.named_modules():
+        if isinstance(module, LoRALinear) and isinstance(module.base_layer, NF4Linear):
+            base.get_submodule(name).weight.copy_(module.base_layer.weight_nf4.dequantize(torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
+        theirs = PeftModel.from_pretrained(base, str(run.directory)).eval()
+    real = inputs["attention_mask"].bool()
+    expected, found = theirs(**inputs).logits[real], ours(**inputs).logits[real]  # type: ignore[operator]
+    difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
+    if not difference <= SAME_LOGITS * largest:
+        raise RuntimeError(f"the adapter gives other logits in peft: they differ by {difference:.2e}")
+    return difference, largest
+
+
+def _set_aside(directory: Path, recipe: Recipe, console: Console) -> None:
+    """Move the demo's last run out of the way; what is not the demo's is left for `train` to refuse."""
+    marker = directory / "recipe.yaml"
+    if marker.is_file() and f"train_file: {recipe.train_file}\n" in marker.read_text(encoding="utf-8"):
+        previous = directory.with_name(f"{directory.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        directory.rename(previous)
+        console.print(f"the last run of the demo is now in {previous}", highlight=False)
+
+
+def _write_pairs(path: Path, pairs: list[stdlib_data.Pair]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"prompt": pair.prompt, "completion": pair.completion}) for pair in pairs)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _questions(pairs: list[stdlib_data.Pair]) -> list[stdlib_data.Pair]:
+    """Evenly spaced among public functions: chosen before any answer is seen."""
+    plain = [pair for pair in pairs if "._" not in pair.prompt] or pairs
+    return [plain[(2 * i + 1) * len(plain) // (2 * QUESTIONS)] for i in range(QUESTIONS)]
+
+
+def _introduction(run: Run) -> Panel:
+    facts = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))
+    device = run.accelerator.device
+    precision = "bfloat16" if run.recipe.bf16 else "float32"
+    parameters, tokens = facts["parameters"] / 1e6, facts["tokens_seen"] / 1e6
+    text = (
+        f"A Llama of {parameters:.1f} M parameters, pretrained on {tokens:.0f} M tokens of the standard library's "
+        "source, learns to say what a function does.\n"
+        f"Base frozen in {(run.recipe.quantize or precision).upper()}, LoRA r={run.recipe.r} on every linear layer, "
+        f"{run.total_steps} steps in {precision} on {device}, kernels: {functional.backend(device).name}."
+    )
+    return Panel(text, title="fastlora demo", title_align="left")
+
+
+def _summary(run: Run, before: Measured, after: Measured, seconds: float) -> dict[str, Any]:
+    first, last = run.eval_losses.get(0), run.eval_losses[max(run.eval_losses)]
+    weights = run.directory / "adapter_model.safetensors"
+    trainable = sum(p.numel() for p in run.trainable)
+    peft = difference_in_peft(run)
+    return {
+        "held_out_loss_before": first,
+        "held_out_loss_after": last,
+        "held_out_loss_fell_by": None if first is None else 1 - last / first,
+        "perplexity_plain_source_before": before.perplexity,
+        "perplexity_plain_source_after": after.perplexity,
+        "trainable_parameters": trainable,
+        "all_parameters": trainable + _frozen_parameters(run.model),
+        "adapter_bytes": weights.stat().st_size,
+        "peft_largest_difference": None if peft is None else peft[0],
+        "peft_largest_logit": None if peft is None else peft[1],
+        "steps": run.total_steps,
+        "seconds": round(seconds, 1),
+        "device": str(run.accelerator.device),
+        "backend": functional.backend(run.accelerator.device).name,
+        "bf16": run.recipe.bf16,
+    }
+
+
+def _frozen_parameters(model: nn.Module) -> int:
+    """Weights of the base: NF4 ones are buffers, two to a byte, and count as what they stand for."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    return packed + sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def _answers_table(pairs: list[stdlib_data.Pair], before: Measured, after: Measured) -> Table:
+    table = Table(title="three questions about modules it has never seen", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for pair, then, now in zip(pairs, before.answers, after.answers, strict=True):
+        table.add_row("question", pair.prompt.split("`")[1], style="bold")
+        table.add_row("model, before", escape(_one_line(then)))
+        table.add_row("model, after", f"[green]{escape(_one_line(now))}[/]")
+        table.add_row("reference answer", escape(pair.completion.strip()), end_section=True)
+    return table
+
+
+def _one_line(text: str) -> str:
+    shown = text.replace("\n", "⏎")
+    return shown if len(shown) <= 160 else f"{shown[:160]}…"
+
+
+def _numbers_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="what came of it", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("", "before", "after", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    fell, first = summary["held_out_loss_fell_by"], summary["held_out_loss_before"]
+    loss_before, note = ("-", "") if fell is None else (f"{first:.3f}", f"fell by {fell:.0%}")
+    table.add_row("held-out loss (nats per token)", loss_before, f"[bold]{summary['held_out_loss_after']:.3f}[/]", note)
+    ppl = [summary[f"perplexity_plain_source_{when}"] for when in ("before", "after")]
+    table.add_row("perplexity on plain source", *(f"{p:.2f}" for p in ppl), "has it forgotten?")
+    share = summary["trainable_parameters"] / summary["all_parameters"]
+    table.add_row("trainable parameters", "", f"{summary['trainable_parameters']:,}", f"{share:.1%} of all")
+    table.add_row("adapter on disk", "", f"{summary['adapter_bytes'] / 1e6:.2f} MB", "adapter_model.safetensors")
+    if summary["peft_largest_difference"] is None:
+        table.add_row("the same adapter in peft", "", "not tried", "pip install peft")
+    else:
+        found = f"largest difference, of logits up to {summary['peft_largest_logit']:.1f}"
+        table.add_row("the same adapter in peft", "", f"{summary['peft_largest_difference']:.1e}", found)
+    table.add_row("time", "", f"{summary['seconds']:.0f} s", f"{summary['steps']} steps, {summary['backend']} kernels")
+    return table

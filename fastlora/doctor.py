@@ -1,0 +1,128 @@
+"""What this machine can do: versions, devices, which code runs on each of them and why, and what would help."""
+
+import importlib.metadata
+import platform
+import shutil
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastlora import functional, native
+
+# Distribution -> what it is needed for; `pip install fastlora[extra]` where an extra has it.
+PACKAGES = {
+    "torch": "everything",
+    "triton": "kernels on NVIDIA GPUs",
+    "transformers": "fastlora train (fastlora[train])",
+    "accelerate": "fastlora train (fastlora[train])",
+    "datasets": "dataset_name in a recipe (fastlora[train])",
+    "peft": "LoraConfig, and reading adapters elsewhere (fastlora[bench])",
+    "bitsandbytes": "models already in bitsandbytes' 4 bits (fastlora[bnb])",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what, what was found, whether it is as good as it gets, and what to do if not."""
+
+    what: str
+    found: str
+    good: bool = True
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, in the order shown."""
+
+    versions: list[Finding] = field(default_factory=list)
+    devices: list[Finding] = field(default_factory=list)
+    backends: list[Finding] = field(default_factory=list)
+
+    @property
+    def advice(self) -> list[str]:
+        """What would help, each thing once."""
+        every = [*self.versions, *self.devices, *self.backends]
+        return list(dict.fromkeys(finding.advice for finding in every if finding.advice))
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. Reads only; never raises for want of a device or package."""
+    return Diagnosis(_versions(), _devices(), _backends())
+
+
+def show(diagnosis: Diagnosis, console: Console) -> None:
+    """Print a diagnosis as three tables and a list of what to do."""
+    for title in ("versions", "devices", "backends"):
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for finding in getattr(diagnosis, title):
+            mark = "[green]✓[/]" if finding.good else "[yellow]–[/]"
+            table.add_row(mark, finding.what, finding.found)
+        console.print(table)
+        console.print()
+    if diagnosis.advice:
+        console.print("[bold]what would help[/]")
+        for line in diagnosis.advice:
+            console.print(f"  • {line}", highlight=False, markup=False)
+    else:
+        console.print("nothing to do: every backend this machine can have is live")
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None; it is not imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[Finding]:
+    findings = [Finding("python", platform.python_version())]
+    for package, purpose in PACKAGES.items():
+        version = version_of(package)
+        advice = "" if version else f"pip install {package}: needed for {purpose}"
+        findings.append(Finding(package, version or f"not installed; for {purpose}", version is not None, advice))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    cores = torch.get_num_threads()
+    isa = torch.backends.cpu.get_cpu_capability()
+    findings = [Finding("cpu", f"{platform.machine()}, {isa}, torch uses {cores} threads")]
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        found = f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB"
+        findings.append(Finding(f"cuda:{index}", found))
+    if torch.cuda.is_available():
+        return findings
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        advice = "a GPU driver is here, but this torch is a CPU build: install the CUDA build from pytorch.org"
+        return [*findings, Finding("cuda", "no: torch is a CPU build", False, advice)]
+    built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+    return [*findings, Finding("cuda", f"no NVIDIA GPU is visible ({built})", False)]
+
+
+def _backends() -> list[Finding]:
+    findings = []
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        findings.append(_backend_of(device))
+    loaded, reason = native.status()
+    findings.append(Finding("C++ library", reason, loaded, "" if loaded else reason))
+    if version_of("triton") is None:
+        advice = "pip install triton" if platform.system() == "Linux" else ""
+        findings.append(Finding("Triton", "not installed", False, advice))
+    elif not torch.cuda.is_available():
+        findings.append(Finding("Triton", "idle: its kernels need an NVIDIA GPU", False))
+    else:
+        findings.append(Finding("Triton", f"live, version {version_of('triton')}"))
+    return findings
+
+
+def _backend_of(device: str) -> Finding:
+    try:
+        name, reason = functional.backend(torch.device(device))
+    except ValueError as error:  # FASTLORA_BACKEND names what cannot run here
+        return Finding(device, str(error), False, str(error))
+    return Finding(device, f"{name}: {reason}", name != "torch", reason if name == "torch" else "")

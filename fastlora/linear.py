@@ -1,0 +1,404 @@
+"""The linear layers: a frozen NF4 base, and a frozen base of any kind with a LoRA update.
+
+    NF4Linear    y = x Wᵀ + b                                 W in 4.13 bits a weight
+    LoRALinear   y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ    W frozen, A and B trained
+
+Both are thin: they hold tensors under the names that others expect and hand them to `functional`. `LoRALinear` uses
+peft's names (`base_layer.weight`, `lora_A.default.weight`, `lora_B.default.weight`) and peft's meaning of `r`,
+`lora_alpha` and `scaling`; `NF4Linear` saves and loads bitsandbytes' names (`weight`, `weight.absmax`, ...), so a
+checkpoint of either library can be read by the other.
+
+A base that is bitsandbytes' `Linear4bit` is adopted: its memory is read where it lies and nothing is copied.
+Source: arXiv:2106.09685, section 4.1 (LoRA); arXiv:2305.14314, section 3 (NF4); arXiv:2312.03732 (rsLoRA).
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import functional
+from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
+
+_BUFFERS = ("codes", "absmax", "absmax2", "code2", "offset")
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer whose weight is NF4.
+
+    The packed weight lies in buffers, so `.to(device)`, `deepcopy` and pickle work as for any module; `.to(dtype)`
+    and `.half()` leave it as it is, for its scales are fp32 by definition. The state dict has bitsandbytes' names.
+
+    Args:
+        weight: NF4 of shape (N, K).
+        bias: [N] or None; kept as it is, the same object where it is a Parameter.
+    Source: arXiv:2305.14314, section 3.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax2: Tensor | None
+    code2: Tensor | None
+    offset: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        for name in _BUFFERS:
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+        self._weight = weight
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
+        """Quantize a plain `nn.Linear`, which is left as it is; the bias is shared with it.
+
+        Raises:
+            ValueError: the weight has a dtype or values that NF4 cannot hold.
+        """
+        new = cls(quantize(linear.weight, blocksize, double_quant), linear.bias)
+        return new.train(linear.training)
+
+    @property
+    def weight(self) -> NF4Weight:
+        """The weight over the module's buffers; its `dtype` and `shape` are those before quantization."""
+        known = self._weight
+        if known.codes is not self.codes or known.absmax is not self.absmax:
+            parts = {name: getattr(self, name) for name in _BUFFERS}
+            known = self._weight = NF4Weight(shape=known.shape, dtype=known.dtype, blocksize=known.blocksize, **parts)
+        return known
+
+    @property
+    def weight_nf4(self) -> NF4Weight:
+        """The same as `weight`."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], dtype of x."""
+        return functional.nf4_linear(x, self.weight, self.bias_for(x))
+
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        """The bias in x's dtype: an NF4 weight goes with any input, and so shall the bias."""
+        bias = self.bias
+        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain `nn.Linear` with the dequantized weight, in `dtype` or that before quantization."""
+        return _plain_linear(self.weight.dequantize(dtype), self.bias, self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        kept = {name: buffer for name in _BUFFERS if (buffer := self._buffers[name]) is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        self._weight = self.weight
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.weight.state_dict().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        start = prefix + "weight"
+        mine = {key: value for key, value in state_dict.items() if key == start or key.startswith(start + ".")}
+        rest = {key: value for key, value in state_dict.items() if key not in mine}
+        super()._load_from_state_dict(
+            rest,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,  # type: ignore[arg-type]
+        )
+        if not mine:
+            missing_keys.append(start)
+            return
+        try:
+            weight = NF4Weight.from_state_dict({key.removeprefix(prefix): value for key, value in mine.items()})
+        except (ValueError, KeyError, AttributeError) as error:
+            error_msgs.append(f"{start}: {error}")
+            return
+        if weight.shape != self._weight.shape:
+            error_msgs.append(
+                f"{start}: shape {list(weight.shape)} in the file, {list(self._weight.shape)} in the model"
+            )
+            return
+        weight = weight.to(self.codes.device)
+        for name in _BUFFERS:
+            value = getattr(weight, name)
+            # load_state_dict copies: a later in-place change of the given tensors must not reach the module
+            self._buffers[name] = value.clone() if value is not None else None
+        parts = {name: self._buffers[name] for name in _BUFFERS}
+        self._weight = NF4Weight(
+            shape=weight.shape,
+            dtype=weight.dtype,
+            blocksize=weight.blocksize,
+            **parts,  # type: ignore[arg-type]
+        )
+
+    def extra_repr(self) -> str:
+        scales = "nested scales" if self._weight.nested else "plain scales"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"nf4, blocksize={self._weight.blocksize}, {scales}"
+        )
+
+
+class AdoptedWeight:
+    """The NF4 view of a `Linear4bit`'s weight, made once and kept for as long as the weight is the same.
+
+    A copy or a pickle of it starts empty: the copied layer has its own memory.
+    """
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None
+        self._view: NF4Weight | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AdoptedWeight":
+        return AdoptedWeight()
+
+    def __reduce__(self) -> tuple[type["AdoptedWeight"], tuple[()]]:
+        return AdoptedWeight, ()
+
+    def of(self, linear4bit: nn.Module) -> NF4Weight:
+        """The view of this layer's weight.
+
+        Raises:
+            ValueError: not quantized yet, fp4, or repacked by bitsandbytes for CPU inference.
+        """
+        weight: Any = linear4bit.weight
+        state = getattr(weight, "quant_state", None)
+        view = self._view
+        if (
+            view is not None
+            and self._weight is weight
+            and state is not None
+            and view.absmax is state.absmax
+            and not getattr(state, "packing_format_for_cpu", False)
+        ):
+            return view
+        self._weight, self._view = weight, NF4Weight.from_bnb(weight)
+        return self._view
+
+    def forget(self) -> None:
+        """Let go of the memory, as when the layer moves to another device."""
+        self._weight = self._view = None
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    """Whether a module is bitsandbytes' `Linear4bit` itself or one of its two named forms."""
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and type(module) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
+
+
+def compute_dtype(linear4bit: Any, x: Tensor) -> torch.dtype:
+    """The dtype in which a `Linear4bit` computes for this input: its `compute_dtype`, else, at first, that of x."""
+    if not linear4bit.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+        return x.dtype
+    return linear4bit.compute_dtype or x.dtype
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trained low-rank update, computed as one.
+
+    The base's forward is not called and hooks on `base_layer`, `lora_A` or `lora_B` do not run: put hooks on this
+    module. Parameter names, the dictionaries by adapter name and `scaling` are peft's.
+
+    Args:
+        base_layer: `nn.Linear`, `NF4Linear` or bitsandbytes' `Linear4bit` with NF4; used as it is, not copied.
+        r: rank.
+        lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+        lora_dropout: probability with which an element of the update's input is dropped in training.
+        adapter_name: key in `lora_A` and `lora_B`.
+        adapter_dtype: dtype of A and B; fp32 where None. A full-precision base also takes its own dtype.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), or False
+            (both random: the update is not zero).
+    Raises:
+        ValueError: an argument out of its range, or a base of another kind.
+    Source: arXiv:2106.09685, section 4.1; arXiv:2312.03732 (rsLoRA).
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_name: str = "default",
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        super().__init__()
+        weight = _base_weight(base_layer)
+        check_adapter_dtype(adapter_dtype, weight)
+        if r < 1 or not 0 <= lora_dropout < 1:
+            raise ValueError(f"r must be at least 1 and lora_dropout in [0, 1); got r={r}, lora_dropout={lora_dropout}")
+        if init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {init_lora_weights!r}")
+        self.base_layer = base_layer
+        self.out_features, self.in_features = weight.shape
+        self.active_adapter = adapter_name
+        self.r = {adapter_name: r}
+        self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.scaling: dict[str, float] = {}
+        self.set_scaling(lora_alpha, use_rslora)
+        dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_dropout = nn.ModuleDict({adapter_name: dropout})
+        # the same draws in the same order as peft: one seed gives both libraries the same adapters
+        lora_a = nn.Linear(self.in_features, r, bias=False)
+        lora_b = nn.Linear(r, self.out_features, bias=False)
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(lora_a.weight, std=1 / r)
+        elif init_lora_weights:
+            nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))
+        if init_lora_weights:
+            nn.init.zeros_(lora_b.weight)
+        device, dtype = weight.device, adapter_dtype or torch.float32
+        self.lora_A = nn.ModuleDict({adapter_name: lora_a.to(device, dtype)})
+        self.lora_B = nn.ModuleDict({adapter_name: lora_b.to(device, dtype)})
+        self._adopted = AdoptedWeight()
+        if is_linear4bit(base_layer):
+            self._adopted.of(base_layer)
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight, as code that asks a linear layer for its dtype or device expects."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias or None."""
+        return self.base_layer.bias
+
+    def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
+        """Set scaling to lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+        name, r = self.active_adapter, self.r[self.active_adapter]
+        self.lora_alpha[name], self.use_rslora[name] = lora_alpha, use_rslora
+        self.scaling[name] = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+    def adapter(self) -> tuple[nn.Parameter, nn.Parameter, float]:
+        """(A [R, K], B [N, R], scaling) of the active adapter."""
+        name = self.active_adapter
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N].
+
+        Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as there.
+        """
+        base = self.base_layer
+        lora_a, lora_b, scaling = self.adapter()
+        dropout = getattr(self.lora_dropout[self.active_adapter], "p", 0.0)
+        if type(base) is nn.Linear:
+            return functional.lora_linear(x, base.weight, lora_a, lora_b, scaling, base.bias, dropout, self.training)
+        if isinstance(base, NF4Linear):
+            bias = base.bias_for(x)
+            return functional.lora_linear(x, base.weight, lora_a, lora_b, scaling, bias, dropout, self.training)
+        return lora_linear_4bit(x, base, self._adopted.of(base), lora_a, lora_b, scaling, dropout, self.training)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain `nn.Linear` with weight W + scaling · B A, summed in fp32 and rounded once to `dtype`.
+
+        Args:
+            dtype: default: that of W, for NF4 that before quantization.
+        """
+        base: Any = self.base_layer
+        weight = self._adopted.of(base) if is_linear4bit(base) else base.weight
+        lora_a, lora_b, scaling = self.adapter()
+        if isinstance(weight, NF4Weight):
+            merged = functional.nf4_dequantize(weight, dtype, lora_a, lora_b, scaling)
+        else:
+            update = (weight.detach().float(), lora_b.detach().float(), lora_a.detach().float())
+            merged = torch.addmm(*update, alpha=scaling).to(dtype or weight.dtype)
+        return _plain_linear(merged, self.bias, self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
+        self._adopted.forget()
+        super()._apply(fn, recurse)
+        if is_linear4bit(self.base_layer):
+            self._adopted.of(self.base_layer)
+        return self
+
+    def extra_repr(self) -> str:
+        name = self.active_adapter
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r[name]}, "
+            f"lora_alpha={self.lora_alpha[name]:g}, scaling={self.scaling[name]:g}"
+        )
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    linear4bit: Any,
+    weight: NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    training: bool,
+) -> Tensor:
+    """`functional.lora_linear` over a `Linear4bit`: computed in its compute dtype, returned in the dtype of x."""
+    dtype = compute_dtype(linear4bit, x)
+    bias = linear4bit.bias
+    if bias is not None:
+        bias = bias.to(dtype)
+    y = functional.lora_linear(x.to(dtype), weight, lora_a, lora_b, scaling, bias, dropout_p, training)
+    return y.to(x.dtype)
+
+
+def check_adapter_dtype(dtype: torch.dtype | None, weight: Tensor | NF4Weight) -> None:
+    """Raise ValueError where adapters of this dtype cannot go with this base weight."""
+    if dtype is None or dtype == torch.float32:
+        return
+    allowed = FLOAT_DTYPES if isinstance(weight, NF4Weight) else (torch.float32, weight.dtype)
+    if dtype not in allowed:
+        raise ValueError(f"adapter_dtype must be one of {', '.join(map(str, allowed))} with this base; got {dtype}")
+
+
+def _base_weight(base_layer: nn.Module) -> Tensor | NF4Weight:
+    """Weight of a base layer of any of the three kinds, [N, K].
+
+    Raises:
+        ValueError: a layer of another kind.
+    """
+    if type(base_layer) is nn.Linear or isinstance(base_layer, NF4Linear):
+        return base_layer.weight
+    if is_linear4bit(base_layer):
+        return AdoptedWeight().of(base_layer)
+    raise ValueError(
+        f"a LoRALinear goes over nn.Linear, NF4Linear or bitsandbytes' Linear4bit, not {type(base_layer).__name__}"
+    )
+
+
+def _plain_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    """An `nn.Linear` over these tensors; a bias in another dtype is cast to the weight's."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(bias, nn.Parameter) and bias.dtype == weight.dtype:
+        linear.bias = bias
+    elif bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return linear.train(training)

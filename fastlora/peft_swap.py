@@ -1,0 +1,247 @@
+"""peft's own LoRA layers, sped up in place by changing their class.
+
+An object's class can be changed while it lives. `speed_up` gives each LoRA layer of peft's a subclass of its class that
+differs in `forward` alone: it takes the fused path where that computes the same, and steps back to peft's forward
+wherever a condition does not hold. Parameters, names, checkpoints and all of peft's methods stay as they are.
+
+The conditions are read at each call, for a user may disable, merge, add or switch adapters at any time. Each layer
+counts both kinds of call and keeps the reason of the last step back (`layer.fastlora_calls`, `model.fastlora_report`);
+a reason met for the first time is logged as a warning, unless the user asked for what it says.
+
+A caution about bitsandbytes: in eval mode, without gradients, on a CPU with AVX512_BF16, `Linear4bit.forward` repacks
+its weight in place and loses precision. The fused path never calls it, but stepping back does, as with
+`disable_adapter()`; afterwards the layer is peft's alone, and the reason says so.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
+
+from fastlora import functional
+from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
+from fastlora.nf4 import FLOAT_DTYPES
+from fastlora.report import Calls, Report, Row
+
+logger = logging.getLogger(__name__)
+
+# Reasons that the user asked for: not worth a warning.
+_EXPECTED = ("adapters are disabled", "adapters are merged", "no adapter of this layer is active")
+_warned: set[str] = set()
+_PLAIN = (nn.Parameter, Tensor)
+
+
+class _Fused:
+    """The forward that a fused class puts before peft's."""
+
+    fastlora_calls: Calls
+    fastlora_adopted: AdoptedWeight
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, fused where the conditions hold, else by peft's forward."""
+        reason = step_back_reason(self, x, args, kwargs)
+        if not torch.compiler.is_compiling():
+            count(self.fastlora_calls, reason)
+        if reason:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        name = _active(self)[0]
+        children: Any = self._modules
+        base, dropout = children["base_layer"], children["lora_dropout"]._modules[name]
+        lora_a, lora_b = (children[part]._modules[name]._parameters["weight"] for part in ("lora_A", "lora_B"))
+        p, training = getattr(dropout, "p", 0.0), dropout.training
+        if type(base) is nn.Linear:
+            weight: Any = base._parameters["weight"]
+            bias = base._parameters["bias"]
+            return functional.lora_linear(x, weight, lora_a, lora_b, self.scaling[name], bias, p, training)
+        weight = self.fastlora_adopted.of(base)
+        return lora_linear_4bit(x, base, weight, lora_a, lora_b, self.scaling[name], p, training)
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        self.fastlora_adopted.forget()
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+
+class FusedLinear(_Fused, peft_layer.Linear):
+    """peft's `lora.Linear` with a fused forward."""
+
+
+_FUSED: dict[type, type] = {peft_layer.Linear: FusedLinear}
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora import bnb as peft_bnb
+
+    class FusedLinear4bit(_Fused, peft_bnb.Linear4bit):
+        """peft's `lora.Linear4bit` with a fused forward."""
+
+    _FUSED[peft_bnb.Linear4bit] = FusedLinear4bit
+
+
+def speed_up(model: nn.Module) -> Report:
+    """Give every LoRA layer of peft's in the model that can use it a fused forward; harmless when repeated.
+
+    Returns:
+        a report on every linear layer, with live counts for those sped up.
+    Raises:
+        ValueError: the model has layers of peft's, but none that can be sped up. Nothing is changed.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
+    reasons = {name: standing_reason(layer) for name, layer in found.items()}
+    if all(reasons.values()):
+        told = "; ".join(sorted(set(reasons.values()))) or "it has no LoRA layers"
+        raise ValueError(f"nothing in this peft model can be sped up: {told}")
+    for name, layer in found.items():
+        if not reasons[name] and type(layer) in _FUSED:
+            fused: Any = layer
+            fused.__class__ = _FUSED[type(layer)]
+            fused.fastlora_calls, fused.fastlora_adopted = Calls(), AdoptedWeight()
+    return _report(model, found, reasons)
+
+
+def standing_reason(layer: Any) -> str:
+    """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be."""
+    if type(layer) not in _FUSED and type(layer) not in _FUSED.values():
+        return f"peft's {type(layer).__name__} has no fused form"
+    if "forward" in layer.__dict__:
+        return "its forward has been replaced on the instance"
+    base = layer.base_layer
+    reason = _base_reason(base)
+    if reason:
+        return reason
+    if getattr(layer, "fan_in_fan_out", False):
+        return "fan_in_fan_out: the weight is transposed"
+    names = _active(layer) or list(layer.lora_A)
+    told = [_adapter_reason(layer, name) for name in names]
+    return told[0] if told and all(told) else ""
+
+
+def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why this call must go to peft's forward; empty where the fused path computes the same."""
+    if args or any(value is not None for value in kwargs.values()):
+        return "called with more than the input"
+    if layer.disable_adapters:
+        return _EXPECTED[0]
+    if layer.merged:
+        return _EXPECTED[1]
+    active = _active(layer)
+    if not active:
+        return _EXPECTED[2]
+    if len(active) > 1:
+        return f"{len(active)} adapters are active"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out: the weight is transposed"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "hooks for all modules are registered"
+    base, name = layer._modules["base_layer"], active[0]
+    reason = _base_reason(base) or _adapter_reason(layer, name)
+    return reason or _dtype_reason(x, base, layer._modules["lora_A"]._modules[name]._parameters["weight"])
+
+
+def count(calls: Calls, reason: str) -> None:
+    """Count one call; log a reason for stepping back the first time it is met."""
+    if not reason:
+        calls.fused += 1
+        return
+    calls.stepped_back += 1
+    calls.last_reason = reason
+    if reason not in _EXPECTED and reason not in _warned:
+        _warned.add(reason)
+        logger.warning("a LoRA layer steps back to peft's slower forward: %s (said once per reason)", reason)
+
+
+def _active(layer: Any) -> list[str]:
+    known = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in known]
+
+
+def _base_reason(base: Any) -> str:
+    if not _is_plain(base):
+        return "the base layer has hooks or a forward of its own"
+    if type(base) is nn.Linear:
+        weight: Any = base._parameters["weight"]
+        if type(weight) not in _PLAIN:
+            return f"the base weight is a {type(weight).__name__}"
+        return "" if weight.dtype in FLOAT_DTYPES else f"the base weight is {weight.dtype}"
+    if parametrize.is_parametrized(base):
+        return "the base layer is parametrized"
+    if not is_linear4bit(base):
+        return f"the base layer is a {type(base).__name__}"
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return "bitsandbytes has not quantized the base weight yet"
+    if state.quant_type != "nf4":
+        return f"the base weight is {state.quant_type}"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes has repacked the base weight for CPU inference"
+    return ""
+
+
+def _adapter_reason(layer: Any, name: str) -> str:
+    if name in layer.lora_variant:
+        return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
+    children = layer._modules
+    lora_a, lora_b, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return "A or B is parametrized or no plain nn.Linear"
+    if not (_is_plain(lora_a) and _is_plain(lora_b)):
+        return "A or B has hooks or a forward of its own"
+    if lora_a._parameters["bias"] is not None or lora_b._parameters["bias"] is not None:
+        return "lora_bias"
+    a: Any = lora_a._parameters["weight"]
+    b: Any = lora_b._parameters["weight"]
+    if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        return f"A is a {type(a).__name__}, B a {type(b).__name__}"
+    if type(dropout) not in (nn.Dropout, nn.Identity) or not _is_plain(dropout):
+        return "the dropout layer is not nn.Dropout or has hooks"
+    if not isinstance(layer.scaling[name], (int, float)):
+        return "scaling is not a number"
+    if a.dtype != b.dtype:
+        return "A and B differ in dtype"
+    return "" if layer.cast_input_dtype_enabled else "casting of the input is disabled"
+
+
+def _dtype_reason(x: Tensor, base: Any, lora_a: Tensor) -> str:
+    """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
+    given, four_bit, device = x.dtype, type(base) is not nn.Linear, x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may be in neither
+        good = dtype in FLOAT_DTYPES and (not four_bit or given in (torch.float32, dtype))
+    else:
+        dtype = compute_dtype(base, x) if four_bit else base._parameters["weight"].dtype
+        good = four_bit or given == dtype
+    if good and given in FLOAT_DTYPES and lora_a.dtype in (torch.float32, dtype):
+        return ""
+    return f"dtypes: input {given}, adapters {lora_a.dtype}, computed in {dtype}"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
+def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) -> Report:
+    rows: list[Row] = []
+    inside = tuple(f"{name}." for name in found)
+    backends = []
+    for name, module in model.named_modules():
+        if name in found and isinstance(module.get_base_layer(), nn.Linear):
+            base = module.get_base_layer()
+            shape, rank = (base.out_features, base.in_features), next(iter(module.r.values()), 0)
+            kind, reason = f"{type(module).__bases__[-1].__name__}({type(base).__name__})", reasons[name]
+            if reason:
+                rows.append(Row(name, type(module).__name__, shape, False, reason, r=rank))
+                continue
+            backends.append(functional.backend(base.weight.device))
+            said = f"peft's layer sped up in place, r={rank}"
+            rows.append(
+                Row(name, kind, shape, True, said, backends[-1].name, rank, is_linear4bit(base), module.fastlora_calls)
+            )
+        elif isinstance(module, nn.Linear) and not name.startswith(inside):
+            shape = (module.out_features, module.in_features)
+            rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
+    return Report(rows, backends[0].name, backends[0].reason)

@@ -1,0 +1,107 @@
+"""What a run looks like: the live line in the terminal, and the plot of its `metrics.jsonl`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+
+SMOOTHING = 0.9  # of the heavier training curve; the raw losses stand behind it, pale
+
+
+class Progress:
+    """A live bar with loss, rate and speed; where the output is no terminal, a plain line now and then."""
+
+    def __init__(self, console: Console, total: int, done: int = 0, logging_steps: int = 10) -> None:
+        self.console, self.total, self.logging_steps = console, total, logging_steps
+        self.live = progress.Progress(
+            progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            progress.BarColumn(bar_width=14),
+            progress.TextColumn("{task.fields[numbers]}"),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.live.add_task("train", total=total, completed=done, numbers="")
+
+    def __enter__(self) -> "Progress":
+        self.live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.live.stop()
+
+    def update(self, record: dict[str, float]) -> None:
+        """Show the line of one training step."""
+        step = int(record["step"])
+        numbers = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['tokens_per_s']:,.0f} tokens/s"
+        self.live.update(self.task, completed=step, numbers=numbers)
+        if not self.console.is_terminal and (step % self.logging_steps == 0 or step == self.total):
+            left = self.live.tasks[0].time_remaining
+            eta = f"  {left:.0f} s left" if left else ""
+            self.console.print(f"step {step}/{self.total}  {numbers}{eta}", highlight=False)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order.
+
+    Raises:
+        ValueError: naming the line that is not JSON.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error.msg})") from error
+    return records
+
+
+def plot_losses(metrics: Path, out: Path) -> None:
+    """Training and evaluation loss over the steps, the learning rate below, as a PNG.
+
+    Raises:
+        ValueError: `metrics` holds no training step.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, no global state
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics)
+    trained = [r for r in records if "loss" in r]
+    evaluated = [r for r in records if "eval_loss" in r]
+    if not trained:
+        raise ValueError(f"{metrics}: no training step to plot")
+    steps = [r["step"] for r in trained]
+    losses = [r["loss"] for r in trained]
+
+    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    upper.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+    upper.plot(steps, _smoothed(losses), color="tab:blue", linewidth=1.8, label="training")
+    if evaluated:
+        xs, ys = [r["step"] for r in evaluated], [r["eval_loss"] for r in evaluated]
+        upper.plot(xs, ys, color="tab:orange", marker="o", markersize=5, linewidth=1.5, label="held out")
+        for x, y in {xs[0]: ys[0], xs[-1]: ys[-1]}.items():
+            upper.annotate(f"{y:.3f}", (x, y), textcoords="offset points", xytext=(0, 8), ha="center")
+    upper.set_ylabel("loss (nats per token)")
+    upper.margins(y=0.12)
+    upper.grid(alpha=0.3)
+    upper.legend()
+    lower.plot(steps, [r["lr"] for r in trained], color="tab:gray")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("step")
+    lower.grid(alpha=0.3)
+    figure.savefig(out)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential mean, unbiased at the start."""
+    smooth, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        smooth.append(mean / weight)
+    return smooth

@@ -1,0 +1,322 @@
+"""The recipe of a training run: one flat table of keys, read from YAML, overridden by `--set key=value`.
+
+A key keeps the name it has elsewhere, so that nothing is learned twice:
+
+- of the run (`max_steps`, `learning_rate`, `save_steps`, ...): transformers' `TrainingArguments`;
+- of the adapters (`r`, `lora_alpha`, `target_modules`, ...): peft's `LoraConfig`;
+- of the data (`max_length`, `completion_only_loss`, `dataset_name`, ...): TRL's `SFTConfig`.
+
+Everything is checked before anything is loaded: a key that does not exist is refused with the nearest
+one that does, a value of the wrong type or range with what was expected.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+BUILT_IN = Path(__file__).resolve().parent / "recipes"
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+SAMPLING = ("random", "sequential", "group_by_length")
+
+# Names from other tools, or older ones, that the spelling alone would not lead to the right key.
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "lora_r": "r",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "base_model": "model_name_or_path",
+    "max_seq_length": "max_length",
+    "load_in_4bit": "quantize",
+    "group_by_length": "train_sampling_strategy",
+    "no_cuda": "use_cpu",
+}
+
+# A resumed run may change these: they decide what is shown, kept or evaluated, never a training loss.
+# The training data are compared by content, so that a file may move.
+FREE_ON_RESUME = frozenset(
+    [
+        "output_dir",
+        "save_steps",
+        "save_total_limit",
+        "logging_steps",
+        "eval_steps",
+        "eval_on_start",
+        "eval_file",
+        "per_device_eval_batch_size",
+        "gradient_checkpointing",
+        "train_file",
+        "dataset_name",
+        "dataset_config",
+        "dataset_train_split",
+        "dataset_test_split",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All the keys of a run, with their defaults. Construct with `load`, `from_mapping` or keywords.
+
+    Raises:
+        ValueError: a value out of its range, or keys that contradict each other; the key is named.
+    """
+
+    model_name_or_path: Annotated[str, "a directory in Hugging Face layout, or a hub name"] = ""
+    quantize: Annotated[str | None, "nf4: the frozen base in 4 bits (QLoRA); null: in 16 or 32, as bf16 says"] = None
+
+    r: Annotated[int, "rank of the adapters, 1 to 256"] = 16
+    lora_alpha: Annotated[float, "the update is scaled by lora_alpha / r"] = 32.0
+    lora_dropout: Annotated[float, "dropout on the adapters' input"] = 0.0
+    target_modules: Annotated[str | list[str], "names or regular expression of the layers to adapt"] = "all-linear"
+    exclude_modules: Annotated[str | list[str] | None, "names or regular expression of layers to leave"] = None
+    use_rslora: Annotated[bool, "scale by lora_alpha / sqrt(r) instead"] = False
+
+    train_file: Annotated[str | None, "JSONL or JSON with text | prompt + completion | messages"] = None
+    eval_file: Annotated[str | None, "the same, for evaluation"] = None
+    dataset_name: Annotated[str | None, "instead of files: what datasets.load_dataset accepts"] = None
+    dataset_config: Annotated[str | None, "its configuration"] = None
+    dataset_train_split: Annotated[str, "its split to train on"] = "train"
+    dataset_test_split: Annotated[str | None, "its split to evaluate on"] = None
+    max_length: Annotated[int, "longer examples are cut at the end; how many is reported"] = 1024
+    completion_only_loss: Annotated[bool, "prompt + completion: no loss on the prompt"] = True
+    assistant_only_loss: Annotated[bool, "messages: loss on the assistant's turns alone"] = True
+    train_sampling_strategy: Annotated[str, "random | sequential | group_by_length"] = "random"
+
+    output_dir: Annotated[str, "adapter, checkpoints, metrics.jsonl and loss.png go here"] = "runs/train"
+    max_steps: Annotated[int, "optimizer steps; -1: as num_train_epochs says"] = -1
+    num_train_epochs: Annotated[float, "passes over the training data, when max_steps is -1"] = 1.0
+    per_device_train_batch_size: Annotated[int, "examples in one forward pass of one device"] = 8
+    per_device_eval_batch_size: Annotated[int, "the same, in evaluation"] = 8
+    gradient_accumulation_steps: Annotated[int, "forward passes in one optimizer step"] = 1
+    learning_rate: Annotated[float, "peak learning rate"] = 2e-4
+    lr_scheduler_type: Annotated[str, "linear | cosine | constant | constant_with_warmup"] = "cosine"
+    warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
+    warmup_ratio: Annotated[float, "the same, as a share of all steps"] = 0.0
+    weight_decay: Annotated[float, "AdamW's, on the adapters"] = 0.0
+    adam_beta1: Annotated[float, "AdamW's"] = 0.9
+    adam_beta2: Annotated[float, "AdamW's"] = 0.999
+    adam_epsilon: Annotated[float, "AdamW's"] = 1e-8
+    max_grad_norm: Annotated[float, "gradients are scaled down to this norm; 0: never"] = 1.0
+    bf16: Annotated[bool | None, "compute in bfloat16; null: where the hardware has it"] = None
+    gradient_checkpointing: Annotated[bool, "recompute activations in backward: less memory, more time"] = False
+    use_cpu: Annotated[bool, "stay on the CPU even where a GPU is found"] = False
+    seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
+    logging_steps: Annotated[int, "steps between two printed lines where there is no live display"] = 10
+    eval_steps: Annotated[int | None, "steps between evaluations; null: only at the end"] = None
+    eval_on_start: Annotated[bool, "evaluate before the first step too"] = False
+    save_steps: Annotated[int | None, "steps between checkpoints; null: none"] = 500
+    save_total_limit: Annotated[int | None, "checkpoints kept, the newest; null: all"] = None
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = _coerced(spec.name, getattr(self, spec.name))
+            object.__setattr__(self, spec.name, value)
+        _check_ranges(self)
+        _check_together(self)
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML, defaults included; `load` reads it back to an equal recipe."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """A copy with some keys changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+_TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _coerced(key: str, value: Any) -> Any:
+    """`value` in the type of `key`; YAML 1.1 reads `1e-3` as a string, which is a number here."""
+    wanted = _alternatives(_TYPES[key])
+    if value is None and type(None) in wanted:
+        return None
+    if bool in wanted and isinstance(value, bool):
+        return value
+    if list[str] in wanted and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return list(value)
+    if str in wanted and isinstance(value, str):
+        return value
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            if float in wanted:
+                return float(value)
+            if int in wanted and float(value).is_integer():
+                return int(float(value))
+        except (ValueError, OverflowError):
+            pass
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
+    expected = " or ".join(words.get(w, "a list of strings") for w in wanted)
+    raise ValueError(f"{key}: expected {expected}, got {value!r}")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    at_least_one = [
+        "r",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+    ]
+    not_negative = ["warmup_steps", "weight_decay", "max_grad_norm", "seed"]
+    shares = ["lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"]
+    positive = ["lora_alpha", "learning_rate", "num_train_epochs", "adam_epsilon"]
+    rules = [
+        *((k, lambda v: v >= 1, "at least 1") for k in at_least_one),
+        *((k, lambda v: 0 <= v < float("inf"), "0 or more, and finite") for k in not_negative),
+        *((k, lambda v: 0 <= v < 1, "at least 0 and below 1") for k in shares),
+        *((k, lambda v: 0 < v < float("inf"), "more than 0, and finite") for k in positive),
+        ("r", lambda v: v <= 256, "at most 256"),
+        ("max_length", lambda v: v >= 2, "at least 2: a token is predicted from the one before"),
+        ("max_steps", lambda v: v == -1 or v >= 1, "at least 1, or -1 for whole epochs"),
+        ("quantize", lambda v: v == "nf4", "nf4 or null"),
+        ("lr_scheduler_type", lambda v: v in SCHEDULES, " | ".join(SCHEDULES)),
+        ("train_sampling_strategy", lambda v: v in SAMPLING, " | ".join(SAMPLING)),
+        ("output_dir", lambda v: v != "", "a directory"),
+    ]
+    for key, holds, expected in rules:
+        value = getattr(recipe, key)
+        if value is not None and not holds(value):
+            raise ValueError(f"{key}: must be {expected}, got {value!r}")
+
+
+def _check_together(recipe: Recipe) -> None:
+    if not recipe.model_name_or_path:
+        raise ValueError("model_name_or_path: missing; give a model directory or a hub name")
+    if (recipe.train_file is None) == (recipe.dataset_name is None):
+        raise ValueError("train_file, dataset_name: give exactly one of the two")
+    if recipe.eval_file is not None and recipe.dataset_test_split is not None:
+        raise ValueError("eval_file, dataset_test_split: give one of the two, or neither")
+    if recipe.dataset_test_split is not None and recipe.dataset_name is None:
+        raise ValueError("dataset_test_split: needs dataset_name; with files, give eval_file")
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        raise ValueError("warmup_steps, warmup_ratio: give one of the two")
+    if recipe.lr_scheduler_type == "constant" and (recipe.warmup_steps or recipe.warmup_ratio):
+        raise ValueError("lr_scheduler_type: constant has no warm-up; use constant_with_warmup")
+    evaluates = recipe.eval_file is not None or recipe.dataset_test_split is not None
+    if not evaluates and (recipe.eval_steps is not None or recipe.eval_on_start):
+        raise ValueError("eval_steps, eval_on_start: nothing to evaluate on; give eval_file or dataset_test_split")
+
+
+def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """A recipe from key-value pairs.
+
+    Raises:
+        ValueError: a key that does not exist (the nearest is named), or a bad value.
+    """
+    for key in values:
+        if key not in _TYPES:
+            raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest_key(str(key))!r}?")
+    return Recipe(**values)
+
+
+def nearest_key(name: str) -> str:
+    """The existing key that `name` most likely meant."""
+    if name.lower() in ALIASES:
+        return ALIASES[name.lower()]
+    return difflib.get_close_matches(name.lower(), _TYPES, n=1, cutoff=0.0)[0]
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["learning_rate=1e-3", "target_modules=[q_proj, v_proj]"]` as a mapping; values are YAML."""
+    parsed = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {override!r}: expected key=value")
+        try:
+            parsed[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {override!r}: the value is not valid YAML ({error})") from error
+    return parsed
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The key-value pairs of a recipe file, or of a built-in one by its bare name, unchecked.
+
+    Raises:
+        ValueError: no such file, no valid YAML, or not a table of keys.
+    """
+    found = Path(path)
+    if not found.is_file():
+        found = BUILT_IN / f"{path}.yaml"
+    if not found.is_file():
+        names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
+        raise ValueError(f"{path}: no such recipe file, nor one of the built-in recipes ({names})")
+    try:
+        values = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{found}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{found}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in the file `path`, with `--set` overrides applied on top.
+
+    Raises:
+        ValueError: as `read`, `parse_overrides` and `from_mapping` say.
+    """
+    return from_mapping({**read(path), **parse_overrides(overrides)}, source=str(path))
+
+
+def check_resumable(saved: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse to continue a run under a recipe that would have given other losses.
+
+    With a constant learning rate the number of steps changes none of them, and may be raised.
+
+    Raises:
+        ValueError: naming each key that differs, with both values.
+    """
+    free = set(FREE_ON_RESUME)
+    if recipe.lr_scheduler_type.startswith("constant") and not recipe.warmup_ratio:
+        free |= {"max_steps", "num_train_epochs"}
+    now = dataclasses.asdict(recipe)
+    changed = [k for k in now if k not in free and k in saved and saved[k] != now[k]]
+    if changed:
+        listed = "; ".join(f"{k} was {saved[k]!r}, is now {now[k]!r}" for k in changed)
+        raise ValueError(f"cannot resume with a changed recipe: {listed}. Restore it, or give another output_dir.")
+
+
+def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
+    """The rate of `step` (from 0): linear warm-up, then transformers' `lr_scheduler_type`.
+
+    The first step of the warm-up is not wasted on a rate of 0, as it is there; from the peak on they agree.
+    """
+    warmup = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total_steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total_steps - warmup)
+    share = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}.get(recipe.lr_scheduler_type, 1.0)
+    return recipe.learning_rate * share
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every key, in order."""
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    rows = []
+    for spec in dataclasses.fields(Recipe):
+        default = yaml.safe_dump(spec.default).removesuffix("...\n").strip()
+        rows.append((spec.name, default, typing.get_args(hints[spec.name])[-1]))
+    return rows

@@ -1,0 +1,343 @@
+"""From a model to a model whose linear layers run on fastlora: `replace_linear`.
+
+A plain model gets `LoRALinear` in place of each targeted layer, and with `quantize="nf4"` an NF4 base in place of each
+weight. Layers of bitsandbytes are adopted. A model that peft has already wrapped keeps its own layers, which learn the
+fused forward (`fastlora.peft_swap`).
+
+The work goes in three steps. Look: every linear layer is found and the reason against replacing it, if any, noted.
+Decide: names are matched and every argument checked; whatever is wrong raises here. Change: only then is the model
+touched, so that a call that raises ValueError has changed nothing.
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import functional
+from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linear4bit
+from fastlora.nf4 import BLOCKSIZES
+from fastlora.report import Report, Row
+from fastlora.survey import Site, expert_notes, find_sites, output_head
+from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config
+
+
+def replace_linear(
+    model: nn.Module,
+    config: Any = None,
+    *,
+    r: int = 16,
+    lora_alpha: float = 32,
+    lora_dropout: float = 0.0,
+    target_modules: Any = ALL_LINEAR,
+    exclude_modules: Any = None,
+    use_rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    layers_to_transform: Any = None,
+    layers_pattern: Any = None,
+    init_lora_weights: bool | str = True,
+    quantize: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    adapter_name: str = "default",
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Put fused LoRA layers in place of a model's linear layers; freeze everything but the adapters.
+
+    On a model that carries peft's LoRA layers, these are sped up in place instead: same parameters, same checkpoint,
+    peft's methods still work, nothing is frozen or thawed; such a call takes no options and may be repeated.
+
+    Args:
+        model: any module; changed in place.
+        config: a peft `LoraConfig` instead of the options of LoRA; `quantize`, `blocksize`, `double_quant`,
+            `adapter_name` and `adapter_dtype` go with either.
+        r, lora_alpha, lora_dropout, use_rslora: as in peft.
+        target_modules: "all-linear" (all but the output head), a list of names or ends of names, or a regular
+            expression for the whole name.
+        exclude_modules: a list or a regular expression; these get no adapter and are not quantized.
+        rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
+        layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
+        init_lora_weights: True, False or "gaussian".
+        quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
+            excluded layers and of those that share their weight. Layer by layer: the peak is the model and one layer.
+        blocksize, double_quant: of the quantization.
+        adapter_name: the key of the adapter in parameter names.
+        adapter_dtype: dtype of A and B; fp32 where None, as in peft.
+    Returns:
+        The same model. `model.fastlora_report` says what became of every linear layer and why.
+    Raises:
+        ValueError: an option out of its range or not supported, a target that matches nothing, no layer that can be
+            replaced, or a model that has fastlora's adapters already. The model is unchanged.
+        RuntimeError: memory ran out while quantizing. The model is half quantized: load it again.
+    """
+    keywords = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "use_rslora": use_rslora,
+        "rank_pattern": rank_pattern or {},
+        "alpha_pattern": alpha_pattern or {},
+        "layers_to_transform": layers_to_transform,
+        "layers_pattern": layers_pattern,
+        "init_lora_weights": init_lora_weights,
+    }
+    if carries_peft(model):
+        return _speed_up_peft(model, config, {**keywords, "quantize": quantize, "adapter_dtype": adapter_dtype})
+    if config is not None:
+        _refuse_both(keywords)
+        settings = settings_from_config(config)
+    else:
+        settings = LoRASettings(**keywords)
+    by_architecture = settings.target_modules is None
+    if by_architecture:
+        settings = _with_default_targets(settings, model)
+    check_free(model)
+    sites = find_sites(model)
+    excluded = decide(model, sites, settings, strict=not by_architecture)
+    return carry_out(
+        model,
+        sites,
+        settings,
+        excluded,
+        quantize=quantize,
+        blocksize=blocksize,
+        double_quant=double_quant,
+        adapter_name=adapter_name,
+        adapter_dtype=adapter_dtype,
+    )
+
+
+def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, strict: bool = True) -> set[str]:
+    """Mark the sites that get an adapter.
+
+    Returns:
+        the names that the settings exclude.
+    Raises:
+        ValueError: nothing would be replaced, or an explicit target cannot be.
+    """
+    head = output_head(model)
+    names = [name for name, _ in model.named_modules()]
+    chosen, excluded = select(settings, names, sites.keys(), head, strict)
+    able = {name for name in chosen if not sites[name].obstacle}
+    if not able:
+        reasons = Counter(sites[name].obstacle for name in chosen)
+        told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        raise ValueError(f"none of the {len(chosen)} targeted linear layers can be replaced: {told}")
+    _refuse_unable_targets(settings, sites, chosen, able)
+    settings.check_patterns(able)
+    for name in able:
+        sites[name].adapt = True
+        sites[name].r, sites[name].lora_alpha = settings.rank_and_alpha(name)
+    return excluded
+
+
+def _decide_nf4(model: nn.Module, sites: dict[str, Site], excluded: Collection[str]) -> None:
+    """Mark the sites whose weight shall become NF4, with the reason on those whose weight shall not.
+
+    Raises:
+        ValueError: a weight that cannot be quantized: on the meta device, empty, or not finite.
+    """
+    head = output_head(model)
+    for name, site in sites.items():
+        if type(site.module) is not nn.Linear or site.obstacle:
+            continue
+        if site.shared_with:
+            site.no_quantize = f"its weight is shared with {site.shared_with}"
+        elif name in excluded:
+            site.no_quantize = "excluded"
+        elif name == head:
+            site.no_quantize = "the output head keeps its dtype"
+        else:
+            _check_quantizable(name, site.module.weight)
+            site.quantize = True
+
+
+def carry_out(
+    model: nn.Module,
+    sites: dict[str, Site],
+    settings: LoRASettings,
+    excluded: Collection[str] = (),
+    *,
+    quantize: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    adapter_name: str = "default",
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Replace the marked sites: check the last arguments, make the adapters, hang them in, quantize layer by layer.
+
+    Raises:
+        ValueError: as `replace_linear`; the model is unchanged.
+    """
+    _check_arguments(quantize, blocksize, adapter_name)
+    if quantize:
+        _decide_nf4(model, sites, excluded)
+    adapted = {name: site for name, site in sites.items() if site.adapt}
+    for site in adapted.values():
+        if not site.quantize and not is_linear4bit(site.module):
+            check_adapter_dtype(adapter_dtype, site.module.weight)
+    dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
+    layers = {
+        name: LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, init)
+        for name, site in adapted.items()
+    }
+    report = _report(model, sites)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, layer in layers.items():
+        layer.requires_grad_(False)
+        for part in (layer.lora_A, layer.lora_B):
+            part.requires_grad_(not settings.inference_mode)
+        _hang(sites[name], layer)
+    _quantize(sites, layers, blocksize, double_quant)
+    _let_inputs_require_grad(model)
+    model.fastlora_report = report  # type: ignore[assignment]
+    model.fastlora_settings = settings  # type: ignore[assignment]
+    return model
+
+
+def carries_peft(model: nn.Module) -> bool:
+    """Whether peft has wrapped this model or put layers of its own into it."""
+    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()) or any(
+        getattr(module, "fastlora_calls", None) is not None for module in model.modules()
+    )
+
+
+def _speed_up_peft(model: nn.Module, config: Any, options: dict[str, Any]) -> nn.Module:
+    """Change the class of peft's layers, after making sure that no option was given."""
+    defaults = {**vars(LoRASettings()), "quantize": None, "adapter_dtype": None}
+    given = [name for name, value in options.items() if value != defaults[name]]
+    if config is not None or given:
+        raise ValueError(
+            f"the model already carries peft's adapters, whose options are peft's: call replace_linear(model) without "
+            f"{'config' if config is not None else given[0]}"
+        )
+    from fastlora import peft_swap
+
+    model.fastlora_report = peft_swap.speed_up(model)  # type: ignore[assignment]
+    return model
+
+
+def _refuse_both(keywords: dict[str, Any]) -> None:
+    defaults = vars(LoRASettings())
+    given = [name for name, value in keywords.items() if value != defaults[name]]
+    if given:
+        raise ValueError(f"give either config or {given[0]}, not both: set {given[0]} in the config")
+
+
+def _with_default_targets(settings: LoRASettings, model: nn.Module) -> LoRASettings:
+    """peft's default targets for the model's architecture."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in DEFAULTS:
+        raise ValueError(f"the config names no target_modules, and peft has no default for model_type={model_type!r}")
+    return LoRASettings(**{**vars(settings), "target_modules": list(DEFAULTS[model_type])})
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise ValueError where the model has fastlora's adapters already."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    if adapted:
+        raise ValueError(
+            f"the model has fastlora's adapters already, in {len(adapted)} layers such as {adapted[0]!r}: merge(model) "
+            "folds them in, or load the model again"
+        )
+
+
+def _check_arguments(quantize: str | None, blocksize: int, adapter_name: str) -> None:
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize must be None or 'nf4', not {quantize!r}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}; got {blocksize}")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name must be a name without dots, not {adapter_name!r}")
+
+
+def _refuse_unable_targets(settings: LoRASettings, sites: dict[str, Site], chosen: set[str], able: set[str]) -> None:
+    """An entry of a list of targets must lead to at least one replaced layer; the report tells of the others."""
+    targets = settings.target_modules
+    if targets is None or isinstance(targets, str):
+        return
+    for entry in targets:
+        meant = [name for name in chosen if name == entry or name.endswith("." + entry)]
+        if meant and not able.intersection(meant):
+            raise ValueError(f"target_modules: {entry!r} cannot be replaced: {sites[meant[0]].obstacle}")
+
+
+def _check_quantizable(name: str, weight: Tensor) -> None:
+    if weight.device.type == "meta":
+        raise ValueError(f"{name}.weight is on the meta device: load the weights before quantizing")
+    if weight.numel() == 0:
+        raise ValueError(f"{name}.weight is empty: exclude it or load the weights (gather them first under ZeRO-3)")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}.weight holds NaN or inf: repair the checkpoint, or exclude the layer")
+
+
+def _hang(site: Site, layer: nn.Module) -> None:
+    for parent, attribute in site.places:
+        setattr(parent, attribute, layer)
+
+
+def _quantize(sites: dict[str, Site], layers: dict[str, LoRALinear], blocksize: int, double_quant: bool) -> None:
+    """Turn marked weights into NF4, letting go of each before the next."""
+    done = 0
+    for name, site in sites.items():
+        linear, site.module = site.module, None
+        if not site.quantize:
+            continue
+        try:
+            base = NF4Linear.from_linear(linear, blocksize, double_quant)
+        except Exception as error:
+            raise RuntimeError(
+                f"quantizing {name} failed after {done} layers had been replaced; load the model again"
+            ) from error
+        if name in layers:
+            layers[name].base_layer = base
+        else:
+            _hang(site, base)
+        done += 1
+
+
+def _let_inputs_require_grad(model: Any) -> None:
+    """Reentrant checkpointing cuts the graph where no input requires grad, as behind a frozen embedding."""
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+    if checkpointing and hasattr(model, "enable_input_require_grads") and not hasattr(model, "_require_grads_hook"):
+        model.enable_input_require_grads()
+
+
+def _report(model: nn.Module, sites: dict[str, Site]) -> Report:
+    devices = {site.module.weight.device for site in sites.values() if site.adapt}
+    backends = {device: functional.backend(device) for device in sorted(devices, key=str)}
+    head = output_head(model)
+    rows = []
+    for name, site in sites.items():
+        replaced = site.adapt or site.quantize
+        path = functional.backend(site.module.weight.device).name if replaced else "unchanged"
+        in_nf4 = site.quantize or (site.adapt and type(site.module) is not nn.Linear)
+        rows.append(Row(name, site.kind, site.shape, replaced, _why(site, head), path, site.r, in_nf4))
+    first = next(iter(backends.values()))
+    return Report(rows, first.name, first.reason, expert_notes(model))
+
+
+def _why(site: Site, head: str | None) -> str:
+    """The sentence of the report about one layer."""
+    if site.obstacle:
+        return site.obstacle
+    if not site.adapt and not site.quantize:
+        what = "output head, left alone" if site.name == head else "not a target"
+        return f"{what}; not quantized: {site.no_quantize}" if site.no_quantize and what == "not a target" else what
+    adapter = f"adapter r={site.r}" if site.adapt else "no adapter: not a target"
+    if site.quantize:
+        return f"{adapter}, weight quantized to NF4"
+    if is_linear4bit(site.module):
+        return f"{adapter}, bitsandbytes' NF4 weight adopted"
+    if isinstance(site.module, NF4Linear):
+        return f"{adapter}, weight in NF4 already"
+    dtype = str(site.module.weight.dtype).removeprefix("torch.")
+    return f"{adapter}, {dtype} weight" + (f", not quantized: {site.no_quantize}" if site.no_quantize else "")

@@ -1,0 +1,154 @@
+"""What became of every linear layer of a model, and why: the answer to "is this layer fast?"
+
+`replace_linear` leaves a `Report` on the model as `model.fastlora_report`. Each linear layer has one row,
+whether it was replaced or not, so that no layer is slow in silence. On peft's own layers, which may step back to
+peft's forward at any call, a row also counts the calls of either kind and keeps the reason of the last step back.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+@dataclass
+class Calls:
+    """How often a layer of peft's took the fused path, and how often it stepped back to peft's forward.
+
+    Calls inside a `torch.compile` graph are not counted: there the choice is made once, at compile time.
+    """
+
+    fused: int = 0
+    stepped_back: int = 0
+    last_reason: str = ""
+
+    def __str__(self) -> str:
+        back = f", {self.stepped_back} stepped back ({self.last_reason})" if self.stepped_back else ""
+        return f"{self.fused} fused{back}"
+
+
+@dataclass
+class Row:
+    """One linear layer.
+
+    Args:
+        name: its path in the model, as in `model.named_modules()`.
+        kind: class of the layer as it was found.
+        shape: (out_features, in_features).
+        replaced: whether fastlora computes it from now on.
+        reason: what was done and why, or why nothing was.
+        path: what computes it: "triton", "cpp" or "torch" where replaced, else "unchanged".
+        r: rank of the adapter, 0 without one.
+        quantized: whether the base weight is NF4.
+        calls: counts for a layer of peft's, None elsewhere.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    replaced: bool
+    reason: str
+    path: str = "unchanged"
+    r: int = 0
+    quantized: bool = False
+    calls: Calls | None = None
+
+
+@dataclass
+class Report:
+    """Rows for all linear layers of a model, in its order, and what the kernels run on.
+
+    Args:
+        rows: one per linear layer.
+        backend: name of the path: "triton", "cpp" or "torch".
+        backend_reason: why that path.
+        notes: what else the user should know.
+    """
+
+    rows: list[Row]
+    backend: str = ""
+    backend_reason: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def replaced(self) -> list[Row]:
+        """The rows of layers that fastlora computes."""
+        return [row for row in self.rows if row.replaced]
+
+    @property
+    def left(self) -> list[Row]:
+        """The rows of layers left as they were."""
+        return [row for row in self.rows if not row.replaced]
+
+    def summary(self) -> str:
+        """One line: how many layers were replaced, how many hold NF4, what they run on."""
+        quantized = sum(row.quantized for row in self.replaced)
+        adapted = sum(row.r > 0 for row in self.replaced)
+        text = (
+            f"{len(self.replaced)} of {len(self.rows)} linear layers replaced ({adapted} with adapters, "
+            f"{quantized} in NF4), running on {self.backend}: {self.backend_reason}"
+        )
+        counted = [row.calls for row in self.rows if row.calls is not None]
+        if counted:
+            fused, back = sum(c.fused for c in counted), sum(c.stepped_back for c in counted)
+            text += f"; {fused} calls fused, {back} stepped back to peft"
+        return text
+
+    def to_json(self) -> str:
+        """The whole report as JSON: `backend`, `backend_reason`, `notes`, `rows`."""
+        return json.dumps(asdict(self), indent=2)
+
+    def print(self, console: Any = None, every_layer: bool = False) -> None:
+        """Print the report as a table.
+
+        Args:
+            console: a `rich.console.Console`; a new one on stdout where None.
+            every_layer: a line for every layer; else layers that differ only in their number share a line.
+        """
+        lines = [(row.name, 1, row) for row in self.rows] if every_layer else list(_grouped(self.rows))
+        try:
+            from rich.console import Console
+            from rich.markup import escape
+            from rich.table import Table
+        except ImportError:
+            print(self._plain(lines))
+            return
+        console = console or Console()
+        console.print(escape(self.summary()))
+        table = Table()
+        for title in ("layer", "kind", "shape", "path", "why"):
+            table.add_column(title, overflow="fold", no_wrap=title in ("kind", "shape", "path"))
+        for cells, row in ((_cells(name, count, row), row) for name, count, row in lines):
+            table.add_row(*(escape(cell) for cell in cells), style=None if row.replaced else "dim")
+        console.print(table)
+        for note in self.notes:
+            console.print(escape(note))
+
+    def _plain(self, lines: Iterable[tuple[str, int, Row]]) -> str:
+        return "\n".join([self.summary(), *("  ".join(_cells(*line)) for line in lines), *self.notes])
+
+
+def _cells(name: str, count: int, row: Row) -> tuple[str, ...]:
+    why = row.reason if row.calls is None else f"{row.reason}; {row.calls}"
+    times = f"{count} x " if count > 1 else ""
+    return f"{times}{name}", row.kind, f"{row.shape[0]}x{row.shape[1]}", row.path, why
+
+
+def _grouped(rows: list[Row]) -> Iterable[tuple[str, int, Row]]:
+    """(name, count, row) for runs of rows that say the same and differ only in the numbers in their names."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        said = (row.kind, row.shape, row.replaced, row.reason, row.path, row.r, row.quantized)
+        groups.setdefault((_INDEX.sub("*", row.name), *said), []).append(row)
+    for members in groups.values():
+        name = members[0].name if len(members) == 1 else _INDEX.sub("*", members[0].name)
+        first = members[0]
+        if len(members) > 1 and first.calls is not None:
+            counted = [row.calls for row in members if row.calls is not None]
+            last = next((calls.last_reason for calls in counted if calls.last_reason), "")
+            total = Calls(sum(c.fused for c in counted), sum(c.stepped_back for c in counted), last)
+            first = Row(**{**vars(first), "calls": total})
+        yield name, len(members), first

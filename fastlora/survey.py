@@ -1,0 +1,133 @@
+"""Which linear layers a model has, where they hang, and what speaks against replacing each."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastlora.linear import AdoptedWeight, NF4Linear, is_linear4bit
+from fastlora.nf4 import FLOAT_DTYPES
+
+_HEAD_NAMES = ("lm_head", "score", "classifier")
+_REASON_BY_KIND = {
+    "Conv1D": "Conv1D keeps its weight transposed; only nn.Linear layers are replaced",
+    "Linear8bitLt": "its weight is 8-bit; load the model in bf16, or with load_in_4bit and nf4",
+    "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads this weight without calling the layer",
+}
+
+
+@dataclass
+class Site:
+    """A linear layer of the model: where it hangs, what speaks against replacing it, what shall become of it."""
+
+    name: str
+    module: Any
+    shape: tuple[int, int]
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    obstacle: str = ""
+    shared_with: str = ""
+    no_quantize: str = ""
+    adapt: bool = False
+    r: int = 0
+    lora_alpha: float = 0.0
+    quantize: bool = False
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+
+def find_sites(model: nn.Module) -> dict[str, Site]:
+    """Every linear layer of the model by name, with what speaks against replacing or quantizing it."""
+    sharers: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                sharers.setdefault(id(parameter), []).append(f"{name}.{parameter_name}".lstrip("."))
+    by_id: dict[int, Site] = {}
+    for name, module in model.named_modules():
+        shape = _linear_shape(module)
+        if shape is None:
+            continue
+        site = by_id[id(module)] = Site(name, module, shape, obstacle=obstacle(module))
+        if not name:
+            site.obstacle = "it is the model itself, which nothing holds: wrap it, as in nn.Sequential(linear)"
+        others = [other for other in sharers.get(id(module._parameters.get("weight")), []) if other != f"{name}.weight"]
+        site.shared_with = others[0] if others else ""
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None and id(child) in by_id:
+                by_id[id(child)].places.append((parent, attribute))
+    return {site.name: site for site in by_id.values()}
+
+
+def obstacle(module: Any) -> str:
+    """Why a linear layer cannot be replaced; empty where it can."""
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return "parametrized: its weight is computed by other modules"
+    if hasattr(module, "_hf_hook"):
+        return "accelerate moves its inputs or weights (device_map over several devices): load the model on one device"
+    if has_hooks(module):
+        return "it has hooks or a forward of its own, which a fused layer would not run"
+    if is_linear4bit(module):
+        try:
+            AdoptedWeight().of(module)
+        except ValueError as error:
+            return str(error)
+        return ""
+    if type(module) not in (nn.Linear, NF4Linear):
+        return _REASON_BY_KIND.get(kind, f"{kind} has a forward of its own")
+    if isinstance(module, NF4Linear):
+        return ""
+    weight = module.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.dtype not in FLOAT_DTYPES:
+        return f"its weight is {weight.dtype}; fp32, bf16 or fp16 can be replaced"
+    return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything but the class's own forward runs when the module is called."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__
+
+
+def output_head(model: nn.Module) -> str | None:
+    """Name of the output head: that of `get_output_embeddings()`, else `lm_head`, `score` or `classifier`."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if head is None:
+        head = next((found for name in _HEAD_NAMES if (found := getattr(model, name, None)) is not None), None)
+    return next((name for name, module in model.named_modules() if module is head and name), None)
+
+
+def _linear_shape(module: Any) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer of any kind, None for other modules."""
+    if isinstance(module, (nn.Linear, NF4Linear)):
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return module.nf, module.weight.shape[0]
+    return None
+
+
+def expert_notes(model: nn.Module) -> list[str]:
+    """Experts kept as one 3-d parameter are no linear layers and easily overlooked."""
+    experts = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and "expert" in f"{name}.{key}".lower()
+    ]
+    if not experts:
+        return []
+    return [
+        f"{len(experts)} expert weights are 3-d parameters, not linear layers, and get no adapter: {experts[0]}, ..."
+    ]

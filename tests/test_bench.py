@@ -1,0 +1,304 @@
+"""The bench: what it writes, what it refuses, and that a wrong provider cannot pass for a fast one."""
+
+import csv
+import functools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import kernels, memory, providers, table
+from bench.accuracy import Judge, share_of_limit
+from bench.cli import main
+from bench.measure import interleave, measure_machine, spread
+from bench.providers import LoraLayer, Operands, Problem, Provider, draw_inputs, find_providers, make_operands
+from bench.record import HEADER, Point, Recorder
+from fastlora import reference
+
+CPU = torch.device("cpu")
+TINY = ["--shapes", "64x96", "--m", "1", "5", "--r", "4", "--repeats", "2", "--budget", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def small_machine_check(monkeypatch):
+    monkeypatch.setattr(kernels, "measure_machine", functools.partial(measure_machine, size=64))
+
+
+def run_bench(path: Path, *options: str) -> list[dict[str, str]]:
+    assert main(["kernels", "--out", str(path), *TINY, *options]) == 0
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def scaled_provider(factor: float) -> Provider:
+    """A LoRA linear whose scaling is off by a factor."""
+
+    def build(operands: Operands) -> list[LoraLayer]:
+        a, b = operands.lora_a.clone().requires_grad_(), operands.lora_b.clone().requires_grad_()
+        scaling = providers.SCALING * factor
+        return [LoraLayer(lambda x, w=w: reference.lora_linear(x, w, a, b, scaling), a, b) for w in operands.dense]
+
+    return Provider("scaled", build, torch.float32)
+
+
+def raising_provider() -> Provider:
+    def build(operands: Operands) -> list[LoraLayer]:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no kernel for this shape")
+
+        return [LoraLayer(call, operands.lora_a, operands.lora_b)]
+
+    return Provider("raising", build, torch.float32)
+
+
+@pytest.mark.slow
+def test_every_provider_mode_and_metric_has_its_row(tmp_path, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    rows = run_bench(tmp_path / "new" / "kernels.csv", "--m", "5")
+    found = {(r["kernel"], r["provider"], r["mode"], r["metric"], r["M"]) for r in rows}
+    expected = {("copy", "torch", "forward", "time", "256"), ("matmul", "torch", "forward", "time", "16")}
+    for kernel in providers.KERNELS:
+        for provider in find_providers():
+            if kernel not in provider.kernels:
+                continue
+            for metric in ("time", "peak_memory"):
+                expected |= {(kernel, provider.name, mode, metric, "5") for mode in provider.modes}
+            if provider.adapter_dtype is not None:
+                expected.add((kernel, provider.name, provider.modes[-1], "error", "5"))
+    assert found == expected
+    assert len(rows) == len(expected)
+    for row in rows:
+        assert float(row["p50"]) >= 0
+        if row["metric"] == "error":
+            assert float(row["p50"]) <= 1
+        if row["metric"] == "time":
+            assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+    shown = capsys.readouterr().out
+    assert "GB/s" in shown
+    assert "every provider within tolerance: yes" in shown
+    assert "no shape slower than peft + bitsandbytes: not measured" not in shown
+
+
+def test_the_columns_are_those_of_the_house():
+    assert HEADER == (
+        "kernel,provider,mode,metric,unit,M,K,N,R,dtype,dropout,p50,p20,p80,share_of_floor,device,torch,triton,commit,"
+        "timestamp"
+    )
+
+
+def test_share_of_floor_is_the_floors_time_over_ones_own(tmp_path):
+    rows = run_bench(
+        tmp_path / "k.csv", "--no-memory", "--providers", "torch", "fastlora-fp32", "--kernels", "bf16_linear"
+    )
+    timed = {
+        (r["provider"], r["mode"], r["M"]): r for r in rows if r["metric"] == "time" and r["kernel"] == "bf16_linear"
+    }
+    assert len(timed) == 8
+    for (provider, mode, m), row in timed.items():
+        expected = float(timed["torch", mode, m]["p50"]) / float(row["p50"])
+        assert float(row["share_of_floor"]) == pytest.approx(expected, rel=1e-4)
+        assert provider != "torch" or expected == 1
+    assert kernels.share_of_floor(3.0, 4.0) == 0.75
+    assert kernels.share_of_floor(None, 4.0) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "says"), [(lambda: scaled_provider(1.01), "rms error"), (raising_provider, "no kernel")]
+)
+def test_a_wrong_provider_is_reported_and_not_timed(tmp_path, capsys, monkeypatch, make, says):
+    wrong = make()
+    monkeypatch.setattr(providers, "PROVIDERS", (find_providers(["torch"])[0], wrong))
+    rows = run_bench(tmp_path / "k.csv", "--no-memory", "--kernels", "bf16_linear", "--m", "16")
+    mine = [row for row in rows if row["provider"] == wrong.name]
+    assert [row["metric"] for row in mine] == ["error"]
+    assert float(mine[0]["p50"]) > 1
+    shown = capsys.readouterr()
+    assert f"WRONG, not timed: {wrong.name}" in shown.err
+    assert says in shown.err
+    assert f"every provider within tolerance: no, wrong: {wrong.name}" in shown.out
+
+
+def test_a_right_provider_passes_the_check_that_a_wrong_one_fails():
+    operands = make_operands(Problem("nf4_linear", 128, 96, 8, CPU))
+    judge = Judge(operands, *draw_inputs(operands.problem, 16, grad=True))
+    for factor, right in ((1.0, True), (1.01, False)):
+        provider = scaled_provider(factor)
+        share, wrong = judge.judge(provider, provider.build(operands)[0])
+        assert (share <= 1) == right
+        assert (wrong == "") == right
+
+
+def test_share_of_limit_is_infinite_for_what_has_no_error():
+    oracle = torch.ones(2, 2, dtype=torch.float64)
+    assert share_of_limit(torch.full((2, 2), math.nan), oracle, oracle) == math.inf
+    assert share_of_limit(torch.ones(2, 3), oracle, oracle) == math.inf
+
+
+def test_nf4_providers_share_one_set_of_codes():
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    operands = make_operands(Problem("nf4_linear", 64, 96, 4, CPU), packed_copies=2)
+    peft, ours = (find_providers([name])[0].build(operands) for name in ("peft-fp32", "fastlora-fp32"))
+    for packed, theirs, mine in zip(operands.packed, peft, ours, strict=True):
+        assert theirs.call.base_layer.weight.data_ptr() == packed.codes.data_ptr()
+        assert mine.call.base_layer.codes.data_ptr() == packed.codes.data_ptr()
+    assert operands.packed[0].codes.data_ptr() != operands.packed[1].codes.data_ptr()
+
+
+def test_an_existing_csv_is_appended_to_and_nothing_else_is_touched(tmp_path):
+    path = tmp_path / "deep" / "k.csv"
+    point = Point("nf4_linear", "torch", "both", "time", 16, 64, 96, 4, 1.25, 1.0, 2.0, 0.5)
+    Recorder(path, "a, machine").write([point])
+    first = path.read_text()
+    Recorder(path, "a, machine").write([point, point])
+    assert path.read_text().startswith(first)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert rows[2]["device"] == "a, machine"
+    assert (rows[2]["unit"], rows[2]["p50"], rows[2]["share_of_floor"]) == ("ms", "1.25", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("kernel,provider\nmine,1\n", "not this benchmark's header"), (HEADER + "\nnf4_lin", "middle of a row")],
+)
+def test_a_foreign_or_cut_csv_is_refused_and_left_alone(tmp_path, capsys, text, says):
+    path = tmp_path / "k.csv"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        run_bench(path)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_percentiles_are_interpolated():
+    found = spread([4.0, 1.0, 3.0, 2.0, 5.0, 6.0])
+    assert (found.p50, found.p20, found.p80) == pytest.approx((3.5, 2.0, 5.0))
+    assert spread([7.0]) == (7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="no samples"):
+        spread([])
+
+
+def test_candidates_are_called_in_turn_each_on_the_next_copy():
+    calls: list[tuple[str, int]] = []
+    found = interleave(
+        {name: functools.partial(lambda name, serial: calls.append((name, serial)), name) for name in "abc"},
+        CPU,
+        0.0,
+        7,
+    )
+    assert set(found) == set("abc")
+    assert [serial for _, serial in calls] == list(range(len(calls)))
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 2 + 7
+    assert all({name for name, _ in calls} == set("abc") for calls in rounds)
+
+
+def test_peak_memory_counts_what_a_call_holds():
+    if reason := memory.unavailable(CPU):
+        pytest.skip(reason)
+    m, k, n = 512, 1024, 2048
+    floor, ours = find_providers(["torch", "fastlora-fp32"])
+    problem = Problem("bf16_linear", k, n, 16, CPU)
+    with memory.CpuMemory() as server:
+        bare = server.peak(floor, problem, m, ("forward", "both"))
+        again = server.peak(floor, problem, m, ("forward", "both"))
+        lora = server.peak(ours, problem, m, ("both",))
+    outputs = 2 * m * n + 2 * m * k
+    assert bare["forward"] == pytest.approx(2 * m * n, rel=0.1)
+    assert bare["both"] == pytest.approx(outputs, rel=0.1)
+    assert again["both"] == pytest.approx(bare["both"], abs=1e5)
+    assert lora["both"] >= outputs
+
+
+def test_peak_memory_counts_scratch_kept_between_calls():
+    if reason := memory.unavailable(CPU):
+        pytest.skip(reason)
+    scratch: list[torch.Tensor] = []
+
+    class Keeper(providers.BareProduct):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scratch[:] = scratch or [torch.ones(3_000_000, dtype=torch.uint8)]
+            return super().forward(x)
+
+    keeper = Provider("keeper", lambda operands: [Keeper(operands.dense[0])], None)
+    request = {"kernel": "bf16_linear", "K": 64, "N": 64, "R": 4, "M": 16, "dropout": 0.0, "modes": ["forward"]}
+    assert memory._measure(keeper, request)["forward"] >= 3_000_000
+
+
+def test_memory_that_cannot_be_measured_is_an_error():
+    if reason := memory.unavailable(CPU):
+        pytest.skip(reason)
+    (floor,) = find_providers(["torch"])
+    problem = Problem("bf16_linear", 64, -1, 4, CPU)
+    with memory.CpuMemory() as server, pytest.raises(RuntimeError, match="measuring the memory of torch"):
+        server.peak(floor, problem, 1, ("forward",))
+
+
+def point(provider: str, p50: float, m: int = 1024, metric: str = "time", mode: str = "both") -> Point:
+    return Point("nf4_linear", provider, mode, metric, m, 4096, 4096, 16, p50)
+
+
+def test_the_verdict_tells_the_truth():
+    slow = [point("peft-fp32", 10), point("fastlora-fp32", 9), point("peft-bf16", 10), point("fastlora-bf16", 20)]
+    slower, large, held, right = table.verdict(slow)
+    assert slower.startswith(
+        "no shape slower than peft + bitsandbytes: no, 1 of 2: 0.50 at nf4_linear 4096x4096 M=1024 both, bf16"
+    )
+    assert "no, 2 of 2" in large
+    assert "not measured" in held
+    assert right.endswith("yes")
+
+    fast = [point("peft-fp32", 13), point("fastlora-fp32", 10), point("peft-fp32", 50, metric="peak_memory")]
+    slower, large, held, _ = table.verdict([*fast, point("fastlora-fp32", 50.1, metric="peak_memory")])
+    assert "yes (least 1.30" in slower
+    assert "yes (least 1.30" in large
+    assert held.endswith("yes")
+    assert (
+        "no, 1 of 1: 60.0 MB against 50.0"
+        in table.verdict([*fast, point("fastlora-fp32", 60, metric="peak_memory")])[2]
+    )
+
+
+def test_an_unknown_subcommand_lists_those_there_are(capsys):
+    for arguments in ([], ["kernel"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert "kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--shapes", "4096"], "such as 4096x14336"),
+        (["--shapes", "0x64"], "such as 4096x14336"),
+        (["--m", "0"], "at least 1"),
+        (["--dropout", "1"], r"[0, 1)"),
+        (["--providers", "peft"], "there are torch, peft-fp32"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(tmp_path, capsys, options, says):
+    path = tmp_path / "k.csv"
+    with pytest.raises(SystemExit):
+        run_bench(path, *options)
+    assert says in capsys.readouterr().err
+    assert not path.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_a_clear_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_bench(tmp_path / "k.csv", "--device", "cuda")
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_with_events_and_the_allocator(tmp_path):
+    rows = run_bench(tmp_path / "k.csv", "--device", "cuda", "--shapes", "256x512", "--m", "16")
+    assert {row["metric"] for row in rows} == {"time", "peak_memory", "error"}
+    assert all(row["device"] == torch.cuda.get_device_name() for row in rows)

@@ -1,0 +1,239 @@
+"""Data: formats and where the loss falls, refusals with file and line, the order of training, padding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastlora import data
+from fastlora.data import IGNORED, BatchPlan, collate, count_targets
+from fastlora.recipe import Recipe, from_mapping
+
+MARKED = (
+    "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + ' .' }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ ' ' }}{% endfor %}"
+)
+UNMARKED = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    words = ["<end>", "<unk>", "a", "b", "c", "d", "e", "f", "user", "assistant", "."]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
+
+
+def recipe(path: Path, **values: Any) -> Recipe:
+    return from_mapping({"model_name_or_path": "m", "train_file": str(path), **values})
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def example(examples: data.TokenSet, row: int) -> tuple[list[int], list[int]]:
+    bounds = slice(examples.offsets[row], examples.offsets[row + 1])
+    return examples.tokens[bounds].tolist(), examples.labels[bounds].tolist()
+
+
+def test_text_has_loss_everywhere_and_ends(tmp_path: Path, tokenizer: Any) -> None:
+    loaded = data.load(recipe(write(tmp_path / "t.jsonl", {"text": "a b"}, {"text": "c <end>"})), tokenizer)
+    assert loaded is not None
+    assert example(loaded, 0) == ([2, 3, 0], [2, 3, 0])
+    assert example(loaded, 1) == ([4, 0], [4, 0])
+
+
+def test_completion_alone_has_loss(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "t.jsonl", {"prompt": "a b", "completion": " c d"})
+    loaded = data.load(recipe(path), tokenizer)
+    assert loaded is not None
+    assert example(loaded, 0) == ([2, 3, 4, 5, 0], [IGNORED, IGNORED, 4, 5, 0])
+    everything = data.load(recipe(path, completion_only_loss=False), tokenizer)
+    assert everything is not None
+    assert example(everything, 0) == ([2, 3, 4, 5, 0], [2, 3, 4, 5, 0])
+
+
+def test_token_across_the_border_is_completion(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "t.jsonl", {"prompt": "a assi", "completion": "stant c"})
+    loaded = data.load(recipe(path), tokenizer)
+    assert loaded is not None
+    assert example(loaded, 0) == ([2, 9, 4, 0], [IGNORED, 9, 4, 0])
+
+
+def test_assistant_alone_has_loss(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ]
+    path = write(tmp_path / "t.jsonl", {"messages": messages})
+    monkeypatch.setattr(tokenizer, "chat_template", MARKED)
+    loaded = data.load(recipe(path), tokenizer)
+    assert loaded is not None
+    assert example(loaded, 0) == (
+        [8, 2, 9, 3, 4, 10, 8, 5, 9, 6, 10],
+        [IGNORED, IGNORED, IGNORED, 3, 4, 10, IGNORED, IGNORED, IGNORED, 6, 10],
+    )
+
+
+def test_unmarked_template_is_refused_unless_everything_is_wanted(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "t.jsonl", {"messages": [{"role": "user", "content": "a"}]})
+    with pytest.raises(ValueError, match="has none"):
+        data.load(recipe(path), tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", UNMARKED)
+    with pytest.raises(ValueError, match=r"assistant_only_loss: .*does not mark.*assistant_only_loss=false"):
+        data.load(recipe(path), tokenizer)
+    loaded = data.load(recipe(path, assistant_only_loss=False), tokenizer)
+    assert loaded is not None
+    assert example(loaded, 0) == ([8, 2], [8, 2])
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ('{"text": "a"}\n\n{"text": "b"}\n', 2, "empty line"),
+        ('{"text": "a"}\n{"text": \n', 2, "not valid JSON"),
+        ('{"text": "a"}\n["b"]\n', 2, "expected an object"),
+        ('{"text": "a"}\n{"txt": "b"}\n', 2, "'text' is missing"),
+        ('{"text": "a"}\n{"text": 3}\n', 2, "must be a string, found int"),
+        ('{"text": ""}\n', 1, "'text' is empty"),
+        ('{"prompt": "a", "completion": ""}\n', 1, "'completion' is empty"),
+        ('{"question": "a"}\n', 1, r"expected messages \| prompt"),
+        ('{"messages": []}\n', 1, "list of objects"),
+        ('{"messages": [{"role": "user"}]}\n', 1, "list of objects"),
+    ],
+)
+def test_malformed_line_is_named(tmp_path: Path, tokenizer: Any, text: str, line: int, message: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        data.load(recipe(path), tokenizer)
+    assert str(error.value).startswith(f"{path}:{line}: ")
+
+
+def test_unusable_files(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe4"}\n')
+    (tmp_path / "object.json").write_text('{"text": "a"}')
+    (tmp_path / "broken.json").write_text('[\n{"text": "a"},\n]')
+    cases = {"none": "no such file", "empty": "no records", "latin": "not UTF-8"}
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            data.load(recipe(tmp_path / f"{name}.jsonl"), tokenizer)
+    with pytest.raises(ValueError, match="expected a list of objects"):
+        data.load(recipe(tmp_path / "object.json"), tokenizer)
+    with pytest.raises(ValueError, match=r"broken.json:[23]: not valid JSON"):
+        data.load(recipe(tmp_path / "broken.json"), tokenizer)
+
+
+def test_json_list_gives_the_same_as_jsonl(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": "a b"}, {"text": "c"}]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    from_json = data.load(recipe(tmp_path / "t.json"), tokenizer)
+    from_lines = data.load(recipe(write(tmp_path / "t.jsonl", *rows)), tokenizer)
+    assert from_json is not None
+    assert from_lines is not None
+    assert from_json.fingerprint() == from_lines.fingerprint()
+
+
+def test_local_dataset_gives_the_same_as_its_file(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": "a b"}, {"text": "c"}]
+    path = write(tmp_path / "train.jsonl", *rows)
+    named = Recipe(model_name_or_path="m", dataset_name=str(tmp_path))
+    from_dataset, from_file = data.load(named, tokenizer), data.load(recipe(path), tokenizer)
+    assert from_dataset is not None
+    assert from_file is not None
+    assert from_dataset.fingerprint() == from_file.fingerprint()
+    assert data.load(named, tokenizer, evaluation=True) is None
+
+
+def test_cuts_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "a", "completion": " b"},
+        {"prompt": "a", "completion": " b c d e"},
+        {"prompt": "a b c d", "completion": " e"},
+    ]
+    path = write(tmp_path / "t.jsonl", *rows)
+    loaded = data.load(recipe(path, max_length=4), tokenizer)
+    assert loaded is not None
+    assert (len(loaded), loaded.truncated, loaded.dropped) == (2, 2, 1)
+    assert example(loaded, 1) == ([2, 3, 4, 5], [IGNORED, 3, 4, 5])
+    assert "2 cut at max_length; 1 left out" in loaded.summary()
+    with pytest.raises(ValueError, match="max_length=2 too short"):
+        data.load(recipe(write(tmp_path / "u.jsonl", rows[2]), max_length=2), tokenizer)
+
+
+def plan(count: int, batch: int, **options: Any) -> BatchPlan:
+    lengths = np.random.default_rng(0).integers(1, 100, count)
+    return BatchPlan(lengths, batch, **{"accumulation": 1, "seed": 0, **options})
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_an_epoch_visits_each_example_once(strategy: str, processes: int, accumulation: int) -> None:
+    made = plan(107, 4, strategy=strategy, processes=processes, accumulation=accumulation)
+    for epoch in range(2):
+        steps = range(epoch * made.steps_per_epoch, (epoch + 1) * made.steps_per_epoch)
+        dealt = [[made.micro_batches(step, p) for p in range(processes)] for step in steps]
+        assert all(len({len(micros) for micros in step}) == 1 for step in dealt)  # all processes stay in step
+        assert all(len(micros) <= accumulation for step in dealt for micros in step)
+        rows = [row for step in dealt for micros in step for micro in micros for row in micro]
+        assert sorted(rows) == list(range(107))
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def epoch(made: BatchPlan, number: int) -> list[list[list[int]]]:
+        return [made.micro_batches(number * made.steps_per_epoch + s) for s in range(made.steps_per_epoch)]
+
+    assert epoch(plan(50, 4), 0) == epoch(plan(50, 4), 0)
+    assert epoch(plan(50, 4), 0) != epoch(plan(50, 4), 1)
+    assert epoch(plan(50, 4), 0) != epoch(plan(50, 4, seed=1), 0)
+    jumped = plan(50, 4)
+    assert jumped.micro_batches(17) == epoch(plan(50, 4), 1)[17 - jumped.steps_per_epoch]
+
+
+def test_grouping_by_length_saves_padding() -> None:
+    def padded(made: BatchPlan) -> int:
+        batches = [micro for s in range(made.steps_per_epoch) for micro in made.micro_batches(s)]
+        return sum(len(rows) * int(made.lengths[rows].max()) for rows in batches)
+
+    grouped, shuffled = plan(1000, 8, strategy="group_by_length"), plan(1000, 8)
+    assert padded(grouped) < 1.1 * grouped.lengths.sum() < padded(shuffled)
+    lengths = [grouped.lengths[grouped.micro_batches(s)[0]].mean() for s in range(50)]
+    assert lengths != sorted(lengths)  # the batches of a window come in random order
+
+
+def test_collate_pads_on_the_right() -> None:
+    examples = data.TokenSet(
+        tokens=np.array([5, 6, 7, 8], np.int32),
+        labels=np.array([IGNORED, 6, IGNORED, IGNORED], np.int32),
+        offsets=np.array([0, 3, 4]),
+    )
+    batch = collate(examples, [1, 0], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[8, 9, 9, 9, 9, 9, 9, 9], [5, 6, 7, 9, 9, 9, 9, 9]]
+    assert batch["attention_mask"].sum(1).tolist() == [1, 3]
+    assert batch["labels"].tolist() == [[IGNORED] * 8, [IGNORED, 6, *[IGNORED] * 6]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert count_targets(batch) == 1
+
+
+def test_first_token_is_no_target() -> None:
+    whole = np.array([1, 2, 3], np.int32)
+    batch = collate(data.TokenSet(whole, whole, np.array([0, 3])), [0], 0)
+    assert count_targets(batch) == 2

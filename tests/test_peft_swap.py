@@ -1,0 +1,383 @@
+"""peft's layers sped up in place: the same numbers, the same checkpoint, and no step back in silence."""
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora.nf4 import NF4Weight
+from fastlora.replace import replace_linear
+from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
+from tests.numerics import assert_as_accurate
+
+peft = pytest.importorskip("peft")
+peft_swap = pytest.importorskip("fastlora.peft_swap")
+
+
+def wrapped(base=llama, **options):
+    """A PeftModel with an update that can be seen."""
+    model = base()
+    if any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        model.is_loaded_in_4bit = True
+    config = {"r": 4, "target_modules": ["q_proj", "k_proj", "down_proj"], **options}
+    torch.manual_seed(3)
+    return randomize(peft.get_peft_model(model, peft.LoraConfig(**config)))
+
+
+def run(model):
+    """[logits, gradients of all trainable parameters] of one step."""
+    model.zero_grad()
+    output = model(input_ids=tokens(), labels=tokens(), use_cache=False)
+    output.loss.backward()
+    return [output.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def counts(model):
+    calls = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
+    return sum(c.fused for c in calls), sum(c.stepped_back for c in calls)
+
+
+def reasons(model):
+    return {m.fastlora_calls.last_reason for m in model.modules() if hasattr(m, "fastlora_calls")} - {""}
+
+
+@pytest.mark.parametrize("base", [llama, qwen2, bnb_llama])
+def test_numbers_are_pefts(base):
+    model = wrapped(base).train()
+    expected = run(model)
+    names = list(model.state_dict())
+    parameters = [id(parameter) for parameter in model.parameters()]
+    assert replace_linear(model) is model
+    assert list(model.state_dict()) == names
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    found = run(model)
+    assert counts(model) == (6, 0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", [llama, bnb_llama])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_numbers_are_as_exact_as_pefts_in_bf16(adapters, base, autocast):
+    """Against the same layer in fp64; peft itself is the baseline."""
+    layer = wrapped(lambda: base().to(torch.bfloat16)).base_model.model.model.layers[0].mlp.down_proj
+    layer.lora_B["default"].weight.data /= 4  # an update somewhat smaller than the base's output, as in training
+    layer.lora_A.to(adapters)
+    layer.lora_B.to(adapters)
+    if base is llama:
+        exact = copy.deepcopy(layer).double()
+    else:
+        exact = wrapped().base_model.model.model.layers[0].mlp.down_proj.double()
+        weight = NF4Weight.from_bnb(layer.base_layer.weight).dequantize(torch.float32)
+        exact.base_layer.weight.data = weight.double()
+        for mine, true in ((layer.lora_A, exact.lora_A), (layer.lora_B, exact.lora_B)):
+            true["default"].weight.data = mine["default"].weight.data.double()
+    x = torch.randn(3, 7, 128, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    dy = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(6))
+
+    def step(layer, dtype, autocast):
+        given = x.to(dtype).requires_grad_()
+        matrices = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(given)
+        return [y.detach(), *torch.autograd.grad(y, [given, *matrices], dy.to(y.dtype))]
+
+    oracle, baseline = step(exact, torch.float64, False), step(layer, torch.bfloat16, autocast)
+    holder = nn.Sequential(layer)
+    peft_swap.speed_up(holder)
+    found = step(layer, torch.bfloat16, autocast)
+    assert counts(holder) == (1, 0)
+    for name, one, other, true in zip(("y", "dx", "dA", "dB"), found, baseline, oracle, strict=True):
+        assert one.dtype == other.dtype
+        assert_as_accurate(one, other, true, name)
+
+
+def test_dropout_is_drawn_in_training_only_and_is_unbiased():
+    model = wrapped(lora_dropout=0.5)
+    replace_linear(model)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    x = torch.randn(16, 128)
+    quiet = layer.eval()(x)
+    update = quiet - layer.base_layer(x)
+    layer.train()
+    draws = torch.stack([layer(x) for _ in range(100)])
+    assert layer.fastlora_calls.stepped_back == 0
+    assert (draws[0] - quiet).abs().max() > 0
+    error = (draws.mean(0) - quiet).square().mean().sqrt()
+    assert error < 0.15 * update.square().mean().sqrt()
+
+
+def test_it_may_be_called_twice():
+    model = wrapped().train()
+    replace_linear(model)
+    run(model)
+    before = snapshot(model)
+    replace_linear(model)
+    assert snapshot(model) == before
+    assert counts(model) == (6, 0), "the counts go on"
+
+
+def test_options_are_refused():
+    model = wrapped()
+    before = snapshot(model)
+    for options in ({"r": 8}, {"quantize": "nf4"}, {"config": peft.LoraConfig()}, {"target_modules": ["q_proj"]}):
+        with pytest.raises(ValueError, match="already carries peft's adapters"):
+            replace_linear(model, **options)
+        assert snapshot(model) == before
+
+
+def test_adapters_injected_without_a_peft_model():
+    model = llama()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
+    randomize(model)
+    expected = model(tokens()).logits
+    replace_linear(model)
+    torch.testing.assert_close(model(tokens()).logits, expected)
+    assert counts(model) == (2, 0)
+
+
+def test_the_report():
+    model = replace_linear(wrapped())
+    report = model.fastlora_report
+    linear = [m for m in model.get_base_model().modules() if isinstance(m, (nn.Linear, peft.tuners.lora.Linear))]
+    inside = 3 * len(report.replaced)  # base_layer, A and B of each
+    assert len(report.rows) == len(linear) - inside
+    assert len(report.replaced) == 6
+    model(tokens())
+    assert "6 calls fused, 0 stepped back to peft" in report.summary()
+    with model.disable_adapter():
+        model(tokens())
+    assert "6 calls fused, 6 stepped back to peft" in report.summary()
+    row = next(row for row in report.rows if row.name.endswith("layers.0.self_attn.q_proj"))
+    assert str(row.calls) == "1 fused, 1 stepped back (adapters are disabled)"
+    assert {row.reason for row in report.left} == {"peft has put no adapter on it"}
+
+
+def step_back(change, reason, base=llama, **options):
+    return pytest.param(change, reason, base, options, id=reason.split(":")[0].replace(" ", "-"))
+
+
+def _add(model):
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"]))
+    randomize(model)
+    model.base_model.set_adapter(["default", "other"])
+
+
+def _layers(model):
+    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+
+
+def _each(change):
+    def apply(model):
+        for layer in _layers(model):
+            change(layer)
+
+    return apply
+
+
+def _dora(model):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"], use_dora=True)
+    model.add_adapter("other", config)
+    randomize(model)
+    model.set_adapter("other")
+
+
+def _lora_bias(model):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"], lora_bias=True)
+    model.add_adapter("other", config)
+    randomize(model)
+    model.set_adapter("other")
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def _double(module):
+    nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "reason", "base", "options"),
+    [
+        step_back(lambda model: model.base_model.disable_adapter_layers(), "adapters are disabled"),
+        step_back(lambda model: model.merge_adapter(), "adapters are merged"),
+        step_back(_add, "2 adapters are active"),
+        step_back(_dora, "the adapter is a variant, DoraLinearVariant"),
+        step_back(_lora_bias, "lora_bias"),
+        step_back(
+            _each(lambda m: m.base_layer.register_forward_hook(lambda *a: a[-1] * 2)), "the base layer has hooks"
+        ),
+        step_back(_each(lambda m: m.lora_A["default"].register_forward_hook(lambda *a: a[-1] * 2)), "A or B has hooks"),
+        step_back(_each(lambda m: _double(m.lora_B["default"])), "A or B is parametrized"),
+        step_back(_each(lambda m: _double(m.base_layer)), "the base layer is parametrized"),
+        step_back(_each(lambda m: m.lora_A.to(torch.float64) and m.lora_B.double()), "dtypes: input torch.float32"),
+        step_back(_each(lambda m: m.lora_dropout.update({"default": nn.AlphaDropout()})), "the dropout layer is not"),
+        step_back(_each(lambda m: m.scaling.update(default=torch.tensor(0.5))), "scaling is not a number"),
+    ],
+)
+def test_it_steps_back_where_a_condition_does_not_hold(change, reason, base, options):
+    plain = wrapped(base, **options)
+    fused = replace_linear(wrapped(base, **options))
+    for model in (plain, fused):
+        change(model)
+        model.eval()
+    expected, found = plain(tokens()).logits, fused(tokens()).logits
+    assert torch.equal(found, expected), "stepping back is peft's own forward"
+    assert counts(fused) == (0, 6)
+    assert all(told.startswith(reason) for told in reasons(fused)), reasons(fused)
+    assert len(reasons(fused)) == 1
+
+
+def test_mixed_batches_step_back():
+    model = wrapped()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"]))
+    randomize(model).eval()
+    expected = model(tokens(), adapter_names=["default", "other"]).logits
+    replace_linear(model)
+    assert torch.equal(model(tokens(), adapter_names=["default", "other"]).logits, expected)
+    assert reasons(model) == {"called with more than the input"}
+
+
+def test_global_hooks_see_every_module():
+    model = replace_linear(wrapped())
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        model(tokens())
+    finally:
+        handle.remove()
+    assert all(layer.base_layer in seen for layer in _layers(model))
+    assert reasons(model) == {"hooks for all modules are registered"}
+
+
+def test_it_comes_forward_again():
+    model = replace_linear(wrapped()).eval()
+    expected = model(tokens()).logits
+    with model.disable_adapter():
+        base = model(tokens()).logits
+    assert not torch.allclose(base, expected)
+    torch.testing.assert_close(model(tokens()).logits, expected)
+    assert counts(model) == (12, 6)
+
+
+def test_a_step_back_is_logged_once(caplog):
+    peft_swap._warned.clear()
+    model = replace_linear(wrapped())
+    with caplog.at_level(logging.WARNING, "fastlora.peft_swap"):
+        with model.disable_adapter():
+            model(tokens())
+        assert not caplog.records, "what the user asked for is no news"
+        _add(model)
+        model(tokens())
+        model(tokens())
+    assert [record.getMessage() for record in caplog.records] == [
+        "a LoRA layer steps back to peft's slower forward: 2 adapters are active (said once per reason)"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "the adapter is a variant, DoraLinearVariant"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["embed_tokens"]}, "peft's Embedding has no fused form"),
+    ],
+)
+def test_a_model_with_nothing_to_speed_up(options, reason):
+    model = wrapped(**options)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"nothing in this peft model can be sped up: {reason}"):
+        replace_linear(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gpt2s_transposed_layers_are_left():
+    model = wrapped(gpt2, target_modules=["c_attn"])
+    with pytest.raises(ValueError, match="Conv1D"):
+        replace_linear(model)
+
+
+def test_fp4_is_left():
+    with pytest.raises(ValueError, match="the base weight is fp4"):
+        replace_linear(wrapped(lambda: bnb_llama(quant_type="fp4")))
+
+
+def test_a_second_adapter_and_switching():
+    model = replace_linear(wrapped())
+    first = model(tokens()).logits
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    torch.manual_seed(8)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "other" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.set_adapter("other")
+    second = model(tokens()).logits
+    assert not torch.allclose(first, second)
+    assert reasons(model) == {"no adapter of this layer is active"}
+    model.set_adapter("default")
+    assert torch.equal(model(tokens()).logits, first)
+    fused = sum(hasattr(layer, "fastlora_calls") for layer in _layers(model))
+    replace_linear(model)
+    assert sum(hasattr(layer, "fastlora_calls") for layer in _layers(model)) == fused + 2, "o_proj is new"
+
+
+def test_merge_and_unload_save_and_reload(tmp_path):
+    plain, model = wrapped(), replace_linear(wrapped())
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits)
+    merged = model.merge_and_unload()
+    expected = plain.merge_and_unload()
+    assert torch.equal(merged(tokens()).logits, expected(tokens()).logits)
+    assert not any(type(module).__module__.startswith(("fastlora", "peft")) for module in merged.modules())
+
+
+@pytest.mark.parametrize("base", [llama, bnb_llama])
+def test_copies(base):
+    model = replace_linear(wrapped(base)).train()
+    expected = model(tokens()).logits
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), torch.load(buffer, weights_only=False)]
+    if base is llama:
+        copies.append(pickle.loads(pickle.dumps(model)))
+    before = counts(model)
+    for other in copies:
+        assert torch.equal(other(tokens()).logits, expected)
+        fused, back = counts(other)
+        assert (fused, back) == (before[0] + 6, 0)
+        assert f"{fused} calls fused" in other.fastlora_report.summary(), "the copied report counts the copy's calls"
+    assert counts(model) == before
+
+
+def test_linear4bit_in_eval_mode_is_not_repacked():
+    model = replace_linear(wrapped(bnb_llama, target_modules="all-linear"))
+    expected = model.train()(tokens()).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(tokens()).logits, expected)
+    assert counts(model) == (28, 0)
+    for layer in _layers(model):
+        assert not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
+        layer.base_layer.weight.quant_state.packing_format_for_cpu = True
+        assert peft_swap.standing_reason(layer) == "bitsandbytes has repacked the base weight for CPU inference"
+
+
+def test_a_swapped_model_compiles_without_a_graph_break():
+    torch._dynamo.reset()
+    model = replace_linear(wrapped(lambda: llama(num_hidden_layers=1)))
+    expected = model(tokens(), use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, expected)
+    assert counts(model) == (3, 0), "calls inside a graph are not counted"
