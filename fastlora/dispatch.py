@@ -6,6 +6,7 @@ debugging; with `TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors.
 
 import functools
 import os
+import threading
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,22 @@ def level_table(device: torch.device) -> Tensor:
     return torch.tensor(reference.NF4_CODE, device=device)
 
 
+class _Scratch(threading.local):
+    """One grow-only buffer a thread: fresh memory costs the CPU more in page faults than expanding a weight into it."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def matrix(self, n: int, k: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised [n, k], valid until the next call in this thread."""
+        size = n * k * dtype.itemsize
+        if self.bytes.numel() < size:
+            self.bytes = torch.empty(size, dtype=torch.uint8)
+        return self.bytes[:size].view(dtype).view(n, k)
+
+
+_scratch = _Scratch()
+
 torch.library.define(
     "fastlora::nf4_dequantize",
     "(Tensor codes, Tensor absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int k, int blocksize, "
@@ -113,8 +130,7 @@ def _nf4_dequantize(
         return w.to(dtype)
     out = torch.empty(n, k, dtype=dtype, device=codes.device)
     if name == "cpp":
-        merged = (_plain(lora_a), _plain(lora_b)) if lora_a is not None else (None, None)
-        native.nf4_dequantize(codes, absmax, absmax2, code2, offset, blocksize, out, *merged, scaling=scaling)
+        _expand_with_cpp(codes, absmax, absmax2, code2, offset, blocksize, out, lora_a, lora_b, scaling)
         return out
     from fastlora.kernels import nf4 as kernel
 
@@ -124,14 +140,25 @@ def _nf4_dequantize(
     return out
 
 
+def _expand_with_cpp(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    out: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> None:
+    adapters = [None if adapter is None else adapter.detach().float().contiguous() for adapter in (lora_a, lora_b)]
+    native.nf4_dequantize(codes, absmax, absmax2, code2, offset, blocksize, out, *adapters, scaling=scaling)
+
+
 @torch.library.register_fake("fastlora::nf4_dequantize")
 def _nf4_dequantize_fake(codes, absmax, absmax2, code2, offset, n, k, blocksize, dtype, *_, **__):  # type: ignore[no-untyped-def]
     return codes.new_empty((n, k), dtype=dtype)
-
-
-def _plain(adapter: Tensor | None) -> Tensor | None:
-    """An adapter as the C++ library takes it: fp32, contiguous."""
-    return adapter.detach().float().contiguous() if adapter is not None else None
 
 
 def nf4_dequantize(
@@ -152,3 +179,25 @@ def nf4_dequantize(
     return torch.ops.fastlora.nf4_dequantize(
         codes, absmax, absmax2, code2, offset, n, k, blocksize, dtype, lora_a, lora_b, scaling
     )
+
+
+def nf4_expand(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    n: int,
+    k: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 0.0,
+) -> Tensor:
+    """As `nf4_dequantize`, for use at once: on the CPU the result is overwritten by the thread's next call."""
+    if backend(codes.device).name != "cpp":
+        return nf4_dequantize(codes, absmax, absmax2, code2, offset, n, k, blocksize, dtype, lora_a, lora_b, scaling)
+    out = _scratch.matrix(n, k, dtype)
+    _expand_with_cpp(codes, absmax, absmax2, code2, offset, blocksize, out, lora_a, lora_b, scaling)
+    return out

@@ -26,7 +26,7 @@ class Base(NamedTuple):
         return self.absmax is not None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """W [N, K] in `dtype`."""
+        """W [N, K] in `dtype`. An expanded NF4 weight is for use at once: the next one may take its memory."""
         return self._expanded(dtype) if self.is_nf4 else self.weight
 
     def merged(self, dtype: torch.dtype, lora: "Lora") -> Tensor:
@@ -37,7 +37,7 @@ class Base(NamedTuple):
         self, dtype: torch.dtype, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 0.0
     ) -> Tensor:
         assert self.absmax is not None
-        return dispatch.nf4_dequantize(
+        return dispatch.nf4_expand(
             self.weight, self.absmax, self.absmax2, self.code2, self.offset,
             self.n, self.k, self.blocksize, dtype, lora_a, lora_b, scaling,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linea
 from fastlora.nf4 import BLOCKSIZES
 from fastlora.report import Report, Row
 from fastlora.survey import Site, expert_notes, find_sites, output_head
-from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config
+from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
 
 
 def replace_linear(
@@ -124,6 +124,8 @@ def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, str
     names = [name for name, _ in model.named_modules()]
     chosen, excluded = select(settings, names, sites.keys(), head, strict)
     able = {name for name in chosen if not sites[name].obstacle}
+    if not chosen:
+        raise ValueError("the model has no linear layers but its output head")
     if not able:
         reasons = Counter(sites[name].obstacle for name in chosen)
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
@@ -150,7 +152,7 @@ def _decide_nf4(model: nn.Module, sites: dict[str, Site], excluded: Collection[s
             site.no_quantize = f"its weight is shared with {site.shared_with}"
         elif name in excluded:
             site.no_quantize = "excluded"
-        elif name == head:
+        elif within(name, head):
             site.no_quantize = "the output head keeps its dtype"
         else:
             _check_quantizable(name, site.module.weight)
@@ -232,11 +234,14 @@ def _refuse_both(keywords: dict[str, Any]) -> None:
 
 def _with_default_targets(settings: LoRASettings, model: nn.Module) -> LoRASettings:
     """peft's default targets for the model's architecture."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+    try:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+    except ImportError as error:
+        raise ValueError("target_modules=None means peft's defaults, and peft is not installed") from error
 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in DEFAULTS:
-        raise ValueError(f"the config names no target_modules, and peft has no default for model_type={model_type!r}")
+        raise ValueError(f"target_modules is None, and peft has no default for model_type={model_type!r}: name them")
     return LoRASettings(**{**vars(settings), "target_modules": list(DEFAULTS[model_type])})
 
 
@@ -330,7 +335,7 @@ def _why(site: Site, head: str | None) -> str:
     if site.obstacle:
         return site.obstacle
     if not site.adapt and not site.quantize:
-        what = "output head, left alone" if site.name == head else "not a target"
+        what = "output head, left alone" if within(site.name, head) else "not a target"
         return f"{what}; not quantized: {site.no_quantize}" if site.no_quantize and what == "not a target" else what
     adapter = f"adapter r={site.r}" if site.adapt else "no adapter: not a target"
     if site.quantize:

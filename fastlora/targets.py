@@ -154,7 +154,7 @@ def select(
     if settings.exclude_modules and not excluded:
         raise ValueError(f"exclude_modules={settings.exclude_modules!r} matches no module")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return {name for name in linear if name not in excluded and not _within(name, head)}, excluded
+        return {name for name in linear if name not in excluded and not within(name, head)}, excluded
     if targets is None:
         raise ValueError("the config names no target_modules: give a list of names or 'all-linear'")
     matched = {name for name in names if _matches(targets, name)}
@@ -180,6 +180,11 @@ def select(
     return chosen, excluded
 
 
+def within(name: str, head: str | None) -> bool:
+    """Whether a module is the output head or lies inside it."""
+    return head is not None and (name == head or name.startswith(head + "."))
+
+
 def nearest(wanted: str, names: Collection[str]) -> str:
     """ "; nearest: ..." with the names most like the wanted one, whole or by their last part; empty without names."""
     names = list(names)
@@ -200,10 +205,6 @@ def _matches(wanted: str | Collection[str] | None, name: str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in wanted)
-
-
-def _within(name: str, head: str | None) -> bool:
-    return head is not None and (name == head or name.startswith(head + "."))
 
 
 def _layer_wanted(settings: LoRASettings, name: str) -> bool:

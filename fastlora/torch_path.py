@@ -21,7 +21,7 @@ from fastlora.dispatch import backend
 from fastlora.operands import Base, Gradients, Lora, Needs
 
 MERGE_FROM_M = 128
-GEMV_UP_TO_M = 16
+GEMV_UP_TO_M = 8
 
 
 def forward(

@@ -209,8 +209,8 @@ def test_peak_memory_counts_what_a_call_holds():
         again = server.peak(floor, problem, m, ("forward", "both"))
         lora = server.peak(ours, problem, m, ("both",))
     outputs = 2 * m * n + 2 * m * k
-    assert bare["forward"] == pytest.approx(2 * m * n, rel=0.1)
-    assert bare["both"] == pytest.approx(outputs, rel=0.1)
+    assert bare["forward"] == pytest.approx(2 * m * n, abs=5e5)
+    assert bare["both"] == pytest.approx(outputs, abs=5e5)
     assert again["both"] == pytest.approx(bare["both"], abs=1e5)
     assert lora["both"] >= outputs
 

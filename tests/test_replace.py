@@ -271,6 +271,19 @@ def test_layers_that_are_left_alone_and_why():
     assert [row.name for row in model.fastlora_report.replaced] == ["good"]
 
 
+def test_a_head_of_several_layers_is_left_whole():
+    head = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    model = nn.ModuleDict({"body": nn.Linear(64, 64), "classifier": head})
+    replace_linear(model, r=2, quantize="nf4")
+    assert isinstance(model["body"].base_layer, NF4Linear)
+    assert [type(layer) for layer in model["classifier"]] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert {row.reason for row in model.fastlora_report.left} == {"output head, left alone"}
+    with pytest.raises(ValueError, match="no linear layers but its output head"):
+        replace_linear(nn.ModuleDict({"classifier": nn.Linear(4, 4)}))
+    with pytest.raises(ValueError, match="target_modules is None, and peft has no default for model_type=None"):
+        replace_linear(nn.Sequential(nn.Linear(4, 4)), target_modules=None)
+
+
 def test_when_nothing_can_be_replaced_it_says_why():
     with pytest.raises(ValueError, match="none of the 4 targeted linear layers can be replaced: 4 x Conv1D keeps"):
         replace_linear(gpt2())
