@@ -218,7 +218,7 @@ class ShapeBench:
         """Check everyone, then time those who are right, at m tokens."""
         p = self.problem
         copies = copies_past_cache(2 * m * (p.K + p.N), p.device)
-        inputs = [draw_inputs(p, m, grad=True) for _ in range(copies)]
+        inputs = [draw_inputs(p, m, grad=True, seed=copy) for copy in range(copies)]
         points = self._check(m, *inputs[0])
         for mode in self.plan.modes:
             candidates = {

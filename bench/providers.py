@@ -89,10 +89,11 @@ def make_operands(problem: Problem, dense_copies: int = 1, packed_copies: int = 
     return Operands(p, dense, packed, lora_a, lora_b)
 
 
-def draw_inputs(problem: Problem, m: int, grad: bool) -> tuple[Tensor, Tensor]:
-    """x [M, K] and dy [M, N] from N(0, 1), in the problem's dtype."""
-    x, dy = (torch.randn(m, cols).to(problem.dtype).to(problem.device) for cols in (problem.K, problem.N))
-    return x.requires_grad_(grad), dy
+def draw_inputs(problem: Problem, m: int, grad: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """x [M, K] and dy [M, N] from N(0, 1), in the problem's dtype; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(m, n, generator=generator).to(problem.dtype) for n in (problem.K, problem.N))
+    return x.to(problem.device).requires_grad_(grad), dy.to(problem.device)
 
 
 def quantize_by_bitsandbytes(weight: Tensor) -> NF4Weight:

@@ -152,8 +152,8 @@ def _expand_with_cpp(
     lora_b: Tensor | None,
     scaling: float,
 ) -> None:
-    adapters = [None if adapter is None else adapter.detach().float().contiguous() for adapter in (lora_a, lora_b)]
-    native.nf4_dequantize(codes, absmax, absmax2, code2, offset, blocksize, out, *adapters, scaling=scaling)
+    a, b = (None if adapter is None else adapter.detach().float().contiguous() for adapter in (lora_a, lora_b))
+    native.nf4_dequantize(codes, absmax, absmax2, code2, offset, blocksize, out, a, b, scaling)
 
 
 @torch.library.register_fake("fastlora::nf4_dequantize")

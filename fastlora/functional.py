@@ -12,6 +12,8 @@ selective checkpoint can keep `fastlora::lora_linear`'s outputs by name.
 Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +25,7 @@ from fastlora.dispatch import Backend, backend
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
 from fastlora.operands import Base, Lora, Needs
 
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 _OPERANDS = (
     "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int blocksize, "
     "Tensor? lora_a, Tensor? lora_b, Tensor? seed, float scaling, float dropout_p"
@@ -130,10 +133,22 @@ def _call(
     blocksize = 0
     if isinstance(weight, NF4Weight):
         parts, blocksize = weight.tensors(), weight.blocksize
-    y, _ = torch.ops.fastlora.lora_linear(
-        x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h
+    inputs: tuple[Any, ...] = (x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h)
+    if _seen_by_others(x, lora_a):
+        return torch.ops.fastlora.lora_linear(*inputs)[0]
+    return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
+
+
+def _seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
+    """Whether someone must see the operator pass: a compiler, a dispatch mode (selective checkpointing, fake tensors),
+    or a tensor subclass. Else the same code is called directly, for torch's dispatch to Python costs 150 us a call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in _PLAIN_TENSORS
+        or type(lora_a) not in _PLAIN_TENSORS
+        or torch._C._functorch.maybe_current_level() is not None
     )
-    return y
 
 
 def _autocast(
@@ -198,6 +213,12 @@ def _path(device: torch.device) -> ModuleType:
     return torch_path
 
 
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The low-rank products keep their own dtype, whatever surrounds the call."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def _unpack(k: int, operands: tuple[Any, ...]) -> tuple[Base, Lora | None]:
     """The twelve operands of an operator's signature as the pair that the code paths take."""
     weight, absmax, absmax2, code2, offset, n, blocksize, lora_a, lora_b, seed, scaling, dropout_p = operands
@@ -205,14 +226,13 @@ def _unpack(k: int, operands: tuple[Any, ...]) -> tuple[Base, Lora | None]:
     return base, Lora(lora_a, lora_b, scaling, dropout_p, seed) if lora_a is not None else None
 
 
-@torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd")
 def _forward(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> tuple[Tensor, Tensor]:
     *operands, save_h = operands_and_save_h
     if x.numel() == 0:
         y, h = _forward_fake(x, bias, *operands_and_save_h)
         return y.zero_(), h.zero_()
     base, lora = _unpack(x.shape[-1], tuple(operands))
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device):
         y, saved = _path(x.device).forward(x.reshape(-1, base.k), base, lora, bias, save_h)
     return y.view(*x.shape[:-1], base.n), saved if saved is not None else x.new_empty(0, dtype=torch.float32)
 
@@ -225,7 +245,6 @@ def _forward_fake(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> 
     return x.new_empty((*x.shape[:-1], base.n)), x.new_empty(h_shape, dtype=torch.float32)
 
 
-@torch.library.impl("fastlora::lora_linear_backward", "CompositeExplicitAutograd")
 def _backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, k: int, *operands_and_needs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,7 +254,7 @@ def _backward(
         return dx.zero_(), da.zero_(), db.zero_()
     base, lora = _unpack(k, tuple(operands))
     rows = x.reshape(-1, k) if x is not None else None
-    with torch.autocast(dy.device.type, enabled=False):
+    with _no_autocast(dy.device):
         grads = _path(dy.device).backward(dy.reshape(-1, base.n), rows, h, base, lora, Needs(need_x, need_a, need_b))
     return (
         grads.x.view(*dy.shape[:-1], k) if grads.x is not None else dy.new_empty(0),
@@ -273,12 +292,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, dy: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, dy, torch.ops.fastlora.lora_linear_backward)
+
+
+def _gradients(ctx: Any, dy: Tensor, operator: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     x, h, *base_tensors, lora_a, lora_b, seed = ctx.saved_tensors
     n, k, blocksize = ctx.base_facts
     needs = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * len(needs)
     if needs[_X] or needs[_LORA_A] or needs[_LORA_B]:
-        dx, da, db = torch.ops.fastlora.lora_linear_backward(
+        dx, da, db = operator(
             dy, x if needs[_LORA_A] else None, h, k, *base_tensors, n, blocksize, lora_a, lora_b, seed,
             *ctx.lora_facts, needs[_X], needs[_LORA_A], needs[_LORA_B],
         )  # fmt: skip
@@ -292,6 +315,24 @@ def _autograd(ctx: Any, dy: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, 
     return tuple(grads)
 
 
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher: the same forward, the same backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _gradients(ctx, dy, _backward) if dy is not None else (None,) * len(ctx.needs_input_grad)
+
+
+torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd", _forward)
+torch.library.impl("fastlora::lora_linear_backward", "CompositeExplicitAutograd", _backward)
 torch.library.register_autograd("fastlora::lora_linear", _autograd, setup_context=_setup_context)
 
 __all__ = ["Backend", "backend", "lora_linear", "nf4_dequantize", "nf4_linear"]

@@ -17,7 +17,7 @@ from bench.record import HEADER, Point, Recorder
 from fastlora import reference
 
 CPU = torch.device("cpu")
-TINY = ["--shapes", "64x96", "--m", "1", "5", "--r", "4", "--repeats", "2", "--budget", "0.01"]
+TINY = ["--shapes", "256x192", "--m", "1", "5", "--r", "4", "--repeats", "2", "--budget", "0.01"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def raising_provider() -> Provider:
 def test_every_provider_mode_and_metric_has_its_row(tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    rows = run_bench(tmp_path / "new" / "kernels.csv", "--m", "5")
+    rows = run_bench(tmp_path / "new" / "kernels.csv", "--m", "20")
     found = {(r["kernel"], r["provider"], r["mode"], r["metric"], r["M"]) for r in rows}
     expected = {("copy", "torch", "forward", "time", "256"), ("matmul", "torch", "forward", "time", "16")}
     for kernel in providers.KERNELS:
@@ -64,9 +64,9 @@ def test_every_provider_mode_and_metric_has_its_row(tmp_path, capsys):
             if kernel not in provider.kernels:
                 continue
             for metric in ("time", "peak_memory"):
-                expected |= {(kernel, provider.name, mode, metric, "5") for mode in provider.modes}
+                expected |= {(kernel, provider.name, mode, metric, "20") for mode in provider.modes}
             if provider.adapter_dtype is not None:
-                expected.add((kernel, provider.name, provider.modes[-1], "error", "5"))
+                expected.add((kernel, provider.name, provider.modes[-1], "error", "20"))
     assert found == expected
     assert len(rows) == len(expected)
     for row in rows:

@@ -284,6 +284,38 @@ def test_compile_with_inductor_and_dynamic_rows():
             torch.testing.assert_close(ours, eager)
 
 
+def test_a_selective_checkpoint_keeps_the_output_by_the_operators_name(monkeypatch):
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    from fastlora import torch_path
+
+    monkeypatch.setenv("FASTLORA_BACKEND", "torch")
+    calls = []
+    forward = torch_path.forward
+    monkeypatch.setattr(torch_path, "forward", lambda *args: calls.append(1) or forward(*args))
+    case = Case(12, 64, 64, 4, torch.float32)
+    x, a, b = case.leaves()
+
+    def block(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(lora_linear(x.sin(), case.weight, a, b, SCALING))
+
+    def policy(context, operator, *args, **kwargs):
+        kept = operator is torch.ops.fastlora.lora_linear.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts():
+        return create_selective_checkpoint_contexts(policy)
+
+    plain = torch.autograd.grad(block(x), (x, a, b), case.dy)
+    assert len(calls) == 1
+    for options, expected in (({}, 2), ({"context_fn": contexts}, 1)):
+        calls.clear()
+        y = checkpoint(block, x, use_reentrant=False, **options)
+        for got, want in zip(torch.autograd.grad(y, (x, a, b), case.dy), plain, strict=True):
+            assert torch.equal(got, want)
+        assert len(calls) == expected
+
+
 SHAPES = {"x": (6, 64), "weight": (48, 64), "lora_a": (4, 64), "lora_b": (48, 4), "bias": (48,)}
 
 

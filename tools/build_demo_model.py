@@ -8,6 +8,7 @@ is on text the base model has not seen. Roughly 100 minutes on two CPU cores wit
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -100,9 +101,7 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) ->
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, float]) -> None:
     """Checkpoint in bf16, with what was measured in `training.json`."""
-    weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(OUT, state_dict=weights)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(OUT)
     tokenizer.save_pretrained(OUT)
     (OUT / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
