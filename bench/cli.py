@@ -7,9 +7,9 @@ and `run(arguments) -> exit status`. To add one, write the module and enter it i
 import argparse
 from collections.abc import Sequence
 
-from bench import kernels
+from bench import kernels, readme, static
 
-_MODULES = {"kernels": kernels}
+_MODULES = {"kernels": kernels, "static": static, "readme": readme}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ import csv
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -236,8 +235,3 @@ def run(arguments: argparse.Namespace) -> int:
                 print(" ".join(f"{value!s:>15}" for value in row.values()), flush=True)
     return 0
 
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    sys.exit(run(parser.parse_args()))

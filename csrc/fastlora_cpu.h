@@ -6,10 +6,11 @@
 
 #include <cstdint>
 
+#include "lora.h"
 #include "nf4.h"
 
-// Raised with every change of a signature, of Nf4Weight or of a meaning; fastlora/_build.py holds the same number.
-#define FASTLORA_ABI_VERSION 1
+// Raised with every change of a signature, of a structure or of a meaning; fastlora/_build.py holds the same number.
+#define FASTLORA_ABI_VERSION 2
 
 #define FASTLORA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -31,3 +32,18 @@ FASTLORA_EXPORT int fastlora_nf4_gemv(const fastlora::Nf4Weight* weight, const v
 // out [tokens, K] = x [tokens, N] W.
 FASTLORA_EXPORT int fastlora_nf4_gemv_t(const fastlora::Nf4Weight* weight, const void* x, int x_dtype, int64_t tokens,
                                         void* out, int out_dtype, int isa, int threads);
+
+// out [M, rank] fp32 = scaling * (mask of dropout, where not null, times x [M, K]) Aᵀ. `a` [rank, K] has any strides.
+FASTLORA_EXPORT int fastlora_lora_shrink(const fastlora::Activations* x, const fastlora::Dropout* dropout,
+                                         const float* a, int64_t rank, int64_t a_row_stride, int64_t a_col_stride,
+                                         float scaling, float* out, int isa, int threads);
+
+// out [rank, K] fp32 = scaling * gᵀ (mask of dropout, where not null, times x [M, K]). `out` has any strides, g is
+// [M, rank].
+FASTLORA_EXPORT int fastlora_lora_outer(const fastlora::Activations* x, const fastlora::Dropout* dropout,
+                                        const float* g, int64_t rank, float scaling, float* out,
+                                        int64_t out_row_stride, int64_t out_col_stride, int isa, int threads);
+
+// out [rows, cols] = the mask of dropout.
+FASTLORA_EXPORT int fastlora_dropout_mask(const fastlora::Dropout* dropout, int64_t rows, int64_t cols, void* out,
+                                          int out_dtype, int isa, int threads);

@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ABI_VERSION = 1  # FASTLORA_ABI_VERSION of csrc/fastlora_cpu.h
+ABI_VERSION = 2  # FASTLORA_ABI_VERSION of csrc/fastlora_cpu.h
 LIBRARY = "libfastlora_cpu.so"
 REBUILD = "python -m fastlora.native"
 

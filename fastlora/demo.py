@@ -60,6 +60,7 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
     Raises:
         ValueError: as `fastlora.train.train`; a directory that holds another run is not touched.
     """
+    began = time.perf_counter()
     console = console or Console()
     transformers_logging.disable_progress_bar()
     recipe = recipe_with_data(overrides)
@@ -68,7 +69,7 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
         _set_aside(directory, recipe, console)
     _write_pairs(Path(str(recipe.train_file)), stdlib_data.instruction_pairs(held_out=False))
     _write_pairs(Path(str(recipe.eval_file)), stdlib_data.instruction_pairs(held_out=True))
-    return train(recipe, resume, BeforeAndAfter(), console)
+    return train(recipe, resume, BeforeAndAfter(began), console)
 
 
 def recipe_with_data(overrides: Iterable[str] = ()) -> Recipe:
@@ -82,8 +83,10 @@ def recipe_with_data(overrides: Iterable[str] = ()) -> Recipe:
 class BeforeAndAfter(Hooks):
     """Measures before the first step and after the last, and shows both side by side."""
 
+    def __init__(self, began: float) -> None:
+        self.began = began  # time.perf_counter() when the demo started
+
     def on_start(self, run: Run) -> None:
-        self.began = time.perf_counter()
         self.pairs = _questions(stdlib_data.instruction_pairs(held_out=True))
         run.console.print(_introduction(run))
         run.model.fastlora_report.print(run.console)  # type: ignore[operator, union-attr]
@@ -193,7 +196,7 @@ def _write_pairs(path: Path, pairs: list[stdlib_data.Pair]) -> None:
 
 def _questions(pairs: list[stdlib_data.Pair]) -> list[stdlib_data.Pair]:
     """Evenly spaced among public functions: chosen before any answer is seen."""
-    plain = [pair for pair in pairs if "._" not in pair.prompt] or pairs
+    plain = [pair for pair in pairs if "._" not in pair.prompt and "`_" not in pair.prompt] or pairs
     return [plain[(2 * i + 1) * len(plain) // (2 * QUESTIONS)] for i in range(QUESTIONS)]
 
 
@@ -266,7 +269,8 @@ def _numbers_table(summary: dict[str, Any]) -> Table:
     loss_before, note = ("-", "") if fell is None else (f"{first:.3f}", f"fell by {fell:.0%}")
     table.add_row("held-out loss (nats per token)", loss_before, f"[bold]{summary['held_out_loss_after']:.3f}[/]", note)
     ppl = [summary[f"perplexity_plain_source_{when}"] for when in ("before", "after")]
-    table.add_row("perplexity on plain source", *(f"{p:.2f}" for p in ppl), "has it forgotten?")
+    change = f"{ppl[1] / ppl[0] - 1:+.0%}; has it forgotten?"
+    table.add_row("perplexity on plain source", *(f"{p:.2f}" for p in ppl), change)
     share = summary["trainable_parameters"] / summary["all_parameters"]
     table.add_row("trainable parameters", "", f"{summary['trainable_parameters']:,}", f"{share:.1%} of all")
     table.add_row("adapter on disk", "", f"{summary['adapter_bytes'] / 1e6:.2f} MB", "adapter_model.safetensors")
@@ -275,5 +279,5 @@ def _numbers_table(summary: dict[str, Any]) -> Table:
     else:
         found = f"largest difference, of logits up to {summary['peft_largest_logit']:.1f}"
         table.add_row("the same adapter in peft", "", f"{summary['peft_largest_difference']:.1e}", found)
-    table.add_row("time", "", f"{summary['seconds']:.0f} s", f"{summary['steps']} steps, {summary['backend']} kernels")
+    table.add_row("time", "", f"{summary['seconds']:.0f} s", f"{summary['steps']} steps, {summary['backend']} path")
     return table

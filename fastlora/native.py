@@ -1,4 +1,4 @@
-"""The compiled CPU library, called through ctypes: NF4 dequantize, merge and small-batch products.
+"""The compiled CPU library, called through ctypes: NF4 dequantize, merge, small-batch and low-rank products.
 
 The C++ side (`csrc/`) knows nothing of torch: it takes addresses and sizes, so one build serves every torch and Python.
 This module is the other half of that bargain: it checks every dtype, shape and layout before an address is passed on,
@@ -12,11 +12,13 @@ The arithmetic is fp32 from the 4-bit codes to the one rounding at the end:
     merge        W + scaling * (B A)                        in fp32, before the rounding
     gemv         y = x Wᵀ                                   [M, K] @ [K, N], the expanded W never in memory
     gemv_t       dx = dy W                                  [M, N] @ [N, K], likewise
+    lora_shrink  h = s (mask ∘ x) Aᵀ                        [M, K] @ [K, R], x widened to fp32 in the cache alone
+    lora_outer   d = s gᵀ (mask ∘ x)                        [R, M] @ [M, K], likewise
 
 Two environment variables: `FASTLORA_CPU_ISA` (portable, avx2, avx512) forces an instruction set; `CXX` chooses the
 compiler `build()` uses. `python -m fastlora.native` compiles the library into the installed package.
 
-Source: arXiv:2305.14314, section 3.
+Source: arXiv:2305.14314, section 3; arXiv:2106.09685, section 4.1.
 """
 
 import ctypes
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fastlora import _build
+from fastlora.reference import dropout_threshold
 
 ISAS = ("portable", "avx2", "avx512")
 
@@ -48,6 +51,24 @@ class _Weight(ctypes.Structure):
         ("cols", ctypes.c_int64),
         ("log2_blocksize", ctypes.c_int64),
     )
+
+
+class _Activations(ctypes.Structure):
+    """fastlora::Activations of csrc/lora.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class _Dropout(ctypes.Structure):
+    """fastlora::Dropout of csrc/lora.h."""
+
+    _fields_ = (("seed", ctypes.c_uint64), ("threshold", ctypes.c_int32))
 
 
 @lru_cache(maxsize=1)
@@ -84,6 +105,14 @@ def _declare(library: ctypes.CDLL) -> None:
     product = (weight, pointer, integer, long, pointer, integer, integer, integer)
     library.fastlora_nf4_gemv.argtypes = product
     library.fastlora_nf4_gemv_t.argtypes = product
+    activations, dropout, scaling = ctypes.POINTER(_Activations), ctypes.POINTER(_Dropout), ctypes.c_float
+    library.fastlora_lora_shrink.argtypes = (
+        activations, dropout, pointer, long, long, long, scaling, pointer, integer, integer,
+    )  # fmt: skip
+    library.fastlora_lora_outer.argtypes = (
+        activations, dropout, pointer, long, scaling, pointer, long, long, integer, integer,
+    )  # fmt: skip
+    library.fastlora_dropout_mask.argtypes = (dropout, long, long, pointer, integer, integer, integer)
 
 
 def isas() -> tuple[str, ...]:
@@ -227,6 +256,108 @@ def nf4_gemv_t(
     _run_product(library, library.fastlora_nf4_gemv_t, weight, dy, M, out)
 
 
+def lora_shrink(
+    x: Tensor, lora_a: Tensor, out: Tensor, scaling: float = 1.0, seed: int | None = None, p: float = 0.0
+) -> None:
+    """out = scaling * (mask ∘ x) Aᵀ, accumulated in fp32; x is read once, in its own dtype.
+
+    With dy for x and `lora_b.t()` for lora_a it is scaling * dy B. The bits do not depend on the number of threads.
+
+    Args:
+        x: [M, K], fp32, bf16 or fp16; columns next to one another, rows any stride apart.
+        lora_a: [R, K], fp32, R >= 1; any strides. Where columns are not next to one another, or K is no multiple
+            of 16, it is first copied.
+        out: [M, R], fp32, contiguous; overwritten.
+        seed, p: the mask is `reference.dropout_mask(seed, M, K, p)`, derived on the way. seed None: no mask, p unused.
+    Raises:
+        ValueError: a tensor's dtype, shape, device or layout, the seed or p is not as above; nothing has been written.
+        RuntimeError: the library is not loaded; see `status()`.
+    Source: arXiv:2106.09685, section 4.1.
+    """
+    library = _library()
+    activations = _activations(x)
+    _require_matrix("lora_a", lora_a, (torch.float32,), strided=True)
+    _require_matrix("out", out, (torch.float32,))
+    (M, K), R = x.shape, lora_a.shape[0]
+    if R < 1 or lora_a.shape[1] != K or out.shape != (M, R):
+        raise ValueError(
+            f"lora_a {list(lora_a.shape)} and out {list(out.shape)} do not fit x of [{M}, {K}]: "
+            f"expected [R, {K}] and [{M}, R] with R at least 1"
+        )
+    dropout, isa = _dropout(seed, p), _isa(library)
+    if M == 0:
+        return
+    _check(
+        library.fastlora_lora_shrink(
+            activations, dropout, lora_a.data_ptr(), R, *lora_a.stride(), scaling, out.data_ptr(), isa,
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
+
+
+def lora_outer(
+    x: Tensor, g: Tensor, out: Tensor, scaling: float = 1.0, seed: int | None = None, p: float = 0.0
+) -> None:
+    """out = scaling * gᵀ (mask ∘ x), accumulated in fp32; x is read once, in its own dtype.
+
+    With g = dy B it is dA; with dy for x, h for g and `d_lora_b.t()` for out it writes dB. The bits do not depend on
+    the number of threads.
+
+    Args:
+        x: [M, K], as in `lora_shrink`; M = 0 gives zeros.
+        g: [M, R], fp32, contiguous, R >= 1.
+        out: [R, K], fp32, any strides that give each element its own place; overwritten.
+        seed, p: as in `lora_shrink`.
+    Raises:
+        ValueError: a tensor's dtype, shape, device or layout, the seed or p is not as above; nothing has been written.
+        RuntimeError: the library is not loaded; see `status()`.
+    Source: arXiv:2106.09685, section 4.1.
+    """
+    library = _library()
+    activations = _activations(x)
+    _require_matrix("g", g, (torch.float32,))
+    _require_matrix("out", out, (torch.float32,), strided=True)
+    (M, K), R = x.shape, g.shape[1]
+    if R < 1 or g.shape[0] != M or out.shape != (R, K):
+        raise ValueError(
+            f"g {list(g.shape)} and out {list(out.shape)} do not fit x of [{M}, {K}]: "
+            f"expected [{M}, R] and [R, {K}] with R at least 1"
+        )
+    _require_own_places("out", out)
+    dropout, isa = _dropout(seed, p), _isa(library)
+    if K == 0:
+        return
+    _check(
+        library.fastlora_lora_outer(
+            activations, dropout, g.data_ptr(), R, scaling, out.data_ptr(), *out.stride(), isa, torch.get_num_threads()
+        )
+    )
+
+
+def dropout_mask(seed: int, p: float, out: Tensor) -> None:
+    """out = `reference.dropout_mask(seed, rows, cols, p)`, rounded to out's dtype: the same bits, many times as fast.
+
+    Args:
+        seed: 64 bits, signed or unsigned.
+        p: the share of zeros, from 0 to 1, in steps of 2**-16; a p that rounds to 1 is refused.
+        out: [rows, cols], fp32, bf16 or fp16, contiguous; overwritten.
+    Raises:
+        ValueError: out's dtype, shape, device or layout, the seed or p is not as above; nothing has been written.
+        RuntimeError: the library is not loaded; see `status()`.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    library = _library()
+    _require_matrix("out", out, tuple(_DTYPES))
+    dropout, isa = _dropout(seed, p), _isa(library)
+    if out.numel() == 0:
+        return
+    _check(
+        library.fastlora_dropout_mask(
+            dropout, *out.shape, out.data_ptr(), _DTYPES[out.dtype], isa, torch.get_num_threads()
+        )
+    )
+
+
 def _run_product(library: ctypes.CDLL, function, weight: _Weight, x: Tensor, M: int, out: Tensor) -> None:  # type: ignore[no-untyped-def]
     isa = _isa(library)
     if out.numel() == 0:
@@ -268,21 +399,51 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _require(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int | None = None) -> None:
+def _require(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int | None = None, strided: bool = False
+) -> None:
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} is on {tensor.device}; this library is for CPU tensors: move it with .cpu()")
-    if not tensor.is_contiguous():
+    if not strided and not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous: pass {name}.contiguous()")
     if numel is not None and tensor.numel() != numel:
         raise ValueError(f"{name} has {tensor.numel()} elements, expected {numel}")
 
 
-def _require_matrix(name: str, tensor: Tensor) -> None:
+def _require_matrix(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(_DTYPES), strided: bool = False
+) -> None:
     if tensor.dim() != 2:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected two dimensions")
-    _require(name, tensor, tuple(_DTYPES))
+    _require(name, tensor, dtypes, strided=strided)
+
+
+def _require_own_places(name: str, tensor: Tensor) -> None:
+    """Refuses strides by which two elements might share memory."""
+    beyond = 1  # what the next stride must at least be
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < beyond:
+            raise ValueError(f"{name} has strides {list(tensor.stride())}, its elements overlap: pass a fresh tensor")
+        beyond += stride * max(0, size - 1)
+
+
+def _activations(x: Tensor) -> _Activations:
+    _require_matrix("x", x, strided=True)
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError(f"x has strides {list(x.stride())}, its columns must be next to one another: x.contiguous()")
+    return _Activations(x.data_ptr(), *x.shape, x.stride(0), _DTYPES[x.dtype])
+
+
+def _dropout(seed: int | None, p: float) -> _Dropout | None:
+    if seed is None:
+        return None
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, expected 64 bits")
+    if not 0.0 <= p < 1.0 or dropout_threshold(p) == 65536:
+        raise ValueError(f"p is {p}, expected at least 0 and, in steps of 2**-16, below 1")
+    return _Dropout(seed % 2**64, dropout_threshold(p))
 
 
 def _product_shape(x: Tensor, out: Tensor) -> tuple[int, int, int]:

@@ -1,15 +1,18 @@
-"""The fused linear in torch's own operators: the CPU path, and the fall-back on any other device.
+"""The fused linear in torch's own operators and compiled C++: the CPU path, and the fall-back on any other device.
 
-NF4 expands through `Base.dense`, which on the CPU is one pass of compiled C++. From `MERGE_FROM_M`
-tokens the update is merged into the expanding weight and costs no pass over activations. Below, and
-for dense weights or dropout, the update is written first and the base product is added to it with
-beta = 1, in fp32 and rounded once: added the other way round, a small update would round away.
+Where the C++ library is live, it expands NF4 in one pass, multiplies a few rows with packed codes directly, and
+forms the low-rank products h, g, dA and dB, reading 16-bit activations once and never widening them in memory. Where it
+is not, torch's operators compute the same.
+
+From about as many tokens as the weight has rows or columns, the update is merged into the expanding weight and costs
+no pass over activations. Below, and for dense weights or dropout, the update is written first and the base product is
+added to it with beta = 1, in fp32 and rounded once: added the other way round, a small update would round away.
 
     y = [h1 h2 h1] [B1 B1 B2]ᵀ + bias,     h = h1 + h2, B = B1 + B2
     y = y + x Wᵀ
 
-Where adapters are fp32 and activations have 16 bits, each factor is split into two 16-bit ones, which
-keeps 16 bits of the product and never makes an [M, N] in fp32.
+Where adapters are fp32 and activations have 16 bits, each factor is split into two 16-bit ones, which keeps 16 bits of
+the product and never makes an [M, N] in fp32. For a few rows that is not worth its calls, and fp32 it is.
 """
 
 import torch
@@ -20,8 +23,9 @@ from fastlora import native, reference
 from fastlora.dispatch import backend
 from fastlora.operands import Base, Gradients, Lora, Needs
 
-MERGE_FROM_M = 128
-GEMV_UP_TO_M = 8
+GEMV_UP_TO_M = 8  # above, expanding the weight and one product are quicker than decoding it for every few rows
+SPLIT_FROM_M = 128
+STREAM_FROM = 1 << 16  # elements of an activation below which torch's own calls are quicker
 
 
 def forward(
@@ -31,12 +35,12 @@ def forward(
     if lora is None:
         return _base_product(x, base, bias), None
     merges = _merges(x, base, lora)
-    h = _dropped(x, lora) @ lora.a.to(lora.dtype).t() if save_h or not merges else None
+    h = _shrink(x, lora.a.t(), 1.0, lora) if save_h or not merges else None
     if merges:
         y = F.linear(x, base.merged(x.dtype, lora), bias)
     else:
         assert h is not None
-        y = _sum(_update(h * lora.scaling, lora.b.to(lora.dtype).t(), x, base, bias), x, base)
+        y = _sum(_update(h * lora.scaling, lora.b.t(), x, base, bias), x, base)
     return y, h.float() if h is not None and save_h else None
 
 
@@ -46,43 +50,81 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: L
         return Gradients(_base_product_t(dy, base) if needs.x else None, None, None)
     merges = _merges(dy, base, lora)
     g, da, db = None, None, None
-    if needs.lora_a or needs.lora_b or (needs.x and not merges):
-        wide_dy = dy.to(lora.dtype)
-        if needs.lora_a or (needs.x and not merges):
-            g = (wide_dy @ lora.b.to(lora.dtype)).mul_(lora.scaling)
-        if needs.lora_b:
-            assert h is not None
-            db = (wide_dy.t() @ h.to(lora.dtype)).mul_(lora.scaling).to(lora.b.dtype)
+    if needs.lora_b:
+        assert h is not None
+        db = _outer(h, dy, lora.scaling, lora._replace(seed=None)).t().contiguous().to(lora.b.dtype)
+    if needs.lora_a or (needs.x and not merges):
+        g = _shrink(dy, lora.b, lora.scaling, lora._replace(seed=None))
     if needs.lora_a:
         assert g is not None
         assert x is not None
-        da = (g.t() @ _dropped(x, lora)).to(lora.a.dtype)
+        da = _outer(g, x, 1.0, lora).to(lora.a.dtype)
     if not needs.x:
         return Gradients(None, da, db)
     if merges:
         return Gradients(dy @ base.merged(dy.dtype, lora), da, db)
     assert g is not None
-    update = _update(g, lora.a.to(lora.dtype), dy, base, None)
+    update = _update(g, lora.a, dy, base, None)
     if lora.seed is not None:
         update.mul_(_mask(lora, *update.shape))
     return Gradients(_sum(update, dy, base, transposed=True), da, db)
 
 
 def _merges(x: Tensor, base: Base, lora: Lora) -> bool:
-    return base.is_nf4 and lora.seed is None and x.shape[0] >= MERGE_FROM_M
+    """Merging costs N K R products, a separate update M N R or M K R."""
+    return base.is_nf4 and lora.seed is None and x.shape[0] >= min(base.n, base.k)
+
+
+def _has_cpp(x: Tensor) -> bool:
+    return backend(x.device).name == "cpp"
+
+
+def _streams(x: Tensor, lora: Lora) -> bool:
+    """Whether C++ forms a low-rank product: where there is enough to read, or a mask to derive."""
+    return (x.numel() >= STREAM_FROM or lora.seed is not None) and _has_cpp(x)
+
+
+def _seed(lora: Lora) -> int | None:
+    return None if lora.seed is None else int(lora.seed.item())
 
 
 def _mask(lora: Lora, rows: int, cols: int) -> Tensor:
-    """The dropout mask [rows, cols], derived anew from the seed."""
+    """The dropout mask [rows, cols] in fp32, derived anew from the seed."""
     assert lora.seed is not None
-    mask = reference.dropout_mask(int(lora.seed.item()), rows, cols, lora.dropout_p)
-    return mask.to(lora.seed.device, lora.dtype)
+    if _has_cpp(lora.seed):
+        mask = torch.empty(rows, cols)
+        native.dropout_mask(int(lora.seed.item()), lora.dropout_p, mask)
+        return mask
+    return reference.dropout_mask(int(lora.seed.item()), rows, cols, lora.dropout_p).to(lora.seed.device)
 
 
 def _dropped(x: Tensor, lora: Lora) -> Tensor:
     """dropout(x) in the dtype of the low-rank products."""
     wide = x.to(lora.dtype)
-    return wide if lora.seed is None else wide * _mask(lora, *x.shape)
+    return wide if lora.seed is None else wide * _mask(lora, *x.shape).to(lora.dtype)
+
+
+def _shrink(x: Tensor, right: Tensor, scaling: float, lora: Lora) -> Tensor:
+    """scaling · dropout(x) right, [M, R]. x: [M, K]; right: [K, R], a view of an adapter."""
+    if _streams(x, lora):
+        out = torch.empty(x.shape[0], right.shape[1])
+        native.lora_shrink(_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
+        return out
+    return (_dropped(x, lora) @ right.to(lora.dtype)).mul_(scaling)
+
+
+def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora) -> Tensor:
+    """scaling · leftᵀ dropout(x), [R, K]. left: [M, R]; x: [M, K]."""
+    if _streams(x, lora):
+        out = torch.empty(left.shape[1], x.shape[1])
+        native.lora_outer(_rows(x), left.float().contiguous(), out, scaling, _seed(lora), lora.dropout_p)
+        return out
+    return (left.to(lora.dtype).t() @ _dropped(x, lora)).mul_(scaling)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with contiguous rows."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _reads_packed(x: Tensor, base: Base) -> bool:
@@ -115,14 +157,18 @@ def _base_product_t(dy: Tensor, base: Base) -> Tensor:
 
 
 def _update(left: Tensor, right: Tensor, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
-    """left right + bias, to which `_sum` adds the base product. left: [M, R]; right: [R, N].
+    """left right + bias, to which `_sum` adds the base product. left: [M, R]; right: [R, N], a view of an adapter.
 
     In fp32 where that product comes in fp32 (few rows), else in x's dtype.
     """
     dtype = torch.float32 if _reads_packed(x, base) else x.dtype
-    if left.dtype != dtype and dtype == torch.float32:
+    if dtype == torch.float32 or right.dtype == dtype:
+        left, right = left.to(dtype), right.to(dtype)
+    elif left.shape[0] < SPLIT_FROM_M:
+        update = left.float() @ right.float()
+        return (update if bias is None else update + bias).to(dtype)
+    else:
         left, right = left.float(), right.float()
-    elif left.dtype != dtype:
         left_high, right_high = left.to(dtype), right.to(dtype)
         left_low, right_low = (left - left_high).to(dtype), (right - right_high).to(dtype)
         left = torch.cat((left_high, left_low, left_high), dim=1)

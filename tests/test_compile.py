@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 def test_machine_code(arch, tmp_path):
     # A process of its own: kernels that were imported for the interpreter cannot be compiled.
     out = tmp_path / "static.csv"
-    command = [sys.executable, "-m", "bench.static", "--arch", str(arch), "--out", str(out)]
+    command = [sys.executable, "-m", "bench", "static", "--arch", str(arch), "--out", str(out)]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = list(DictReader(out.open()))

@@ -101,7 +101,7 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) ->
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, float]) -> None:
     """Checkpoint in bf16, with what was measured in `training.json`."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(OUT)
+    copy.deepcopy(model).bfloat16().save_pretrained(OUT)
     tokenizer.save_pretrained(OUT)
     (OUT / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 

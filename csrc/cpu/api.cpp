@@ -19,7 +19,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
-int best_isa() {
+int find_best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   unsigned eax, ebx, ecx = 0, edx;
@@ -34,9 +34,14 @@ int best_isa() {
 #endif
 }
 
+// Asked once: on a virtual machine the question itself takes microseconds.
+int best_isa() {
+  static const int best = find_best_isa();
+  return best;
+}
+
 const Kernels* kernels_for(int isa) {
-  static const int best = best_isa();
-  if (isa < 0 || isa > best) return nullptr;
+  if (isa < 0 || isa > best_isa()) return nullptr;
 #if defined(__x86_64__)
   if (isa == 2) return &kAvx512Kernels;
   if (isa == 1) return &kAvx2Kernels;
@@ -92,6 +97,38 @@ int run_product(const Nf4Weight& weight, const void* x, Dtype x_dtype, int64_t t
   return FASTLORA_OK;
 }
 
+// Multiply-adds of a low-rank product that are worth waking one more thread for.
+int threads_for_lora(const Activations& x, int64_t rank, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + (x.rows * x.cols * (rank + 4) >> 17)));
+}
+
+// A [rank, cols] of any strides into rows of `stride` floats, zero from cols on.
+void pack_rows(const float* a, int64_t rank, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t stride,
+               int threads, float* out) {
+  constexpr int64_t kCols = 256, kRanks = 16;
+  parallel_for(ceil_div(cols, kCols), threads, [&](int64_t index) {
+    const int64_t begin = index * kCols, end = std::min(cols, begin + kCols);
+    for (int64_t first = 0; first < rank; first += kRanks) {
+      for (int64_t r = first; r < std::min(rank, first + kRanks); ++r) {
+        for (int64_t k = begin; k < end; ++k) out[r * stride + k] = a[r * row_stride + k * col_stride];
+      }
+    }
+  });
+  for (int64_t r = 0; r < rank; ++r) std::fill(out + r * stride + cols, out + (r + 1) * stride, 0.0f);
+}
+
+int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
+
+// Runs job over the tiles that a result of rows x cols is cut into.
+template <class Body>
+void for_tiles(int64_t rows, int64_t row_step, int64_t cols, int64_t col_step, int threads, const Body& body) {
+  const int64_t across = ceil_div(cols, col_step);
+  parallel_for(ceil_div(rows, row_step) * across, threads, [&](int64_t index) {
+    const int64_t row = index / across * row_step, col = index % across * col_step;
+    body(Tile{row, std::min(rows, row + row_step), col, std::min(cols, col + col_step)});
+  });
+}
+
 }  // namespace
 }  // namespace fastlora
 
@@ -141,4 +178,58 @@ int fastlora_nf4_gemv_t(const Nf4Weight* weight, const void* x, int x_dtype, int
   if (kernels == nullptr) return FASTLORA_NO_ISA;
   return run_product(*weight, x, static_cast<Dtype>(x_dtype), tokens, weight->rows, weight->cols, kColumnTile,
                      Output{out, static_cast<Dtype>(out_dtype)}, *kernels, kernels->gemv_t, threads);
+}
+
+int fastlora_lora_shrink(const Activations* x, const Dropout* dropout, const float* a, int64_t rank,
+                         int64_t a_row_stride, int64_t a_col_stride, float scaling, float* out, int isa, int threads) {
+  const Kernels* kernels = kernels_for(isa);
+  if (kernels == nullptr) return FASTLORA_NO_ISA;
+  threads = threads_for_lora(*x, rank, threads);
+  Shrink shrink{*x, dropout, a, a_row_stride, rank, scaling, out};
+  Buffer packed;
+  if (a_col_stride != 1 || x->cols % kWidest != 0) {
+    shrink.stride = round_up(x->cols, kWidest);
+    packed = aligned_buffer(rank * shrink.stride);
+    if (!packed) return FASTLORA_NO_MEMORY;
+    pack_rows(a, rank, x->cols, a_row_stride, a_col_stride, shrink.stride, threads, packed.get());
+    shrink.a = packed.get();
+  }
+  // Several jobs for each thread; too few rows for that are cut along the rank too.
+  const int64_t row_step = std::clamp<int64_t>(round_up(ceil_div(x->rows, 4 * threads), 4), 4, kShrinkRows);
+  const int64_t across = std::max<int64_t>(1, threads / ceil_div(x->rows, row_step));
+  for_tiles(x->rows, row_step, rank, round_up(ceil_div(rank, across), 4), threads,
+            [&](const Tile& tile) { kernels->lora_shrink(shrink, tile); });
+  return FASTLORA_OK;
+}
+
+int fastlora_lora_outer(const Activations* x, const Dropout* dropout, const float* g, int64_t rank, float scaling,
+                        float* out, int64_t out_row_stride, int64_t out_col_stride, int isa, int threads) {
+  const Kernels* kernels = kernels_for(isa);
+  if (kernels == nullptr) return FASTLORA_NO_ISA;
+  const Outer outer{*x, dropout, g, rank, scaling, out, out_row_stride, out_col_stride};
+  for_tiles(rank, kOuterRanks, x->cols, kOuterColumns, threads_for_lora(*x, rank, threads),
+            [&](const Tile& tile) { kernels->lora_outer(outer, tile); });
+  return FASTLORA_OK;
+}
+
+int fastlora_dropout_mask(const Dropout* dropout, int64_t rows, int64_t cols, void* out, int out_dtype, int isa,
+                          int threads) {
+  const Kernels* kernels = kernels_for(isa);
+  if (kernels == nullptr) return FASTLORA_NO_ISA;
+  threads = static_cast<int>(std::min<int64_t>(threads, 1 + (rows * cols >> 16)));
+  if (cols % kDropoutGroup == 0) {  // the groups of one row follow on from those of the row above
+    cols *= rows;
+    rows = 1;
+  }
+  const int64_t groups = ceil_div(cols, kDropoutGroup);
+  const Dtype dtype = static_cast<Dtype>(out_dtype);
+  // A row is a whole number of jobs; short rows go several to a job.
+  const int64_t row_step = std::max<int64_t>(1, kMaskJob / std::max<int64_t>(1, cols));
+  for_tiles(rows, row_step, cols, kMaskJob, threads, [&](const Tile& tile) {
+    for (int64_t row = tile.row_begin; row < tile.row_end; ++row) {
+      const Output to{static_cast<char*>(out) + row * cols * element_size(dtype), dtype};
+      kernels->dropout_mask(*dropout, to, static_cast<uint32_t>(row * groups), tile.col_begin, tile.col_end);
+    }
+  });
+  return FASTLORA_OK;
 }

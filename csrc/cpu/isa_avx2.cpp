@@ -15,6 +15,7 @@ namespace fastlora {
 namespace {
 
 using F = __m256;
+typedef uint32_t U __attribute__((vector_size(32)));
 constexpr int W = 8;
 constexpr int kVecs = 2;
 alignas(32) constexpr Nf4Code kCode = nf4_code();
@@ -59,6 +60,36 @@ FASTLORA_VECTOR void store(float* out, F v) { _mm256_storeu_ps(out, v); }
 template <class T>
 FASTLORA_VECTOR void store(T* out, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow(v, out));
+}
+
+// The lanes in which Philox counters lie so that `interleave` puts their results in order.
+constexpr U kCounters = {0, 2, 4, 6, 1, 3, 5, 7};
+
+// Both halves of the 64-bit products.
+FASTLORA_VECTOR void multiply(U a, uint32_t factor, U* high, U* low) {
+  const __m256i factors = _mm256_set1_epi32(static_cast<int>(factor));
+  const __m256i even = _mm256_mul_epu32((__m256i)a, factors);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factors);
+  *high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  *low = (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+
+FASTLORA_VECTOR void interleave(U a, U b, U c, U d, uint16_t* out) {
+  const __m256i ab = _mm256_unpacklo_epi32((__m256i)a, (__m256i)b);
+  const __m256i cd = _mm256_unpacklo_epi32((__m256i)c, (__m256i)d);
+  const __m256i ab_high = _mm256_unpackhi_epi32((__m256i)a, (__m256i)b);
+  const __m256i cd_high = _mm256_unpackhi_epi32((__m256i)c, (__m256i)d);
+  __m256i* to = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(to, _mm256_unpacklo_epi64(ab, cd));
+  _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(ab, cd));
+  _mm256_storeu_si256(to + 2, _mm256_unpacklo_epi64(ab_high, cd_high));
+  _mm256_storeu_si256(to + 3, _mm256_unpackhi_epi64(ab_high, cd_high));
+}
+
+// `kept`, and 0 where the bits are below the threshold.
+FASTLORA_VECTOR F mask(const uint16_t* bits, int threshold, F kept) {
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(threshold), words)), kept);
 }
 
 #include "kernels.inl"

@@ -15,6 +15,7 @@ namespace fastlora {
 namespace {
 
 using F = __m512;
+typedef uint32_t U __attribute__((vector_size(64)));
 constexpr int W = 16;
 constexpr int kVecs = 4;
 alignas(64) constexpr Nf4Code kCode = nf4_code();
@@ -54,6 +55,35 @@ FASTLORA_VECTOR void store(float* out, F v) { _mm512_storeu_ps(out, v); }
 template <class T>
 FASTLORA_VECTOR void store(T* out, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow(v, out));
+}
+
+// The lanes in which Philox counters lie so that `interleave` puts their results in order.
+constexpr U kCounters = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+
+// Both halves of the 64-bit products.
+FASTLORA_VECTOR void multiply(U a, uint32_t factor, U* high, U* low) {
+  const __m512i factors = _mm512_set1_epi32(static_cast<int>(factor));
+  const __m512i even = _mm512_mul_epu32((__m512i)a, factors);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factors);
+  *high = (U)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+  *low = (U)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+}
+
+FASTLORA_VECTOR void interleave(U a, U b, U c, U d, uint16_t* out) {
+  const __m512i ab = _mm512_unpacklo_epi32((__m512i)a, (__m512i)b);
+  const __m512i cd = _mm512_unpacklo_epi32((__m512i)c, (__m512i)d);
+  const __m512i ab_high = _mm512_unpackhi_epi32((__m512i)a, (__m512i)b);
+  const __m512i cd_high = _mm512_unpackhi_epi32((__m512i)c, (__m512i)d);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab, cd));
+  _mm512_storeu_si512(out + 32, _mm512_unpackhi_epi64(ab, cd));
+  _mm512_storeu_si512(out + 64, _mm512_unpacklo_epi64(ab_high, cd_high));
+  _mm512_storeu_si512(out + 96, _mm512_unpackhi_epi64(ab_high, cd_high));
+}
+
+// `kept`, and 0 where the bits are below the threshold.
+FASTLORA_VECTOR F mask(const uint16_t* bits, int threshold, F kept) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epi32_mask(words, _mm512_set1_epi32(threshold)), kept);
 }
 
 #include "kernels.inl"

@@ -1,8 +1,9 @@
-// What each instruction set implements: jobs over a part of a weight, called from many threads at once.
+// What each instruction set implements: jobs over a part of the result, called from many threads at once.
 #pragma once
 
 #include <cstdint>
 
+#include "../lora.h"
 #include "../nf4.h"
 #include "convert.h"
 
@@ -23,6 +24,16 @@ constexpr int64_t kStripFloats = 1 << 13;
 constexpr int kGemvRows = 16;
 constexpr int kColumnTile = 512;
 constexpr int kTokens = 16;
+// The low-rank products: rows of x in one shrink job and columns it widens at a time; columns and ranks in one outer
+// job and rows it widens at a time; columns in one job of the mask.
+constexpr int kShrinkRows = 32;
+constexpr int kShrinkStrip = 1024;
+constexpr int kOuterColumns = 256;
+constexpr int kOuterRanks = 64;
+constexpr int kOuterRows = 64;
+constexpr int64_t kMaskJob = 1 << 14;
+// K of A is padded to this, the widest vector.
+constexpr int kWidest = 16;
 
 struct Output {
   void* data;
@@ -44,12 +55,47 @@ struct Product {
   Output out;
 };
 
+// h [rows of x, rank] = scaling * x Aᵀ.
+struct Shrink {
+  Activations x;
+  const Dropout* dropout;  // null for none
+  const float* a;          // [rank, stride], zero from K to the next multiple of kWidest
+  int64_t stride;
+  int64_t rank;
+  float scaling;
+  float* out;
+};
+
+// d [rank, columns of x] = scaling * gᵀ x.
+struct Outer {
+  Activations x;
+  const Dropout* dropout;  // null for none
+  const float* g;          // [rows of x, rank]
+  int64_t rank;
+  float scaling;
+  float* out;
+  int64_t row_stride;
+  int64_t col_stride;
+};
+
+// A rectangle of the result.
+struct Tile {
+  int64_t row_begin;
+  int64_t row_end;
+  int64_t col_begin;
+  int64_t col_end;
+};
+
 struct Kernels {
   void (*widen)(const void* x, Dtype dtype, int64_t count, float* out);
   void (*dequantize)(const Nf4Weight&, const Output&, int64_t begin, int64_t end);  // flat range, begin % 32 == 0
   void (*merge)(const Nf4Weight&, const Adapter&, const Output&, int64_t row_begin, int64_t row_end);
   void (*gemv)(const Nf4Weight&, const Product&, int64_t row_begin, int64_t row_end);
   void (*gemv_t)(const Nf4Weight&, const Product&, int64_t col_begin, int64_t col_end);
+  void (*lora_shrink)(const Shrink&, const Tile&);
+  void (*lora_outer)(const Outer&, const Tile&);
+  // Columns [begin, end) of one row of the mask, begin % 8 == 0; `counter` is that of the row's first group.
+  void (*dropout_mask)(const Dropout&, const Output&, uint32_t counter, int64_t begin, int64_t end);
 };
 
 extern const Kernels kPortableKernels;

@@ -1,5 +1,6 @@
 // The kernels, written once over the vector type F of W lanes that the including file defines, with load, store,
-// set1, mul, fma, sum and lookup (W codes to codebook values). FASTLORA_TARGET carries the instruction set.
+// set1, mul, fma, sum and lookup (W codes to codebook values), and for dropout over the type U of W 32-bit words.
+// FASTLORA_TARGET carries the instruction set.
 //
 // Everything is fp32 between the codes and the one rounding at the end. A product never writes the expanded weight
 // to memory: a few rows of a tile are expanded into L1 and used from there.
@@ -284,4 +285,8 @@ void widen(const void* x, Dtype dtype, int64_t count, float* out) {
   by_dtype(x, dtype, [&](auto* values) { widen_range(values, count, out); });
 }
 
-constexpr Kernels kernels() { return {widen, dequantize, merge, gemv, gemv_t}; }
+#include "lora.inl"
+
+constexpr Kernels kernels() {
+  return {widen, dequantize, merge, gemv, gemv_t, lora_shrink, lora_outer, dropout_mask};
+}
