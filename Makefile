@@ -34,7 +34,7 @@ types: install
 
 tests: install
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
 
 bench: install
 	$(BIN)/python -m bench kernels --device $(if $(GPU),cuda,cpu)

@@ -41,8 +41,8 @@ FASTLORA_EXPORT int fastlora_lora_shrink(const fastlora::Activations* x, const f
 // out [rank, K] fp32 = scaling * gᵀ (mask of dropout, where not null, times x [M, K]). `out` has any strides, g is
 // [M, rank].
 FASTLORA_EXPORT int fastlora_lora_outer(const fastlora::Activations* x, const fastlora::Dropout* dropout,
-                                        const float* g, int64_t rank, float scaling, float* out,
-                                        int64_t out_row_stride, int64_t out_col_stride, int isa, int threads);
+                                        const float* g, int64_t rank, float scaling, float* out, int64_t out_row_stride,
+                                        int64_t out_col_stride, int isa, int threads);
 
 // out [rows, cols] = the mask of dropout.
 FASTLORA_EXPORT int fastlora_dropout_mask(const fastlora::Dropout* dropout, int64_t rows, int64_t cols, void* out,

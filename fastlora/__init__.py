@@ -6,19 +6,22 @@
     fastlora.save_adapter(model, "my-adapter")      # peft's format
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a source checkout the kernels lie beside this package, at the repository's top level.
 _root = Path(__file__).resolve().parent
 if not (_root / "kernels").is_dir():
     __path__.append(str(_root.parent))
 
-from fastlora.adapter import load_adapter, merge, save_adapter  # noqa: E402
-from fastlora.functional import backend, lora_linear, nf4_dequantize, nf4_linear  # noqa: E402
-from fastlora.linear import LoRALinear, NF4Linear  # noqa: E402
-from fastlora.nf4 import NF4Weight, quantize  # noqa: E402
-from fastlora.replace import replace_linear  # noqa: E402
-from fastlora.report import Report  # noqa: E402
+if TYPE_CHECKING:
+    from fastlora.adapter import load_adapter, merge, save_adapter
+    from fastlora.functional import backend, lora_linear, nf4_dequantize, nf4_linear
+    from fastlora.linear import LoRALinear, NF4Linear
+    from fastlora.nf4 import NF4Weight, quantize
+    from fastlora.replace import replace_linear
+    from fastlora.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,3 +39,26 @@ __all__ = [
     "replace_linear",
     "save_adapter",
 ]
+
+# Imported at first use: the command line answers without waiting for torch.
+_HOMES = {
+    "adapter": ("load_adapter", "merge", "save_adapter"),
+    "functional": ("backend", "lora_linear", "nf4_dequantize", "nf4_linear"),
+    "linear": ("LoRALinear", "NF4Linear"),
+    "nf4": ("NF4Weight", "quantize"),
+    "replace": ("replace_linear",),
+    "report": ("Report",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"fastlora.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,7 @@ peft's forward at any call, a row also counts the calls of either kind and keeps
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -110,6 +111,7 @@ class Report:
         """
         lines = [(row.name, 1, row) for row in self.rows] if every_layer else list(_grouped(self.rows))
         try:
+            from rich import box
             from rich.console import Console
             from rich.markup import escape
             from rich.table import Table
@@ -118,17 +120,27 @@ class Report:
             return
         console = console or Console()
         console.print(escape(self.summary()))
-        table = Table()
+        prefix = _shared_prefix([name for name, _, _ in lines])
+        caption = f"… stands for {escape(prefix)}" if prefix else None
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
         for title in ("layer", "kind", "shape", "path", "why"):
             table.add_column(title, overflow="fold", no_wrap=title in ("kind", "shape", "path"))
-        for cells, row in ((_cells(name, count, row), row) for name, count, row in lines):
-            table.add_row(*(escape(cell) for cell in cells), style=None if row.replaced else "dim")
+        for name, count, row in lines:
+            short = f"…{name.removeprefix(prefix)}" if prefix and name.startswith(prefix) else name
+            table.add_row(*map(escape, _cells(short, count, row)), style=None if row.replaced else "dim")
         console.print(table)
         for note in self.notes:
             console.print(escape(note))
 
     def _plain(self, lines: Iterable[tuple[str, int, Row]]) -> str:
         return "\n".join([self.summary(), *("  ".join(_cells(*line)) for line in lines), *self.notes])
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """What the names of numbered layers begin with, such as "model.layers.*"; empty where that is nothing."""
+    numbered = [name for name in names if "*" in name]
+    prefix = os.path.commonprefix(numbered) if len(numbered) > 1 else ""
+    return prefix[: prefix.rfind("*") + 1]
 
 
 def _cells(name: str, count: int, row: Row) -> tuple[str, ...]:

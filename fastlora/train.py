@@ -367,7 +367,8 @@ def _signals() -> Iterator[list[str]]:
         caught.append(signal.Signals(number).name)
         signal.signal(number, before[number])
 
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    both = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in both}
     for number in before:
         signal.signal(number, note)
     try:

@@ -99,7 +99,7 @@ int run_product(const Nf4Weight& weight, const void* x, Dtype x_dtype, int64_t t
 
 // Multiply-adds of a low-rank product that are worth waking one more thread for.
 int threads_for_lora(const Activations& x, int64_t rank, int threads) {
-  return static_cast<int>(std::min<int64_t>(threads, 1 + (x.rows * x.cols * (rank + 4) >> 17)));
+  return static_cast<int>(std::min<int64_t>(threads, 1 + (x.rows * x.cols * (rank + 4) >> 18)));
 }
 
 // A [rank, cols] of any strides into rows of `stride` floats, zero from cols on.
@@ -207,8 +207,11 @@ int fastlora_lora_outer(const Activations* x, const Dropout* dropout, const floa
   const Kernels* kernels = kernels_for(isa);
   if (kernels == nullptr) return FASTLORA_NO_ISA;
   const Outer outer{*x, dropout, g, rank, scaling, out, out_row_stride, out_col_stride};
-  for_tiles(rank, kOuterRanks, x->cols, kOuterColumns, threads_for_lora(*x, rank, threads),
-            [&](const Tile& tile) { kernels->lora_outer(outer, tile); });
+  threads = threads_for_lora(*x, rank, threads);
+  const int64_t rank_step = round_up(ceil_div(rank, ceil_div(rank, kOuterRanks)), 4);
+  const int64_t wide_tiles = ceil_div(rank, rank_step) * ceil_div(x->cols, kOuterColumns);
+  const int64_t col_step = wide_tiles < 2 * threads ? kOuterColumns / 2 : kOuterColumns;
+  for_tiles(rank, rank_step, x->cols, col_step, threads, [&](const Tile& tile) { kernels->lora_outer(outer, tile); });
   return FASTLORA_OK;
 }
 

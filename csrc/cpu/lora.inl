@@ -7,6 +7,8 @@
 
 constexpr int kPanelWidth = kVecs * W;
 constexpr int kChunk = kDropoutGroup * W;  // columns that one vector of Philox calls serves
+static_assert(kShrinkStrip % kChunk == 0 && kOuterColumns / 2 % kChunk == 0 && kMaskJob % kChunk == 0);
+static_assert(kChunk % kPanelWidth == 0 && kOuterRanks % 4 == 0 && kShrinkRows % 4 == 0);
 
 // out[i], i < kChunk: the random bits of column i, where `counter` is that of column 0.
 FASTLORA_VECTOR void random_bits(uint64_t seed, uint32_t counter, uint16_t* out) {
@@ -87,7 +89,9 @@ FASTLORA_TARGET void shrink_range(const Shrink& s, const T* data, const Tile& ti
   alignas(64) float wide[kShrinkRows * kShrinkStrip];
   const int64_t rows = tile.row_end - tile.row_begin;
   float* out = s.out + tile.row_begin * s.rank;
-  for (int64_t t = 0; t < rows; ++t) std::fill(out + t * s.rank + tile.col_begin, out + t * s.rank + tile.col_end, 0.0f);
+  for (int64_t t = 0; t < rows; ++t) {
+    std::fill(out + t * s.rank + tile.col_begin, out + t * s.rank + tile.col_end, 0.0f);
+  }
   for (int64_t col = 0; col < s.x.cols; col += kShrinkStrip) {
     const int64_t count = std::min<int64_t>(kShrinkStrip, s.x.cols - col);
     for (int64_t t = 0; t < rows; ++t) {
@@ -142,6 +146,25 @@ FASTLORA_TARGET void outer_tile(const float* x, const float* const* g, int64_t s
   }
 }
 
+// The sums of a tile to where they belong, in the order in which they lie there.
+FASTLORA_TARGET void write_outer(const Outer& o, const Tile& tile, const float* acc) {
+  const int64_t ranks = tile.row_end - tile.row_begin, cols = tile.col_end - tile.col_begin;
+  float* out = o.out + tile.row_begin * o.row_stride + tile.col_begin * o.col_stride;
+  if (o.row_stride < o.col_stride) {
+    for (int64_t k = 0; k < cols; ++k, out += o.col_stride) {
+      for (int64_t r = 0; r < ranks; ++r) out[r * o.row_stride] = o.scaling * acc[r * kOuterColumns + k];
+    }
+    return;
+  }
+  for (int64_t r = 0; r < ranks; ++r, out += o.row_stride, acc += kOuterColumns) {
+    int64_t k = 0;
+    if (o.col_stride == 1) {
+      for (; k + W <= cols; k += W) store(out + k, mul(set1(o.scaling), load(acc + k)));
+    }
+    for (; k < cols; ++k) out[k * o.col_stride] = o.scaling * acc[k];
+  }
+}
+
 // tile: ranks, at most kOuterRanks, and columns of x, at most kOuterColumns.
 template <class T>
 FASTLORA_TARGET void outer_range(const Outer& o, const T* data, const Tile& tile) {
@@ -164,20 +187,7 @@ FASTLORA_TARGET void outer_range(const Outer& o, const T* data, const Tile& tile
       }
     }
   }
-  float* out = o.out + tile.row_begin * o.row_stride + tile.col_begin * o.col_stride;
-  if (o.row_stride < o.col_stride) {
-    for (int64_t k = 0; k < cols; ++k) {
-      for (int64_t r = 0; r < ranks; ++r) {
-        out[r * o.row_stride + k * o.col_stride] = o.scaling * acc[r * kOuterColumns + k];
-      }
-    }
-    return;
-  }
-  for (int64_t r = 0; r < ranks; ++r) {
-    for (int64_t k = 0; k < cols; ++k) {
-      out[r * o.row_stride + k * o.col_stride] = o.scaling * acc[r * kOuterColumns + k];
-    }
-  }
+  write_outer(o, tile, acc);
 }
 
 template <class T>
@@ -199,8 +209,7 @@ FASTLORA_TARGET void mask_range(const Dropout& dropout, T* out, uint32_t counter
 }
 
 void lora_shrink(const Shrink& shrink, const Tile& tile) {
-  by_dtype(shrink.x.data, static_cast<Dtype>(shrink.x.dtype),
-           [&](auto* data) { shrink_range(shrink, data, tile); });
+  by_dtype(shrink.x.data, static_cast<Dtype>(shrink.x.dtype), [&](auto* data) { shrink_range(shrink, data, tile); });
 }
 
 void lora_outer(const Outer& outer, const Tile& tile) {
