@@ -1,9 +1,9 @@
 """fastlora: LoRA and QLoRA fine-tuning at the cost of the bare matrix product.
 
-    model = fastlora.replace_linear(model, r=16, lora_alpha=32, quantize="nf4")
-    print(model.fastlora_report.summary())
-    ...                                             # train it as before
-    fastlora.save_adapter(model, "my-adapter")      # peft's format
+model = fastlora.replace_linear(model, r=16, lora_alpha=32, quantize="nf4")
+print(model.fastlora_report.summary())
+...                                             # train it as before
+fastlora.save_adapter(model, "my-adapter")      # peft's format
 """
 
 from importlib import import_module

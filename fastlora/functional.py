@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import dispatch
+from fastlora import dispatch, torch_path
 from fastlora.dispatch import Backend, backend
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
 from fastlora.operands import Base, Lora, Needs
@@ -136,7 +136,15 @@ def _call(
     inputs: tuple[Any, ...] = (x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h)
     if _seen_by_others(x, lora_a):
         return torch.ops.fastlora.lora_linear(*inputs)[0]
+    if lora_a is not None and lora_b is not None and isinstance(weight, Tensor) and _is_small(x, seed):
+        return torch_path.few_rows(x, weight, Lora(lora_a, lora_b, scaling, 0.0, None), bias)
     return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
+
+
+def _is_small(x: Tensor, seed: Tensor | None) -> bool:
+    """Whether `torch_path.few_rows` is the quickest way to multiply x with a dense weight."""
+    rows_fit = x.is_contiguous() and 0 < x.numel() <= torch_path.FEW_ROWS * x.shape[-1]
+    return rows_fit and seed is None and not x.is_cuda and not torch.is_autocast_enabled(x.device.type)
 
 
 def _seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
@@ -208,8 +216,6 @@ def _path(device: torch.device) -> ModuleType:
         from fastlora import triton_path
 
         return triton_path
-    from fastlora import torch_path
-
     return torch_path
 
 

@@ -6,7 +6,6 @@ peft's forward at any call, a row also counts the calls of either kind and keeps
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -138,9 +137,8 @@ class Report:
 
 def _shared_prefix(names: list[str]) -> str:
     """What the names of numbered layers begin with, such as "model.layers.*"; empty where that is nothing."""
-    numbered = [name for name in names if "*" in name]
-    prefix = os.path.commonprefix(numbered) if len(numbered) > 1 else ""
-    return prefix[: prefix.rfind("*") + 1]
+    beginnings = {name[: name.rfind("*") + 1] for name in names if "*" in name}
+    return beginnings.pop() if len(beginnings) == 1 else ""
 
 
 def _cells(name: str, count: int, row: Row) -> tuple[str, ...]:

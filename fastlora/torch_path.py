@@ -23,9 +23,10 @@ from fastlora import native, reference
 from fastlora.dispatch import backend
 from fastlora.operands import Base, Gradients, Lora, Needs
 
+FEW_ROWS = 64
 GEMV_UP_TO_M = 8  # above, expanding the weight and one product are quicker than decoding it for every few rows
 SPLIT_FROM_M = 128
-STREAM_FROM = 1 << 16  # elements of an activation below which torch's own calls are quicker
+STREAM_FROM = 1 << 15  # elements of an activation below which torch's own calls are quicker
 
 
 def forward(
@@ -52,7 +53,7 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: L
     g, da, db = None, None, None
     if needs.lora_b:
         assert h is not None
-        db = _outer(h, dy, lora.scaling, lora._replace(seed=None)).t().contiguous().to(lora.b.dtype)
+        db = _outer(h, dy, lora.scaling, lora._replace(seed=None), transposed=True).to(lora.b.dtype)
     if needs.lora_a or (needs.x and not merges):
         g = _shrink(dy, lora.b, lora.scaling, lora._replace(seed=None))
     if needs.lora_a:
@@ -68,6 +69,19 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: L
     if lora.seed is not None:
         update.mul_(_mask(lora, *update.shape))
     return Gradients(_sum(update, dy, base, transposed=True), da, db)
+
+
+def few_rows(x: Tensor, weight: Tensor, lora: Lora, bias: Tensor | None) -> Tensor:
+    """The linear over a dense weight as torch's own differentiable operators, in the order of `forward`.
+
+    For a few rows their calls are all that LoRA costs, and torch's C++ makes them more quickly than any Python.
+    x: [..., K].
+    """
+    rows = x.view(-1, x.shape[-1])
+    h = (rows.to(lora.dtype) @ lora.a.t().to(lora.dtype)) * lora.scaling
+    right = lora.b.t().to(lora.dtype)
+    update = h @ right if bias is None else torch.addmm(bias.to(lora.dtype), h, right)
+    return torch.addmm(update.to(x.dtype), rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
 
 
 def _merges(x: Tensor, base: Base, lora: Lora) -> bool:
@@ -110,16 +124,23 @@ def _shrink(x: Tensor, right: Tensor, scaling: float, lora: Lora) -> Tensor:
         out = torch.empty(x.shape[0], right.shape[1])
         native.lora_shrink(_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
         return out
-    return (_dropped(x, lora) @ right.to(lora.dtype)).mul_(scaling)
+    return _scaled(_dropped(x, lora) @ right.to(lora.dtype), scaling)
 
 
-def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora) -> Tensor:
-    """scaling · leftᵀ dropout(x), [R, K]. left: [M, R]; x: [M, K]."""
+def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool = False) -> Tensor:
+    """scaling · leftᵀ dropout(x), [R, K], or its transpose [K, R], contiguous. left: [M, R]; x: [M, K]."""
     if _streams(x, lora):
-        out = torch.empty(left.shape[1], x.shape[1])
-        native.lora_outer(_rows(x), left.float().contiguous(), out, scaling, _seed(lora), lora.dropout_p)
+        shape = (x.shape[1], left.shape[1]) if transposed else (left.shape[1], x.shape[1])
+        out = torch.empty(shape)
+        view = out.t() if transposed else out
+        native.lora_outer(_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
         return out
-    return (left.to(lora.dtype).t() @ _dropped(x, lora)).mul_(scaling)
+    wide, left = _dropped(x, lora), left.to(lora.dtype)
+    return _scaled(wide.t() @ left if transposed else left.t() @ wide, scaling)
+
+
+def _scaled(t: Tensor, scaling: float) -> Tensor:
+    return t if scaling == 1.0 else t.mul_(scaling)
 
 
 def _rows(x: Tensor) -> Tensor:

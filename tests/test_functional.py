@@ -152,7 +152,7 @@ def test_dropout_follows_torchs_generator_and_survives_recomputation():
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
 def test_every_subset_of_gradients(path, base, wanted):
-    case = Case(20, 64, 48, 4, torch.float32, base=base, bias=True)
+    case = Case(70, 64, 48, 4, torch.float32, base=base, bias=True)
     leaves = case.leaves(requires_grad=False)
     for leaf, want in zip(leaves, wanted, strict=True):
         leaf.requires_grad_(want)
@@ -169,7 +169,7 @@ def test_every_subset_of_gradients(path, base, wanted):
 
 
 def test_a_dense_weight_can_be_trained_too(path):
-    case = Case(20, 64, 48, 4, torch.float32)
+    case = Case(70, 64, 48, 4, torch.float32)
     x, a, b = case.leaves(requires_grad=False)
     weight = case.weight.clone().requires_grad_()
     lora_linear(x, weight, a, b, SCALING).backward(case.dy)
@@ -178,20 +178,20 @@ def test_a_dense_weight_can_be_trained_too(path):
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_strides_and_leading_dimensions(path, base):
-    case = Case(24, 64, 48, 4, torch.float32, base=base)
+    case = Case(72, 64, 48, 4, torch.float32, base=base)
     want = case.reference()
     x, a, b = case.leaves()
-    strided = torch.empty(64, 24).t().copy_(x.detach()).requires_grad_()
+    strided = torch.empty(64, 72).t().copy_(x.detach()).requires_grad_()
     assert not strided.is_contiguous()
     a_strided = torch.empty(64, 4).t().copy_(a.detach()).requires_grad_()
-    y = lora_linear(strided.view(2, 12, 64), case.weight, a_strided, b, SCALING)
-    assert y.shape == (2, 12, 48)
-    dy = torch.empty(48, 24).t().copy_(case.dy).view(2, 12, 48)
+    y = lora_linear(strided.view(2, 36, 64), case.weight, a_strided, b, SCALING)
+    assert y.shape == (2, 36, 48)
+    dy = torch.empty(48, 72).t().copy_(case.dy).view(2, 36, 48)
     for got, expected in zip(torch.autograd.grad(y, (strided, a_strided, b), dy), want[1:], strict=True):
         torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(y.detach().view(24, 48), want[0])
+    torch.testing.assert_close(y.detach().view(72, 48), want[0])
     grads = torch.autograd.grad(lora_linear(x, case.weight, a, b, SCALING).sum(), (x, a, b))
-    case.dy = torch.ones(()).expand(24, 48)  # what sum() sends back: strides of 0
+    case.dy = torch.ones(()).expand(72, 48)  # what sum() sends back: strides of 0
     for what, got, baseline, oracle in zip(
         ("dx", "dA", "dB"), grads, case.reference()[1:], case.reference(torch.float64)[1:], strict=True
     ):
@@ -228,7 +228,7 @@ def test_autocast_casts_as_linear_does():
     grads = torch.autograd.grad(y, leaves, case.dy.bfloat16())
     assert [grad.dtype for grad in grads] == [torch.float32] * 4
     assert rms(y.float() - case.reference()[0]) < 0.01 * rms(case.reference()[0])
-    bf16 = Case(20, 64, 48, 4, torch.bfloat16, torch.float32, bias=True)
+    bf16 = Case(90, 64, 48, 4, torch.bfloat16, torch.float32, bias=True)
     plain = bf16.ours()
     with torch.autocast("cpu", torch.bfloat16):
         inside = bf16.ours()
@@ -302,7 +302,7 @@ def test_a_selective_checkpoint_keeps_the_output_by_the_operators_name(monkeypat
     calls = []
     forward = torch_path.forward
     monkeypatch.setattr(torch_path, "forward", lambda *args: calls.append(1) or forward(*args))
-    case = Case(12, 64, 64, 4, torch.float32)
+    case = Case(90, 64, 64, 4, torch.float32)
     x, a, b = case.leaves()
 
     def block(x: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def test_the_report_prints_layers_together(capsys):
     model.fastlora_report.print(console.Console(file=out, width=160))
     shown = out.getvalue()
     assert "14 of 15 linear layers replaced" in shown
-    assert "2 x model.layers.*.self_attn.q_proj" in shown
+    assert "2 x ….self_attn.q_proj" in shown
+    assert "… stands for model.layers.*" in shown
     assert "output head, left alone" in shown
     out.truncate(0)
     model.fastlora_report.print(console.Console(file=out, width=160), every_layer=True)

@@ -20,18 +20,34 @@ namespace fastlora {
 namespace {
 
 using GompParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+using OmpThreadNumber = int (*)();
+
+constexpr int kMaxThreads = 256;
+
+// Each thread begins with a stretch of jobs of its own and then helps the others with theirs. So the same thread writes
+// the same rows that torch's static schedule hands it in the next operation, which finds them in that core's cache.
+struct alignas(64) Stretch {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
 
 struct Team {
-  std::atomic<int64_t> next{0};
-  int64_t jobs;
+  Stretch stretches[kMaxThreads];
+  int threads;
+  std::atomic<int> arrivals{0};
+  OmpThreadNumber thread_number;
   Job job;
   const void* context;
 };
 
 void work(void* data) {
   Team& team = *static_cast<Team*>(data);
-  for (int64_t index; (index = team.next.fetch_add(1, std::memory_order_relaxed)) < team.jobs;) {
-    team.job(team.context, index);
+  const int self = (team.thread_number ? team.thread_number() : team.arrivals.fetch_add(1)) % team.threads;
+  for (int i = 0; i < team.threads; ++i) {
+    Stretch& stretch = team.stretches[(self + i) % team.threads];
+    for (int64_t job; (job = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
+      team.job(team.context, job);
+    }
   }
 }
 
@@ -45,11 +61,16 @@ GompParallel openmp() {
   return forked.load(std::memory_order_relaxed) ? nullptr : entry;
 }
 
-void work_on_new_threads(Team* team, int threads) {
+OmpThreadNumber openmp_thread_number() {
+  static const OmpThreadNumber entry = reinterpret_cast<OmpThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  return entry;
+}
+
+void work_on_new_threads(Team* team) {
   std::vector<std::thread> helpers;
-  helpers.reserve(threads - 1);
+  helpers.reserve(team->threads - 1);
   try {
-    for (int i = 1; i < threads; ++i) helpers.emplace_back(work, team);
+    for (int i = 1; i < team->threads; ++i) helpers.emplace_back(work, team);
   } catch (const std::system_error&) {
     // No more threads to be had: those there are, and the caller, do all the jobs.
   }
@@ -60,17 +81,25 @@ void work_on_new_threads(Team* team, int threads) {
 }  // namespace
 
 void run_jobs(int64_t jobs, int threads, Job job, const void* context) {
+  threads = static_cast<int>(std::min<int64_t>(std::min(threads, kMaxThreads), jobs));
+  if (threads <= 1) {
+    for (int64_t index = 0; index < jobs; ++index) job(context, index);
+    return;
+  }
   Team team;
-  team.jobs = jobs;
+  team.threads = threads;
   team.job = job;
   team.context = context;
-  threads = static_cast<int>(std::min<int64_t>(threads, jobs));
-  if (threads <= 1) {
-    work(&team);
-  } else if (const GompParallel parallel = openmp()) {
+  for (int i = 0; i < threads; ++i) {
+    team.stretches[i].next = jobs * i / threads;
+    team.stretches[i].end = jobs * (i + 1) / threads;
+  }
+  const GompParallel parallel = openmp();
+  team.thread_number = parallel ? openmp_thread_number() : nullptr;
+  if (parallel) {
     parallel(work, &team, static_cast<unsigned>(threads), 0);
   } else {
-    work_on_new_threads(&team, threads);
+    work_on_new_threads(&team);
   }
 }
 
