@@ -47,7 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     after = rest.split(END)[1]
     table = "\n".join(markdown(times))
     arguments.readme.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
-    draw(times, arguments.picture, f"LoRA linear {k} to {n}, r=16, forward + backward, {rows[-1]['device']}")
+    draw(
+        times,
+        arguments.picture,
+        f"LoRA linear over NF4, {k} to {n}, r={rows[-1]['R']}, forward + backward, {rows[-1]['device']}",
+    )
     return 0
 
 

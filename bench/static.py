@@ -234,4 +234,3 @@ def run(arguments: argparse.Namespace) -> int:
                 writer.writerow(row)
                 print(" ".join(f"{value!s:>15}" for value in row.values()), flush=True)
     return 0
-

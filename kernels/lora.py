@@ -298,8 +298,8 @@ def expand(
             m, n, r, scaling * dropout.keep_scale, dropout.threshold,
             *lora_b.stride(),
             HAS_BIAS=bias is not None, DROPOUT=dropout.active,
-            MODE=mode(dtype, lora_b.dtype), INTERPRETED=_interpreted(),
-            BLOCK_M=EXPAND_ROWS, BLOCK_N=EXPAND_COLUMNS, BLOCK_R=min(MAX_EXPAND_BLOCK_R, block_r(r)), num_warps=EXPAND_WARPS,
+            MODE=mode(dtype, lora_b.dtype), INTERPRETED=_interpreted(), num_warps=EXPAND_WARPS,
+            BLOCK_M=EXPAND_ROWS, BLOCK_N=EXPAND_COLUMNS, BLOCK_R=min(MAX_EXPAND_BLOCK_R, block_r(r)),
         )  # fmt: skip
     return out
 
