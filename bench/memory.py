@@ -129,7 +129,8 @@ def _held_by_tensors() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.layout == torch.strided and thing.device.type == "cpu":
+        plain = type(thing) in (Tensor, torch.nn.Parameter)  # a fake tensor has no storage to ask for
+        if plain and thing.layout == torch.strided and thing.device.type == "cpu":
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
 
