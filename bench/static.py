@@ -86,10 +86,11 @@ def _lora_specimens() -> Iterator[Specimen]:
     from fastlora.kernels import lora
 
     for r in RANKS:
-        for adapter, dropout in (("bf16", False), ("fp32", False), ("bf16", True)):
+        for adapter, dropout in (("bf16", False), ("fp32", False), ("bf16", True), ("fp32", True)):
             how = "split" if adapter == "fp32" else "narrow"
             block_r = lora.block_r(r)
             rows, columns, warps = lora.tile(block_r, how)
+            shrink_rows, shrink_columns, shrink_warps = lora.shrink_tile(block_r, how, dropout)
             suffix = f"_r{r}" + ("_fp32" if adapter == "fp32" else "") + ("_dropout" if dropout else "")
             precision = {"MODE": how, "INTERPRETED": False}
             drops = {"DROPOUT": dropout}
@@ -107,8 +108,14 @@ def _lora_specimens() -> Iterator[Specimen]:
                 },
                 drops
                 | precision
-                | {"stride_xk": 1, "stride_ak": 1, "BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": block_r},
-                warps,
+                | {
+                    "stride_xk": 1,
+                    "stride_ak": 1,
+                    "BLOCK_M": shrink_rows,
+                    "BLOCK_K": shrink_columns,
+                    "BLOCK_R": block_r,
+                },
+                shrink_warps,
             )
             yield Specimen(
                 "lora_x" + suffix,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any], list[str]]:
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process: int) -> None:
     """Adapter, moments and random generators of one process, as they were when `path` was saved."""
     load_adapter(model, path)
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
-    set_rng_state(torch.load(path / f"rng-{process}.pt", weights_only=True))
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    set_rng_state(torch.load(path / f"rng-{process}.pt", map_location="cpu", weights_only=True))
 
 
 def rng_state() -> dict[str, Any]:
@@ -126,8 +127,15 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
+    if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    else:
+        saved, here = len(state["cuda"]), torch.cuda.device_count()
+        warnings.warn(
+            f"the checkpoint has the random generators of {saved} GPUs, this machine has {here}: "
+            "the run goes on with other random numbers than an undisturbed one",
+            stacklevel=2,
+        )
 
 
 def cut_metrics(path: Path, step: int) -> None:

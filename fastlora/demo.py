@@ -67,6 +67,9 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
     directory = Path(recipe.output_dir)
     if not resume:
         _set_aside(directory, recipe, console)
+        _check_untouched(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")  # makes it the demo's own
     _write_pairs(Path(str(recipe.train_file)), stdlib_data.instruction_pairs(held_out=False))
     _write_pairs(Path(str(recipe.eval_file)), stdlib_data.instruction_pairs(held_out=True))
     return train(recipe, resume, BeforeAndAfter(began), console)
@@ -180,12 +183,28 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
 
 def _set_aside(directory: Path, recipe: Recipe, console: Console) -> None:
     """Move the demo's last run out of the way; what is not the demo's is left for `train` to refuse."""
+    if not _is_demo(directory, recipe):
+        return
+    previous = directory.with_name(f"{directory.name}.previous")
+    if previous.exists() and not _is_demo(previous, recipe):
+        raise ValueError(f"output_dir: {directory} would move to {previous}, which is not the demo's: move that away")
+    shutil.rmtree(previous, ignore_errors=True)
+    directory.rename(previous)
+    console.print(f"the last run of the demo is now in {previous}", highlight=False)
+
+
+def _is_demo(directory: Path, recipe: Recipe) -> bool:
+    """Whether a directory holds a run of the demo, by the training file its recipe names."""
     marker = directory / "recipe.yaml"
-    if marker.is_file() and f"train_file: {recipe.train_file}\n" in marker.read_text(encoding="utf-8"):
-        previous = directory.with_name(f"{directory.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.rename(previous)
-        console.print(f"the last run of the demo is now in {previous}", highlight=False)
+    return marker.is_file() and f"train_file: {recipe.train_file}\n" in marker.read_text(encoding="utf-8")
+
+
+def _check_untouched(directory: Path) -> None:
+    """Raise ValueError where the directory holds anything: the demo writes its data before the run checks it."""
+    found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if found:
+        told = ", ".join(found[:4])
+        raise ValueError(f"output_dir: {directory} already holds a run or other files ({told}); give another one")
 
 
 def _write_pairs(path: Path, pairs: list[stdlib_data.Pair]) -> None:

@@ -80,20 +80,20 @@ def _no_cpp(device_type: str) -> str:
 @functools.cache
 def level_table(device: torch.device) -> Tensor:
     """The sixteen NF4 levels on a device: [16], fp32. One small copy per device, made at first use."""
-    return torch.tensor(reference.NF4_CODE, device=device)
+    return torch.tensor(reference.NF4_CODE, dtype=torch.float32, device=device)
 
 
 class _Scratch(threading.local):
     """One grow-only buffer a thread: fresh memory costs the CPU more in page faults than expanding a weight into it."""
 
     def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def matrix(self, n: int, k: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised [n, k], valid until the next call in this thread."""
         size = n * k * dtype.itemsize
         if self.bytes.numel() < size:
-            self.bytes = torch.empty(size, dtype=torch.uint8)
+            self.bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self.bytes[:size].view(dtype).view(n, k)
 
 

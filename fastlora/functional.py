@@ -12,6 +12,7 @@ selective checkpoint can keep `fastlora::lora_linear`'s outputs by name.
 Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -65,8 +66,8 @@ def lora_linear(
         ValueError: shapes, dtypes or devices do not fit, or dropout_p is not in [0, 1).
     Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
     """
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and below 1; got {dropout_p}")
+    if not 0.0 <= dropout_p < 1.0 - 2**-17:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, by 2**-17 or more; got {dropout_p}")
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias)
     _check_adapters(x, weight, lora_a, lora_b)
@@ -143,6 +144,8 @@ def _call(
 
 def _is_small(x: Tensor, seed: Tensor | None) -> bool:
     """Whether `torch_path.few_rows` is the quickest way to multiply x with a dense weight."""
+    if os.environ.get("FASTLORA_BACKEND"):
+        return False
     rows_fit = x.is_contiguous() and 0 < x.numel() <= torch_path.FEW_ROWS * x.shape[-1]
     return rows_fit and seed is None and not x.is_cuda and not torch.is_autocast_enabled(x.device.type)
 
@@ -302,6 +305,8 @@ def _autograd(ctx: Any, dy: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, 
 
 
 def _gradients(ctx: Any, dy: Tensor, operator: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("lora_linear has no second derivative: call backward or grad without create_graph=True")
     x, h, *base_tensors, lora_a, lora_b, seed = ctx.saved_tensors
     n, k, blocksize = ctx.base_facts
     needs = ctx.needs_input_grad

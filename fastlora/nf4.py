@@ -119,7 +119,7 @@ class NF4Weight:
         state: dict[str, Tensor] = {
             "weight": self.codes.view(-1, 1),
             "weight.absmax": self.absmax,
-            "weight.quant_map": torch.tensor(NF4_CODE, device=self.device),
+            "weight.quant_map": torch.tensor(NF4_CODE, dtype=torch.float32, device=self.device),
         }
         facts: dict[str, Any] = {
             "quant_type": "nf4",
@@ -166,7 +166,7 @@ class NF4Weight:
             blocksize=facts["blocksize"],
             absmax2=state["weight.nested_absmax"] if nested else None,
             code2=state["weight.nested_quant_map"] if nested else None,
-            offset=torch.tensor(facts["nested_offset"], device=codes.device) if nested else None,
+            offset=torch.tensor(facts["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None,
         )
 
     @classmethod
@@ -213,7 +213,7 @@ class NF4Weight:
         state = QuantState(
             absmax=self.absmax,
             shape=torch.Size(self.shape),
-            code=torch.tensor(NF4_CODE, device=self.device),
+            code=torch.tensor(NF4_CODE, dtype=torch.float32, device=self.device),
             blocksize=self.blocksize,
             quant_type="nf4",
             dtype=self.dtype,
@@ -253,7 +253,9 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
         part = flat[start : start + _QUANTIZE_CHUNK].float()
         part_absmax = _block_absmax(part, blocksize)
         absmax[start // blocksize :][: part_absmax.numel()] = part_absmax
-        levels = _nearest_levels(part, part_absmax, blocksize, torch.tensor(NF4_CODE, device=w.device))
+        levels = _nearest_levels(
+            part, part_absmax, blocksize, torch.tensor(NF4_CODE, dtype=torch.float32, device=w.device)
+        )
         if levels.numel() % 2:
             # bitsandbytes pads an odd weight with the value zero
             levels = torch.cat((levels, levels.new_full((1,), NF4_CODE.index(0.0))))
@@ -286,10 +288,10 @@ def dynamic_code(device: torch.device | str = "cpu") -> Tensor:
     """
     levels = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         levels += middles.tolist() + (-middles).tolist()
-    return torch.tensor(sorted(levels), device=device)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
 def _block_absmax(values: Tensor, blocksize: int) -> Tensor:

@@ -64,7 +64,7 @@ def nf4_dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int], blocks
         [N, K], fp32.
     """
     numel = shape[0] * shape[1]
-    code = torch.tensor(NF4_CODE, device=codes.device)
+    code = torch.tensor(NF4_CODE, dtype=torch.float32, device=codes.device)
     pairs = torch.stack((codes >> 4, codes & 15), dim=1).flatten()[:numel]
     values = code[pairs.int()]
     full = numel - numel % blocksize
@@ -93,10 +93,11 @@ def lora_linear(
         [..., N], dtype of x; the low-rank products run in the adapters' dtype.
     """
     base = F.linear(x, weight, bias)
-    dropped = x.to(lora_a.dtype)
+    wide = torch.promote_types(lora_a.dtype, lora_b.dtype)
+    dropped = x.to(wide)
     if dropout_mask is not None:
-        dropped = dropped * dropout_mask.to(lora_a.dtype)
-    update = F.linear(F.linear(dropped, lora_a), lora_b) * scaling
+        dropped = dropped * dropout_mask.to(wide)
+    update = F.linear(F.linear(dropped, lora_a.to(wide)), lora_b.to(wide)) * scaling
     return base + update.to(base.dtype)
 
 
@@ -143,7 +144,7 @@ def dropout_mask(seed: int, rows: int, cols: int, p: float) -> Tensor:
         [rows, cols], fp32, 0 where dropped and 1 / (1 - p) elsewhere.
     """
     groups = -(cols // -DROPOUT_GROUP)
-    words = torch.stack(philox_4x32(seed, torch.arange(rows * groups)), dim=1)
+    words = torch.stack(philox_4x32(seed, torch.arange(rows * groups, device="cpu")), dim=1)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).view(rows, groups * DROPOUT_GROUP)
     threshold = dropout_threshold(p)
     return (halves[:, :cols] >= threshold).float() * (65536 / (65536 - threshold))

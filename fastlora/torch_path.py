@@ -72,9 +72,10 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: L
 
 
 def few_rows(x: Tensor, weight: Tensor, lora: Lora, bias: Tensor | None) -> Tensor:
-    """The linear over a dense weight as torch's own differentiable operators, in the order of `forward`.
+    """The linear over a dense weight as torch's own differentiable operators, its forward in the order of `forward`.
 
-    For a few rows their calls are all that LoRA costs, and torch's C++ makes them more quickly than any Python.
+    For a few rows their calls are all that LoRA costs, and torch's C++ makes them more quickly than any Python. Its
+    backward rounds the two parts of dx apart, as peft's does.
     x: [..., K].
     """
     rows = x.view(-1, x.shape[-1])
@@ -106,7 +107,7 @@ def _mask(lora: Lora, rows: int, cols: int) -> Tensor:
     """The dropout mask [rows, cols] in fp32, derived anew from the seed."""
     assert lora.seed is not None
     if _has_cpp(lora.seed):
-        mask = torch.empty(rows, cols)
+        mask = torch.empty(rows, cols, dtype=torch.float32, device="cpu")
         native.dropout_mask(int(lora.seed.item()), lora.dropout_p, mask)
         return mask
     return reference.dropout_mask(int(lora.seed.item()), rows, cols, lora.dropout_p).to(lora.seed.device)
@@ -121,7 +122,7 @@ def _dropped(x: Tensor, lora: Lora) -> Tensor:
 def _shrink(x: Tensor, right: Tensor, scaling: float, lora: Lora) -> Tensor:
     """scaling · dropout(x) right, [M, R]. x: [M, K]; right: [K, R], a view of an adapter."""
     if _streams(x, lora):
-        out = torch.empty(x.shape[0], right.shape[1])
+        out = torch.empty(x.shape[0], right.shape[1], dtype=torch.float32, device="cpu")
         native.lora_shrink(_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
         return out
     return _scaled(_dropped(x, lora) @ right.to(lora.dtype), scaling)
@@ -131,7 +132,7 @@ def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool
     """scaling · leftᵀ dropout(x), [R, K], or its transpose [K, R], contiguous. left: [M, R]; x: [M, K]."""
     if _streams(x, lora):
         shape = (x.shape[1], left.shape[1]) if transposed else (left.shape[1], x.shape[1])
-        out = torch.empty(shape)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
         view = out.t() if transposed else out
         native.lora_outer(_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
         return out
@@ -156,7 +157,7 @@ def _reads_packed(x: Tensor, base: Base) -> bool:
 def _packed_product(x: Tensor, base: Base, transposed: bool) -> Tensor:
     """x Wᵀ, or x W where `transposed`, in fp32, for a few rows."""
     assert base.absmax is not None
-    out = torch.empty(x.shape[0], base.k if transposed else base.n)
+    out = torch.empty(x.shape[0], base.k if transposed else base.n, dtype=torch.float32, device="cpu")
     product = native.nf4_gemv_t if transposed else native.nf4_gemv
     product(x.contiguous(), base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, out)
     return out

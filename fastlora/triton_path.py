@@ -25,10 +25,10 @@ def forward(
         return F.linear(x, base.dense(x.dtype), bias), None
     dropout = Dropout(lora.dropout_p, lora.seed)
     if _merges(base, lora):
-        h = kernel.shrink(x, lora.a, dropout) if save_h else None
+        h = kernel.shrink(x, lora.a.to(lora.dtype), dropout) if save_h else None
         return F.linear(x, base.merged(x.dtype, lora), bias), h
-    h = kernel.shrink(x, lora.a, dropout)
-    y = kernel.expand(h, lora.b, lora.scaling, x.dtype, Dropout(), bias)
+    h = kernel.shrink(x, lora.a.to(lora.dtype), dropout)
+    y = kernel.expand(h, lora.b.to(lora.dtype), lora.scaling, x.dtype, Dropout(), bias)
     return y.addmm_(x, base.dense(x.dtype).t()), h if save_h else None
 
 
@@ -41,18 +41,20 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: L
     needs_g = needs.lora_a or (needs.x and not merges)
     g, da, db = None, None, None
     if needs_g or needs.lora_b:
-        g, db = kernel.dy_pass(dy, lora.b, h if h is not None else dy, lora.scaling, needs_g, needs.lora_b)
+        g, db = kernel.dy_pass(
+            dy, lora.b.to(lora.dtype), h if h is not None else dy, lora.scaling, needs_g, needs.lora_b
+        )
     if needs.lora_a:
         assert g is not None
         assert x is not None
-        da = kernel.x_pass(x, g, dropout, lora.a.dtype).to(lora.a.dtype)
+        da = kernel.x_pass(x, g, dropout, lora.dtype).to(lora.a.dtype)
     db = db.to(lora.b.dtype) if db is not None else None
     if not needs.x:
         return Gradients(None, da, db)
     if merges:
         return Gradients(dy @ base.merged(dy.dtype, lora), da, db)
     assert g is not None
-    dx = kernel.expand(g, lora.a.t(), 1.0, dy.dtype, dropout)
+    dx = kernel.expand(g, lora.a.to(lora.dtype).t(), 1.0, dy.dtype, dropout)
     return Gradients(dx.addmm_(dy, base.dense(dy.dtype)), da, db)
 
 

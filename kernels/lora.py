@@ -5,8 +5,9 @@
     dy pass: g  = scaling · dy B  and  dB = scaling · dyᵀ h     in one read of dy
     x pass:  dA = gᵀ (mask ∘ x)                                 in one read of x
 
-Bytes, bf16: shrink 2MK, dy pass 2MN, x pass 2MK, expand 2MN written; 2·M·K·R FLOPs each (twice for
-the dy pass), so all are bound by memory up to R of about 64. h and g stay in fp32, [M, R].
+Bytes, bf16: shrink 2MK; dy pass 2MN and partial sums of g, half as much again at R = 16; x pass 2MK;
+expand 2MN written. Where the partial sums would cost more than a second read of dy, it is read twice.
+2·M·K·R FLOPs each (twice for the dy pass): bound by memory up to R of about 64. h and g: fp32, [M, R].
 
 Reductions over M, N or K that span programs go through fp32 partial sums and a second, ordered
 addition: no atomics, so the same input gives the same bits.
@@ -245,6 +246,12 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def shrink_tile(r: int, how: str, dropout: bool) -> tuple[int, int, int]:
+    """As `tile`, for the shrink, where the mask and the split factor together need registers for half the columns."""
+    rows, columns, warps = tile(r, how)
+    return rows, columns // 2 if how == "split" and dropout and r <= 32 else columns, warps
+
+
 @functools.cache
 def _programs_wanted(device_index: int | None) -> int:
     """Programs that fill the device."""
@@ -270,7 +277,7 @@ def shrink(x: Tensor, lora_a: Tensor, dropout: Dropout) -> Tensor:
     m, k = x.shape
     r = lora_a.shape[0]
     how = mode(x.dtype, lora_a.dtype)
-    rows, columns, warps = tile(block_r(r), how)
+    rows, columns, warps = shrink_tile(block_r(r), how, dropout.active)
     tiles = triton.cdiv(m, rows)
     splits, k_per_split = _split(x, tiles, k, columns)
     h = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
@@ -294,7 +301,7 @@ def expand(
     out = torch.empty(m, n, dtype=dtype, device=h.device)
     with torch.cuda.device_of(h):
         _lora_expand_kernel[(triton.cdiv(m, EXPAND_ROWS), triton.cdiv(n, EXPAND_COLUMNS))](
-            h, lora_b, bias if bias is not None else h, dropout.seed if dropout.active else h, out,
+            h, lora_b, bias.contiguous() if bias is not None else h, dropout.seed if dropout.active else h, out,
             m, n, r, scaling * dropout.keep_scale, dropout.threshold,
             *lora_b.stride(),
             HAS_BIAS=bias is not None, DROPOUT=dropout.active,
@@ -304,10 +311,15 @@ def expand(
     return out
 
 
+def reads_twice(n: int, r: int, element_size: int, tiles: int) -> bool:
+    """Whether writing and reading a partial g for every tile of N costs more than a second read of dy."""
+    return 2 * 4 * r * tiles > element_size * n
+
+
 def dy_pass(
     dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float, need_g: bool, need_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """g = scaling · dy B and dB = scaling · dyᵀ h, in one read of dy.
+    """g = scaling · dy B and dB = scaling · dyᵀ h, in one read of dy, or in two where that moves fewer bytes.
 
     dy: [M, N], any strides; lora_b: [N, R]; h: [M, R], fp32 (any tensor where dB is not needed).
     Returns ([M, R], [N, R]) in fp32, None for what is not needed.
@@ -317,6 +329,9 @@ def dy_pass(
     how = mode(dy.dtype, lora_b.dtype)
     rows, columns, warps = tile(block_r(r), how)
     tiles = triton.cdiv(n, columns)
+    if need_g and reads_twice(n, r, dy.element_size(), tiles):
+        g = shrink(dy, lora_b.t(), Dropout()).mul_(scaling)
+        return g, x_pass(dy, h * scaling, Dropout(), lora_b.dtype).t().contiguous() if need_db else None
     splits, m_per_split = _split(dy, tiles, m, rows)
     g = torch.empty(tiles if need_g else 0, m, r, dtype=torch.float32, device=dy.device)
     db = torch.empty(splits if need_db else 0, n, r, dtype=torch.float32, device=dy.device)

@@ -65,6 +65,10 @@ def test_a_directory_that_is_not_the_demos_is_left_alone(tmp_path: Path) -> None
     out = tmp_path / "mine"
     out.mkdir()
     (out / "adapter_config.json").write_text("{}")
+    (out / "data").mkdir()
+    (out / "data" / "train.jsonl").write_text("mine")
     with pytest.raises(ValueError, match="already holds a run"):
         demo.run([f"output_dir={out}"], console=Console(quiet=True))
     assert (out / "adapter_config.json").read_text() == "{}"
+    assert (out / "data" / "train.jsonl").read_text() == "mine"
+    assert not (out / "recipe.yaml").exists()

@@ -1,6 +1,9 @@
 """The fused linear against the fp64 oracle, on every code path this machine has."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,6 +96,65 @@ def test_activations_large_enough_to_stream(base, dtype, adapter_dtype, monkeypa
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
     Case(300, 512, 384, 16, dtype, adapter_dtype, base, bias=True).check()
     Case(300, 256, 384, 16, dtype, adapter_dtype, base).check()
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + BF16)
+def test_a_few_rows_over_a_dense_weight_on_the_cpu(dtype, adapter_dtype, monkeypatch):
+    from fastlora import torch_path
+
+    monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    calls = []
+    few_rows = torch_path.few_rows
+    monkeypatch.setattr(torch_path, "few_rows", lambda *args: calls.append(1) or few_rows(*args))
+    Case(17, 192, 130, 8, dtype, adapter_dtype, bias=True).check()
+    Case(1, 192, 2070, 8, dtype, adapter_dtype).check()
+    assert len(calls) == 2
+
+
+def test_adapters_of_different_dtypes_and_a_strided_bias(path):
+    case = Case(70, 128, 96, 8, torch.float16, torch.float32, base="nf4", bias=True)
+    case.lora_b = case.lora_b.half()
+    case.check()
+    x, a, b, _ = case.leaves()
+    bias = torch.stack((case.bias, case.bias + 1), dim=1)[:, 0]
+    assert not bias.is_contiguous()
+    for base in (case.weight, case.weight.dequantize(torch.float16)):
+        strided = lora_linear(x, base, a, b, SCALING, bias)
+        assert torch.equal(strided, lora_linear(x, base, a, b, SCALING, case.bias))
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_second_derivative_is_refused(path, base):
+    case = Case(70, 64, 48, 4, torch.float32, base=base)
+    x, a, b = case.leaves()
+    y = lora_linear(x, case.weight, a, b, SCALING)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y, x, case.dy, create_graph=True)
+    y = torch.ops.fastlora.lora_linear(*operator_arguments(base, False))[0]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        y.sum().backward(create_graph=True)
+
+
+def test_defaults_of_torch_change_nothing():
+    # In a process of its own: tables are made once and kept.
+    code = (
+        "import torch, fastlora\n"
+        "torch.manual_seed(0)\n"
+        "w, x = torch.randn(48, 64), torch.randn(70, 64)\n"
+        "a, b = torch.randn(4, 64), torch.randn(48, 4)\n"
+        "torch.set_default_dtype(torch.bfloat16)\n"
+        "torch.set_default_device('meta')\n"
+        "q, plain = fastlora.quantize(w), fastlora.quantize(w, double_quant=False)\n"
+        "y = [fastlora.lora_linear(r, q, a, b, 2.0, dropout_p=0.5, training=t) for r in (x, x[:3]) for t in (0, 1)]\n"
+        "torch.set_default_device('cpu'); torch.set_default_dtype(torch.float32)\n"
+        "assert torch.equal(q.codes, fastlora.quantize(w).codes) and torch.equal(plain.codes, q.codes)\n"
+        "again = [fastlora.lora_linear(r, q, a, b, 2.0) for r in (x, x[:3])]\n"
+        "assert torch.equal(y[0], again[0]) and torch.equal(y[2], again[1])\n"
+    )
+    for forced in ("torch", ""):
+        environment = {**os.environ, "FASTLORA_BACKEND": forced}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("r", [1, 3, 16, 40, 100, 256])

@@ -1,7 +1,7 @@
 // parallel_for: independent jobs handed out one at a time to a few threads.
 //
-// Jobs are taken from a shared counter, so a core that something else also uses simply does fewer of them. Which
-// thread runs a job never changes its result.
+// Each thread begins with a stretch of jobs of its own and then helps the others, so a core that something else also
+// uses simply does fewer of them. Which thread runs a job never changes its result.
 #pragma once
 
 #include <cstdint>
