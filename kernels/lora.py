@@ -237,8 +237,10 @@ def block_r(r: int) -> int:
 
 def tile(r: int, how: str) -> tuple[int, int, int]:
     """(rows, columns, warps) of an activation tile, for a padded rank and a mode."""
-    if how in ("ieee", "tf32x3") or (how == "split" and r > 32):
+    if how in ("ieee", "tf32x3"):
         return 32, 64, 4
+    if how == "split" and r > 32:
+        return 32, 64, 8
     return (64, 128, 4) if r <= 32 else (64, 64, 8)
 
 
