@@ -28,5 +28,5 @@ def test_machine_code(arch, tmp_path):
         assert int(row["shared_bytes"]) <= SHARED_LIMIT[arch] * 1024, f"{name}: {row['shared_bytes']} bytes shared"
         assert (row["tensor_core"] == "True") == ("nf4_dequantize" not in row["kernel"] or "merge" in row["kernel"])
     plain = next(row for row in rows if row["kernel"] == "nf4_dequantize")
-    limit = 6.5 if triton.__version__ >= "3.9" else 9.0  # a tree of selects takes 26
+    limit = 6.5 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 9.0  # a tree of selects takes 26
     assert float(plain["sass_per_weight"]) <= limit
