@@ -127,7 +127,7 @@ def _growth(layer: LoraLayer, mode: str, x: Tensor, dy: Tensor) -> int:
     _reset_peak()
     before = _peak()
     _call(layer, mode, x, dy)
-    return _peak() - before
+    return max(0, _peak() - before)  # the kernel counts pages in batches: a call that needs none may read as -2
 
 
 def _held_by_tensors() -> int:
