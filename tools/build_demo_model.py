@@ -1,6 +1,7 @@
 """Pretrain the demo's base model: a small Llama on the sources and documentation of Python's standard library.
 
     python tools/build_demo_model.py --minutes 100
+    python tools/build_demo_model.py --minutes 60 --go-on --lr 2e-3    # from the checkpoint as it stands
 
 Writes a Hugging Face checkpoint (config, bf16 safetensors, tokenizer) to `fastlora/demo_model/`.
 The modules that `fastlora.stdlib_data` holds out never enter the corpus, so the demo's evaluation
@@ -17,7 +18,7 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastlora import stdlib_data
 
@@ -112,14 +113,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--go-on", action="store_true", help="from the weights that are there; optimizer anew")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     documents = corpus()
-    tokenizer = build_tokenizer(documents)
+    before = {"tokens_seen": 0, "minutes": 0.0}
+    if args.go_on:
+        tokenizer, model = AutoTokenizer.from_pretrained(OUT), LlamaForCausalLM.from_pretrained(OUT).float()
+        before = json.loads((OUT / "training.json").read_text())
+    else:
+        tokenizer, model = build_tokenizer(documents), build_model()
     stream = token_stream(tokenizer, documents)
     unseen = token_stream(tokenizer, stdlib_data.plain_sources(held_out=True))
-    model = build_model()
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters, {len(stream) / 1e6:.2f} M tokens", flush=True)
 
@@ -127,14 +133,14 @@ def main() -> None:
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + before["tokens_seen"])  # other windows than before
     start, step, running = time.monotonic(), 0, math.log(VOCAB_SIZE)
 
     def checkpoint() -> None:
         facts = {
             "parameters": parameters,
-            "tokens_seen": step * args.batch * args.length,
-            "minutes": round((time.monotonic() - start) / 60, 1),
+            "tokens_seen": before["tokens_seen"] + step * args.batch * args.length,
+            "minutes": round(before["minutes"] + (time.monotonic() - start) / 60, 1),
             "train_loss": round(running, 4),
             "held_out_loss": round(held_out_loss(model, unseen, args.length), 4),
         }
