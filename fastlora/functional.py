@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from fastlora import dispatch, torch_path
 from fastlora.dispatch import Backend, backend
@@ -136,6 +137,7 @@ def _call(
         parts, blocksize = weight.tensors(), weight.blocksize
     inputs: tuple[Any, ...] = (x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h)
     if _seen_by_others(x, lora_a):
+        _refuse_func_gradients()
         return torch.ops.fastlora.lora_linear(*inputs)[0]
     if lora_a is not None and lora_b is not None and isinstance(weight, Tensor) and _is_small(x, seed):
         return torch_path.few_rows(x, weight, Lora(lora_a, lora_b, scaling, 0.0, None), bias)
@@ -160,6 +162,18 @@ def _seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
         or type(lora_a) not in _PLAIN_TENSORS
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def _refuse_func_gradients() -> None:
+    """A registered operator has no rule for torch.func's gradients; forward mode would silently give zeros."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return
+    kinds = {interpreter.key().name for interpreter in retrieve_all_functorch_interpreters()}
+    if kinds & {"Grad", "Jvp"}:
+        raise RuntimeError(
+            "lora_linear has no rule for torch.func.grad, vjp, jvp and what is built on them: use loss.backward() or "
+            "torch.autograd.grad; torch.func.vmap over the forward works"
+        )
 
 
 def _autocast(

@@ -22,6 +22,7 @@ from fastlora.nf4 import BLOCKSIZES
 from fastlora.report import Report, Row
 from fastlora.survey import Site, expert_notes, find_sites, output_head
 from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
+from fastlora.trainer_compat import admit_training, let_inputs_require_grad
 
 
 def replace_linear(
@@ -197,7 +198,8 @@ def carry_out(
             part.requires_grad_(not settings.inference_mode)
         _hang(sites[name], layer)
     _quantize(sites, layers, blocksize, double_quant)
-    _let_inputs_require_grad(model)
+    let_inputs_require_grad(model)
+    admit_training(model)
     model.fastlora_report = report  # type: ignore[assignment]
     model.fastlora_settings = settings  # type: ignore[assignment]
     return model
@@ -307,13 +309,6 @@ def _quantize(sites: dict[str, Site], layers: dict[str, LoRALinear], blocksize: 
         else:
             _hang(site, base)
         done += 1
-
-
-def _let_inputs_require_grad(model: Any) -> None:
-    """Reentrant checkpointing cuts the graph where no input requires grad, as behind a frozen embedding."""
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-    if checkpointing and hasattr(model, "enable_input_require_grads") and not hasattr(model, "_require_grads_hook"):
-        model.enable_input_require_grads()
 
 
 def _report(model: nn.Module, sites: dict[str, Site]) -> Report:

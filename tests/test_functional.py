@@ -433,3 +433,22 @@ def test_the_slow_path_says_why(monkeypatch):
     _backend.cache_clear()
     assert backend("cpu") == ("torch", "slow path: no compiler was found")
     _backend.cache_clear()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp"])
+@pytest.mark.parametrize("m", [4, 100])
+def test_func_gradients_are_refused_rather_than_wrong(transform, m):
+    x, weight, a, b = torch.randn(m, 64), torch.randn(32, 64), torch.randn(4, 64), torch.randn(32, 4)
+
+    def loss(a):
+        return lora_linear(x, weight, a, b, 1.0).sum()
+
+    calls = {
+        "grad": lambda: torch.func.grad(loss)(a),
+        "vjp": lambda: torch.func.vjp(loss, a),
+        "jvp": lambda: torch.func.jvp(loss, (a,), (a,)),
+    }
+    with pytest.raises(RuntimeError, match=r"use loss\.backward"):
+        calls[transform]()
+    many = torch.func.vmap(lambda a: lora_linear(x, weight, a, b, 1.0))(torch.stack([a, 2 * a]))
+    torch.testing.assert_close(many[1], lora_linear(x, weight, 2 * a, b, 1.0), rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastlora import stdlib_data
 
@@ -118,10 +118,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     documents = corpus()
-    before = {"tokens_seen": 0, "minutes": 0.0}
+    tokens_before, minutes_before = 0, 0.0
     if args.go_on:
-        tokenizer, model = AutoTokenizer.from_pretrained(OUT), LlamaForCausalLM.from_pretrained(OUT).float()
-        before = json.loads((OUT / "training.json").read_text())
+        tokenizer, model = PreTrainedTokenizerFast.from_pretrained(OUT), LlamaForCausalLM.from_pretrained(OUT).float()
+        facts = json.loads((OUT / "training.json").read_text())
+        tokens_before, minutes_before = facts["tokens_seen"], facts["minutes"]
     else:
         tokenizer, model = build_tokenizer(documents), build_model()
     stream = token_stream(tokenizer, documents)
@@ -133,14 +134,14 @@ def main() -> None:
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(1 + before["tokens_seen"])  # other windows than before
+    generator = torch.Generator().manual_seed(1 + tokens_before)  # other windows than before
     start, step, running = time.monotonic(), 0, math.log(VOCAB_SIZE)
 
     def checkpoint() -> None:
         facts = {
             "parameters": parameters,
-            "tokens_seen": before["tokens_seen"] + step * args.batch * args.length,
-            "minutes": round(before["minutes"] + (time.monotonic() - start) / 60, 1),
+            "tokens_seen": tokens_before + step * args.batch * args.length,
+            "minutes": round(minutes_before + (time.monotonic() - start) / 60, 1),
             "train_loss": round(running, 4),
             "held_out_loss": round(held_out_loss(model, unseen, args.length), 4),
         }

@@ -1,0 +1,44 @@
+"""What transformers asks of a model before its Trainer takes it, answered for models with fastlora's adapters.
+
+Trainer refuses a quantized model unless it sees peft's adapters on it, or its quantizer says that what is quantized
+can be trained. A model that bitsandbytes loaded and `replace_linear` adapted has trainable parts that Trainer does not
+know: its quantizer says so from then on, and in everything else stays what it was, pickled and copied too.
+"""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+def admit_training(model: nn.Module) -> None:
+    """Let transformers' Trainer take the adapted model: see the module's text."""
+    for module in model.modules():
+        quantizer = vars(module).get("hf_quantizer")
+        if quantizer is not None and not getattr(quantizer, "is_qat_trainable", False):
+            kind: Any = type(quantizer)
+            quantizer.__class__ = _trainable(kind)
+
+
+def let_inputs_require_grad(model: Any) -> None:
+    """Reentrant checkpointing cuts the graph where no input requires grad, as behind a frozen embedding."""
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+    if checkpointing and hasattr(model, "enable_input_require_grads") and not hasattr(model, "_require_grads_hook"):
+        model.enable_input_require_grads()
+
+
+@functools.cache
+def _trainable(kind: Any) -> type:
+    """A subclass of a quantizer's class that says its models can be trained."""
+
+    def reduce(self: Any, _protocol: object) -> tuple[Any, ...]:
+        return _rebuild, (kind, vars(self))
+
+    names = {"is_qat_trainable": True, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), names)
+
+
+def _rebuild(kind: type, state: dict[str, Any]) -> Any:
+    quantizer: Any = object.__new__(_trainable(kind))
+    vars(quantizer).update(state)
+    return quantizer
