@@ -1,5 +1,6 @@
 """Shared by all tests: the interpreter stands in for a GPU, and missing GPUs are named, not hidden."""
 
+import importlib.util
 import os
 
 import pytest
@@ -12,6 +13,10 @@ if "TRITON_INTERPRET" not in os.environ:
             os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     except ImportError:
         pass
+if os.environ.get("TRITON_INTERPRET", "0") != "0" and importlib.util.find_spec("triton"):
+    from interpreter import teach_bf16
+
+    teach_bf16()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
