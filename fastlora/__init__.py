@@ -18,10 +18,10 @@ if not (_root / "kernels").is_dir():
 if TYPE_CHECKING:
     from fastlora.adapter import load_adapter, merge, save_adapter
     from fastlora.functional import backend, lora_linear, nf4_dequantize, nf4_linear
+    from fastlora.layer_report import Report
     from fastlora.linear import LoRALinear, NF4Linear
     from fastlora.nf4 import NF4Weight, quantize
-    from fastlora.replace import replace_linear
-    from fastlora.report import Report
+    from fastlora.replace import replace_linear, report, restore
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +37,8 @@ __all__ = [
     "nf4_linear",
     "quantize",
     "replace_linear",
+    "report",
+    "restore",
     "save_adapter",
 ]
 
@@ -44,10 +46,10 @@ __all__ = [
 _HOMES = {
     "adapter": ("load_adapter", "merge", "save_adapter"),
     "functional": ("backend", "lora_linear", "nf4_dequantize", "nf4_linear"),
+    "layer_report": ("Report",),
     "linear": ("LoRALinear", "NF4Linear"),
     "nf4": ("NF4Weight", "quantize"),
-    "replace": ("replace_linear",),
-    "report": ("Report",),
+    "replace": ("replace_linear", "report", "restore"),
 }
 
 

@@ -5,28 +5,33 @@ differs in `forward` alone: it takes the fused path where that computes the same
 wherever a condition does not hold. Parameters, names, checkpoints and all of peft's methods stay as they are.
 
 The conditions are read at each call, for a user may disable, merge, add or switch adapters at any time. Each layer
-counts both kinds of call and keeps the reason of the last step back (`layer.fastlora_calls`, `model.fastlora_report`);
+counts both kinds of call and keeps the reason of the last step back (`layer.fastlora_calls`, `fastlora.report(model)`);
 a reason met for the first time is logged as a warning, unless the user asked for what it says.
+
+Several active adapters run as one of the summed rank: A's rows one below the other, B's columns side by side, each
+times its scaling. Layers that peft adds to such a model later are sped up as they come. `restore` takes it all back.
 
 A caution about bitsandbytes: in eval mode, without gradients, on a CPU with AVX512_BF16, `Linear4bit.forward` repacks
 its weight in place and loses precision. The fused path never calls it, but stepping back does, as with
 `disable_adapter()`; afterwards the layer is peft's alone, and the reason says so.
 """
 
+import functools
 import logging
 from typing import Any
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from fastlora import functional
+from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
 from fastlora.nf4 import FLOAT_DTYPES
-from fastlora.report import Calls, Report, Row
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +54,13 @@ class _Fused:
             count(self.fastlora_calls, reason)
         if reason:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        name = _active(self)[0]
-        children: Any = self._modules
-        base, dropout = children["base_layer"], children["lora_dropout"]._modules[name]
-        lora_a, lora_b = (children[part]._modules[name]._parameters["weight"] for part in ("lora_A", "lora_B"))
-        p, training = getattr(dropout, "p", 0.0), dropout.training
+        active, base = _active(self), self._modules["base_layer"]
+        lora_a, lora_b, scaling, p, training = _one(self, active[0]) if len(active) == 1 else _joined(self, active)
         if type(base) is nn.Linear:
             weight: Any = base._parameters["weight"]
-            bias = base._parameters["bias"]
-            return functional.lora_linear(x, weight, lora_a, lora_b, self.scaling[name], bias, p, training)
+            return functional.lora_linear(x, weight, lora_a, lora_b, scaling, base._parameters["bias"], p, training)
         weight = self.fastlora_adopted.of(base)
-        return lora_linear_4bit(x, base, weight, lora_a, lora_b, self.scaling[name], p, training)
+        return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, p, training)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()
@@ -84,6 +85,8 @@ if is_bnb_4bit_available():
 def speed_up(model: nn.Module) -> Report:
     """Give every LoRA layer of peft's in the model that can use it a fused forward; harmless when repeated.
 
+    Layers that peft adds to the model later get it too, from `peft.tuners.lora.LoraModel.inject_adapter`.
+
     Returns:
         a report on every linear layer, with live counts for those sped up.
     Raises:
@@ -95,11 +98,68 @@ def speed_up(model: nn.Module) -> Report:
         told = "; ".join(sorted(set(reasons.values()))) or "it has no LoRA layers"
         raise ValueError(f"nothing in this peft model can be sped up: {told}")
     for name, layer in found.items():
-        if not reasons[name] and type(layer) in _FUSED:
-            fused: Any = layer
-            fused.__class__ = _FUSED[type(layer)]
-            fused.fastlora_calls, fused.fastlora_adopted = Calls(), AdoptedWeight()
+        if not reasons[name]:
+            _fuse(layer)
+    _watch_injections()
     return _report(model, found, reasons)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give peft's layers their own class back: the model is plain peft again.
+
+    Returns:
+        the same model.
+    Raises:
+        ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
+    """
+    fused: list[Any] = [module for module in model.modules() if type(module) in _FUSED.values()]
+    if not fused:
+        raise ValueError(
+            "no layer of this model is one of peft's with a fused forward: restore(model) undoes replace_linear(model)"
+        )
+    for layer in fused:
+        layer.__class__ = next(plain for plain, kind in _FUSED.items() if kind is type(layer))
+        del layer.fastlora_calls, layer.fastlora_adopted
+    if hasattr(model, "fastlora_report"):
+        del model.fastlora_report
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """A report on every linear layer of a model with peft's layers, as it stands now."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
+    return _report(model, found, {name: _report_reason(layer) for name, layer in found.items()})
+
+
+def _report_reason(layer: Any) -> str:
+    return standing_reason(layer) or (
+        "" if type(layer) in _FUSED.values() else "peft's own: call replace_linear(model)"
+    )
+
+
+def _fuse(layer: Any) -> None:
+    if type(layer) in _FUSED:
+        layer.__class__ = _FUSED[type(layer)]
+        layer.fastlora_calls, layer.fastlora_adopted = Calls(), AdoptedWeight()
+
+
+def _watch_injections() -> None:
+    """From now on, adapters that peft injects into a model with fused layers are fused where they can be."""
+    inject = LoraModel.inject_adapter
+    if hasattr(inject, "fastlora_watches"):
+        return
+
+    @functools.wraps(inject)
+    def watched(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = inject(self, model, *args, **kwargs)
+        if any(type(module) in _FUSED.values() for module in model.modules()):
+            for module in list(model.modules()):
+                if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module):
+                    _fuse(module)
+        return result
+
+    watched.fastlora_watches = True  # type: ignore[attr-defined]
+    LoraModel.inject_adapter = watched  # type: ignore[method-assign]
 
 
 def standing_reason(layer: Any) -> str:
@@ -130,15 +190,15 @@ def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[
     active = _active(layer)
     if not active:
         return _EXPECTED[2]
-    if len(active) > 1:
-        return f"{len(active)} adapters are active"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: the weight is transposed"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "hooks for all modules are registered"
-    base, name = layer._modules["base_layer"], active[0]
-    reason = _base_reason(base) or _adapter_reason(layer, name)
-    return reason or _dtype_reason(x, base, layer._modules["lora_A"]._modules[name]._parameters["weight"])
+    base = layer._modules["base_layer"]
+    reason = _base_reason(base) or next(filter(None, (_adapter_reason(layer, name) for name in active)), "")
+    if not reason and len(active) > 1:
+        reason = _together_reason(layer, active)
+    return reason or _dtype_reason(x, base, layer._modules["lora_A"]._modules[active[0]]._parameters["weight"])
 
 
 def count(calls: Calls, reason: str) -> None:
@@ -156,6 +216,32 @@ def count(calls: Calls, reason: str) -> None:
 def _active(layer: Any) -> list[str]:
     known = layer._modules["lora_A"]._modules
     return [name for name in layer.active_adapters if name in known]
+
+
+def _one(layer: Any, name: str) -> tuple[Tensor, Tensor, float, float, bool]:
+    """A, B, scaling, dropout's p and whether it drops, of one adapter."""
+    children = layer._modules
+    lora_a, lora_b = (children[part]._modules[name]._parameters["weight"] for part in ("lora_A", "lora_B"))
+    dropout = children["lora_dropout"]._modules[name]
+    return lora_a, lora_b, layer.scaling[name], getattr(dropout, "p", 0.0), dropout.training
+
+
+def _joined(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, float, float, bool]:
+    """The same of several adapters as if they were one."""
+    parts = [_one(layer, name) for name in names]
+    lora_a = torch.cat([part[0] for part in parts])
+    lora_b = torch.cat([part[1] * part[2] for part in parts], dim=1)
+    return lora_a, lora_b, 1.0, 0.0, False
+
+
+def _together_reason(layer: Any, names: list[str]) -> str:
+    """Why several adapters cannot run as one; empty where they can."""
+    parts = [_one(layer, name) for name in names]
+    if any(p > 0 and training for *_, p, training in parts):
+        return f"{len(names)} adapters are active, with dropout masks of their own"
+    if len({lora_a.dtype for lora_a, *_ in parts}) > 1:
+        return f"{len(names)} adapters are active, of different dtypes"
+    return ""
 
 
 def _base_reason(base: Any) -> str:

@@ -9,6 +9,7 @@ Decide: names are matched and every argument checked; whatever is wrong raises h
 touched, so that a call that raises ValueError has changed nothing.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import functional
+from fastlora.layer_report import Report, Row
 from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linear4bit
 from fastlora.nf4 import BLOCKSIZES
-from fastlora.report import Report, Row
 from fastlora.survey import Site, expert_notes, find_sites, output_head
 from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
 from fastlora.trainer_compat import admit_training, let_inputs_require_grad
@@ -111,6 +112,56 @@ def replace_linear(
         adapter_name=adapter_name,
         adapter_dtype=adapter_dtype,
     )
+
+
+def report(model: nn.Module) -> Report:
+    """What computes each linear layer of a model now, and why; `replace_linear` has been called on it.
+
+    Args:
+        model: plain, or with peft's layers; moved, merged or given further adapters since.
+    Returns:
+        a report made anew: `.rows`, `.summary()`, `.print()`, `.to_json()`.
+    Raises:
+        ValueError: `replace_linear` has not been called on this model.
+    """
+    if carries_peft(model):
+        from fastlora import peft_swap
+
+        return peft_swap.report(model)
+    said: Report | None = getattr(model, "fastlora_report", None)
+    if said is None:
+        raise ValueError("nothing to report on: call fastlora.replace_linear(model) on this model first")
+    rows, live = [], {}
+    for row in said.rows:
+        module: Any = model.get_submodule(row.name)
+        if row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
+            base: Any = module.base_layer if isinstance(module, LoRALinear) else module
+            backend = functional.backend(base.weight.device)
+            live[backend.name] = backend
+            row = dataclasses.replace(row, path=backend.name)
+        elif row.replaced:
+            row = dataclasses.replace(row, replaced=False, path="unchanged", reason="taken out since", r=0)
+        rows.append(row)
+    first = next(iter(live.values()), None)
+    return Report(rows, first.name if first else "", first.reason if first else "nothing", said.notes)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give a peft model its own layers back: plain peft again, same parameters, same adapters.
+
+    Returns:
+        the same model.
+    Raises:
+        ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
+    """
+    if not carries_peft(model):
+        raise ValueError(
+            "restore(model) undoes replace_linear(model) on peft's models, and this one has no layer of peft's; "
+            "adapters of fastlora's own are folded in by merge(model)"
+        )
+    from fastlora import peft_swap
+
+    return peft_swap.restore(model)
 
 
 def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, strict: bool = True) -> set[str]:

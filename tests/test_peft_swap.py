@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlora
 from fastlora.nf4 import NF4Weight
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
@@ -168,6 +169,13 @@ def _add(model):
     model.base_model.set_adapter(["default", "other"])
 
 
+def _add_in_fp64(model):
+    _add(model)
+    for layer in _layers(model):
+        layer.lora_A["other"].double()
+        layer.lora_B["other"].double()
+
+
 def _layers(model):
     return [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
 
@@ -209,7 +217,7 @@ def _double(module):
     [
         step_back(lambda model: model.base_model.disable_adapter_layers(), "adapters are disabled"),
         step_back(lambda model: model.merge_adapter(), "adapters are merged"),
-        step_back(_add, "2 adapters are active"),
+        step_back(_add_in_fp64, "2 adapters are active, of different dtypes"),
         step_back(_dora, "the adapter is a variant, DoraLinearVariant"),
         step_back(_lora_bias, "lora_bias"),
         step_back(
@@ -275,11 +283,12 @@ def test_a_step_back_is_logged_once(caplog):
         with model.disable_adapter():
             model(tokens())
         assert not caplog.records, "what the user asked for is no news"
-        _add(model)
+        _add_in_fp64(model)
         model(tokens())
         model(tokens())
     assert [record.getMessage() for record in caplog.records] == [
-        "a LoRA layer steps back to peft's slower forward: 2 adapters are active (said once per reason)"
+        "a LoRA layer steps back to peft's slower forward: 2 adapters are active, of different dtypes "
+        "(said once per reason)"
     ]
 
 
@@ -326,9 +335,74 @@ def test_a_second_adapter_and_switching():
     assert reasons(model) == {"no adapter of this layer is active"}
     model.set_adapter("default")
     assert torch.equal(model(tokens()).logits, first)
-    fused = sum(hasattr(layer, "fastlora_calls") for layer in _layers(model))
+    assert sum(hasattr(layer, "fastlora_calls") for layer in _layers(model)) == 8, "o_proj is new"
+
+
+@pytest.mark.parametrize("base", [llama, qwen2, bnb_llama])
+def test_several_active_adapters_run_as_one(base):
+    plain, model = wrapped(base).train(), replace_linear(wrapped(base)).train()
+    found = []
+    for each in (plain, model):
+        torch.manual_seed(11)
+        _add(each)
+        for layer in _layers(each):
+            layer.scaling["other"] = 0.75
+        for name, parameter in each.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        found.append(run(each))
+    assert counts(model) == (6, 0)
+    assert len(found[1]) == 1 + 6 * 2 * 2
+    for one, other in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_several_adapters_with_dropout_step_back_while_training():
+    model = replace_linear(wrapped(lora_dropout=0.1)).eval()
+    _add(model)
+    model(tokens())
+    assert counts(model) == (6, 0)
+    model.train()
+    model(tokens())
+    assert counts(model) == (6, 6)
+    assert reasons(model) == {"2 adapters are active, with dropout masks of their own"}
+
+
+def test_layers_that_peft_adds_later_are_fused_as_they_come(tmp_path):
+    model = replace_linear(wrapped())
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    assert [hasattr(layer, "fastlora_calls") for layer in _layers(model)] == [True] * 8
+    wrapped(target_modules=["up_proj"]).save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "third")
+    assert [hasattr(layer, "fastlora_calls") for layer in _layers(model)] == [True] * 10
+    report = fastlora.report(model)
+    assert sum(row.replaced for row in report.rows) == 10
+    untouched = wrapped()
+    untouched.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    assert not any(hasattr(layer, "fastlora_calls") for layer in _layers(untouched))
+
+
+def test_injection_into_a_model_without_a_peft_model():
+    first = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = replace_linear(peft.inject_adapter_in_model(first, llama()))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["v_proj"]), model, adapter_name="other")
+    assert [hasattr(layer, "fastlora_calls") for layer in _layers(model)] == [True] * 4
+
+
+@pytest.mark.parametrize("base", [llama, bnb_llama])
+def test_restore_gives_plain_peft_back(base):
+    plain, model = wrapped(base), replace_linear(wrapped(base))
+    model(tokens())
+    assert fastlora.restore(model) is model
+    assert [type(a) for a in model.modules()] == [type(a) for a in plain.modules()]
+    for a, b in zip(model.modules(), plain.modules(), strict=True):
+        assert {name for name in vars(a) if "fastlora" in name} == set()
+        assert vars(a).keys() == vars(b).keys()
+    assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
+    with pytest.raises(ValueError, match="no layer of this model"):
+        fastlora.restore(model)
     replace_linear(model)
-    assert sum(hasattr(layer, "fastlora_calls") for layer in _layers(model)) == fused + 2, "o_proj is new"
+    model(tokens())
+    assert counts(model) == (6, 0)
 
 
 def test_merge_and_unload_save_and_reload(tmp_path):

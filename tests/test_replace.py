@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlora
 from fastlora import replace
 from fastlora.linear import LoRALinear, NF4Linear
 from fastlora.replace import replace_linear
@@ -417,3 +418,19 @@ def test_gradient_checkpointing_reaches_the_adapters(reentrant, before):
     expected, found = gradients(False), gradients(True)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_report_looks_anew():
+    model = llama()
+    with pytest.raises(ValueError, match=r"call fastlora\.replace_linear"):
+        fastlora.report(model)
+    replace_linear(model, r=4, target_modules=["q_proj", "up_proj"], quantize="nf4")
+    assert fastlora.report(model).to_json() == model.fastlora_report.to_json()
+    layer = model.model.layers[0]
+    layer.self_attn.q_proj = nn.Linear(64, 64)
+    now = {row.name: row for row in fastlora.report(model).rows}
+    assert now["model.layers.0.self_attn.q_proj"].reason == "taken out since"
+    assert not now["model.layers.0.self_attn.q_proj"].replaced
+    assert sum(row.replaced for row in now.values()) == len(model.fastlora_report.replaced) - 1
+    with pytest.raises(ValueError, match="no layer of peft's"):
+        fastlora.restore(model)

@@ -1,8 +1,9 @@
 """What became of every linear layer of a model, and why: the answer to "is this layer fast?"
 
-`replace_linear` leaves a `Report` on the model as `model.fastlora_report`. Each linear layer has one row,
-whether it was replaced or not, so that no layer is slow in silence. On peft's own layers, which may step back to
-peft's forward at any call, a row also counts the calls of either kind and keeps the reason of the last step back.
+`replace_linear` leaves a `Report` on the model as `model.fastlora_report`; `fastlora.report(model)` looks anew. Each
+linear layer has one row, whether it was replaced or not, so that no layer is slow in silence. On peft's own layers,
+which may step back to peft's forward at any call, a row also counts the calls of either kind and keeps the reason of
+the last step back.
 """
 
 import json
