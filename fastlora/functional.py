@@ -59,7 +59,7 @@ def lora_linear(
         weight: [N, K], dense in x's dtype, or an `NF4Weight`.
         lora_a: [R, K], fp32 or x's dtype. lora_b: [N, R], likewise.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
-        bias: [N].
+        bias: [N], in x's dtype or fp32, which is rounded to x's dtype before it is added.
         dropout_p: share of x's elements that the update does not see, in steps of 2**-16; only while `training`.
     Returns:
         [..., N], dtype of x, accumulated in fp32.
@@ -83,7 +83,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     """y = x Wᵀ + bias over a frozen NF4 weight; differentiable in x and bias.
 
     Args:
-        x: [..., K], bf16, fp16 or fp32. bias: [N].
+        x: [..., K], bf16, fp16 or fp32. bias: [N], in x's dtype or fp32.
     Returns:
         [..., N], dtype of x.
     Raises:
@@ -179,13 +179,15 @@ def _refuse_func_gradients() -> None:
 def _autocast(
     x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None]:
-    """x, a dense weight and the bias in autocast's dtype, as `torch.nn.functional.linear` takes them."""
+    """x and a dense weight in autocast's dtype; a bias in fp32 stays, so that its gradient is not rounded."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     if isinstance(weight, Tensor):
         weight = weight.to(dtype)
-    return x.to(dtype), weight, bias.to(dtype) if bias is not None else None
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(dtype)
+    return x.to(dtype), weight, bias
 
 
 def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
@@ -200,8 +202,8 @@ def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}: move one of them")
     if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype}, the weight {weight.dtype}: cast one of them, or run under autocast")
-    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be [{n}] in {x.dtype}; got {list(bias.shape)} in {bias.dtype}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in (x.dtype, torch.float32)):
+        raise ValueError(f"bias must be [{n}] in {x.dtype} or fp32; got {list(bias.shape)} in {bias.dtype}")
 
 
 def _check_adapters(x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -255,6 +257,7 @@ def _forward(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> tuple
         y, h = _forward_fake(x, bias, *operands_and_save_h)
         return y.zero_(), h.zero_()
     base, lora = _unpack(x.shape[-1], tuple(operands))
+    bias = bias.to(x.dtype) if bias is not None else None
     with _no_autocast(x.device):
         y, saved = _path(x.device).forward(x.reshape(-1, base.k), base, lora, bias, save_h)
     return y.view(*x.shape[:-1], base.n), saved if saved is not None else x.new_empty(0, dtype=torch.float32)

@@ -362,7 +362,7 @@ def lora_linear_4bit(
     """`functional.lora_linear` over a `Linear4bit`: computed in its compute dtype, returned in the dtype of x."""
     dtype = compute_dtype(linear4bit, x)
     bias = linear4bit.bias
-    if bias is not None:
+    if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(dtype)
     y = functional.lora_linear(x.to(dtype), weight, lora_a, lora_b, scaling, bias, dropout_p, training)
     return y.to(x.dtype)

@@ -9,7 +9,8 @@ counts both kinds of call and keeps the reason of the last step back (`layer.fas
 a reason met for the first time is logged as a warning, unless the user asked for what it says.
 
 Several active adapters run as one of the summed rank: A's rows one below the other, B's columns side by side, each
-times its scaling. Layers that peft adds to such a model later are sped up as they come. `restore` takes it all back.
+times its scaling. DoRA rescales the fused product's rows (`fastlora.dora`). Layers that peft adds to such a model later
+are sped up as they come. `restore` takes it all back.
 
 A caution about bitsandbytes: in eval mode, without gradients, on a CPU with AVX512_BF16, `Linear4bit.forward` repacks
 its weight in place and loses precision. The fused path never calls it, but stepping back does, as with
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastlora import functional
+from fastlora import dora, functional
+from fastlora.dora import KeptNorms
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
 from fastlora.nf4 import FLOAT_DTYPES
@@ -46,6 +48,7 @@ class _Fused:
 
     fastlora_calls: Calls
     fastlora_adopted: AdoptedWeight
+    fastlora_norms: KeptNorms
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the conditions hold, else by peft's forward."""
@@ -56,14 +59,25 @@ class _Fused:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         active, base = _active(self), self._modules["base_layer"]
         lora_a, lora_b, scaling, p, training = _one(self, active[0]) if len(active) == 1 else _joined(self, active)
+        if active[0] in self.lora_variant:
+            return self._dora(x, base, lora_a, lora_b, scaling, active[0])
         if type(base) is nn.Linear:
             weight: Any = base._parameters["weight"]
             return functional.lora_linear(x, weight, lora_a, lora_b, scaling, base._parameters["bias"], p, training)
         weight = self.fastlora_adopted.of(base)
         return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, p, training)
 
+    def _dora(self: Any, x: Tensor, base: Any, lora_a: Tensor, lora_b: Tensor, scaling: float, name: str) -> Tensor:
+        plain = type(base) is nn.Linear
+        weight = base._parameters["weight"] if plain else self.fastlora_adopted.of(base)
+        y = functional.lora_linear(x if plain else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
+        magnitude = self.lora_magnitude_vector._modules[name].weight
+        y = dora.rescale(y, magnitude, self.fastlora_norms.of(weight, lora_a, lora_b, scaling), base.bias)
+        return y if plain else y.to(x.dtype)
+
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()
+        self.fastlora_norms.forget()
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
@@ -72,6 +86,11 @@ class FusedLinear(_Fused, peft_layer.Linear):
 
 
 _FUSED: dict[type, type] = {peft_layer.Linear: FusedLinear}
+
+try:
+    from peft.tuners.lora.variants import DoraLinearVariant
+except ImportError:  # an older peft, whose DoRA steps back
+    DoraLinearVariant = None  # type: ignore[assignment, misc]
 
 if is_bnb_4bit_available():
     from peft.tuners.lora import bnb as peft_bnb
@@ -119,7 +138,7 @@ def restore(model: nn.Module) -> nn.Module:
         )
     for layer in fused:
         layer.__class__ = next(plain for plain, kind in _FUSED.items() if kind is type(layer))
-        del layer.fastlora_calls, layer.fastlora_adopted
+        del layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms
     if hasattr(model, "fastlora_report"):
         del model.fastlora_report
     return model
@@ -140,7 +159,7 @@ def _report_reason(layer: Any) -> str:
 def _fuse(layer: Any) -> None:
     if type(layer) in _FUSED:
         layer.__class__ = _FUSED[type(layer)]
-        layer.fastlora_calls, layer.fastlora_adopted = Calls(), AdoptedWeight()
+        layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms = Calls(), AdoptedWeight(), KeptNorms()
 
 
 def _watch_injections() -> None:
@@ -198,7 +217,8 @@ def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[
     reason = _base_reason(base) or next(filter(None, (_adapter_reason(layer, name) for name in active)), "")
     if not reason and len(active) > 1:
         reason = _together_reason(layer, active)
-    return reason or _dtype_reason(x, base, layer._modules["lora_A"]._modules[active[0]]._parameters["weight"])
+    by_rows = type(base) is nn.Linear and active[0] in layer.lora_variant
+    return reason or _dtype_reason(x, base, layer._modules["lora_A"]._modules[active[0]]._parameters["weight"], by_rows)
 
 
 def count(calls: Calls, reason: str) -> None:
@@ -236,6 +256,8 @@ def _joined(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, float, float,
 
 def _together_reason(layer: Any, names: list[str]) -> str:
     """Why several adapters cannot run as one; empty where they can."""
+    if any(name in layer.lora_variant for name in names):
+        return f"{len(names)} adapters are active, one of them DoRA"
     parts = [_one(layer, name) for name in names]
     if any(p > 0 and training for *_, p, training in parts):
         return f"{len(names)} adapters are active, with dropout masks of their own"
@@ -267,8 +289,8 @@ def _base_reason(base: Any) -> str:
 
 
 def _adapter_reason(layer: Any, name: str) -> str:
-    if name in layer.lora_variant:
-        return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
+    if name in layer.lora_variant and (reason := _variant_reason(layer, name)):
+        return reason
     children = layer._modules
     lora_a, lora_b, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
@@ -290,7 +312,19 @@ def _adapter_reason(layer: Any, name: str) -> str:
     return "" if layer.cast_input_dtype_enabled else "casting of the input is disabled"
 
 
-def _dtype_reason(x: Tensor, base: Any, lora_a: Tensor) -> str:
+def _variant_reason(layer: Any, name: str) -> str:
+    """DoRA is computed; every other variant is peft's."""
+    if type(layer.lora_variant[name]) is not DoraLinearVariant:
+        return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
+    magnitude, dropout = layer.lora_magnitude_vector._modules[name], layer.lora_dropout._modules[name]
+    if type(magnitude.weight) not in _PLAIN or not _is_plain(magnitude):
+        return "DoRA's magnitude has hooks, a forward of its own, or is no plain tensor"
+    if layer.ephemeral_gpu_offload:
+        return "DoRA with ephemeral_gpu_offload"
+    return "DoRA drops the base's input too" if dropout.training and getattr(dropout, "p", 0.0) > 0 else ""
+
+
+def _dtype_reason(x: Tensor, base: Any, lora_a: Tensor, by_rows: bool) -> str:
     """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
     given, four_bit, device = x.dtype, type(base) is not nn.Linear, x.device.type
     if torch.is_autocast_enabled(device):
@@ -301,7 +335,8 @@ def _dtype_reason(x: Tensor, base: Any, lora_a: Tensor) -> str:
         dtype = compute_dtype(base, x) if four_bit else base._parameters["weight"].dtype
         good = four_bit or given == dtype
     if good and given in FLOAT_DTYPES and lora_a.dtype in (torch.float32, dtype):
-        return ""
+        # peft scales the gradient of a dense layer's rows in fp32, the fused path in the product's dtype
+        return f"DoRA with {lora_a.dtype} adapters over a {dtype} weight" if by_rows and lora_a.dtype != dtype else ""
     return f"dtypes: input {given}, adapters {lora_a.dtype}, computed in {dtype}"
 
 

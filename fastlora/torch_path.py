@@ -125,7 +125,8 @@ def _shrink(x: Tensor, right: Tensor, scaling: float, lora: Lora) -> Tensor:
         out = torch.empty(x.shape[0], right.shape[1], dtype=torch.float32, device="cpu")
         native.lora_shrink(_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
         return out
-    return _scaled(_dropped(x, lora) @ right.to(lora.dtype), scaling)
+    # the factor goes to the smaller operand: a product in 16 bits would be rounded a second time
+    return _dropped(x, lora) @ _scaled(right.to(lora.dtype), scaling)
 
 
 def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool = False) -> Tensor:
@@ -136,12 +137,12 @@ def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool
         view = out.t() if transposed else out
         native.lora_outer(_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
         return out
-    wide, left = _dropped(x, lora), left.to(lora.dtype)
-    return _scaled(wide.t() @ left if transposed else left.t() @ wide, scaling)
+    wide, left = _dropped(x, lora), _scaled(left.to(lora.dtype), scaling)
+    return wide.t() @ left if transposed else left.t() @ wide
 
 
 def _scaled(t: Tensor, scaling: float) -> Tensor:
-    return t if scaling == 1.0 else t.mul_(scaling)
+    return t if scaling == 1.0 else t * scaling
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora import dora
 from fastlora.nf4 import NF4Weight
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
@@ -188,11 +189,17 @@ def _each(change):
     return apply
 
 
-def _dora(model):
+class OtherVariant(peft.tuners.lora.variants.DoraLinearVariant):
+    """Something that peft may come to have."""
+
+
+def _variant(model):
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"], use_dora=True)
     model.add_adapter("other", config)
     randomize(model)
     model.set_adapter("other")
+    for layer in _layers(model):
+        layer.lora_variant["other"] = OtherVariant()
 
 
 def _lora_bias(model):
@@ -218,7 +225,7 @@ def _double(module):
         step_back(lambda model: model.base_model.disable_adapter_layers(), "adapters are disabled"),
         step_back(lambda model: model.merge_adapter(), "adapters are merged"),
         step_back(_add_in_fp64, "2 adapters are active, of different dtypes"),
-        step_back(_dora, "the adapter is a variant, DoraLinearVariant"),
+        step_back(_variant, "the adapter is a variant, OtherVariant"),
         step_back(_lora_bias, "lora_bias"),
         step_back(
             _each(lambda m: m.base_layer.register_forward_hook(lambda *a: a[-1] * 2)), "the base layer has hooks"
@@ -296,7 +303,7 @@ def test_a_step_back_is_logged_once(caplog):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"use_dora": True}, "the adapter is a variant, DoraLinearVariant"),
+        ({"alora_invocation_tokens": [1]}, "the adapter is a variant, ALoraLinearVariant"),
         ({"lora_bias": True}, "lora_bias"),
         ({"target_modules": ["embed_tokens"]}, "peft's Embedding has no fused form"),
     ],
@@ -386,6 +393,27 @@ def test_injection_into_a_model_without_a_peft_model():
     model = replace_linear(peft.inject_adapter_in_model(first, llama()))
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["v_proj"]), model, adapter_name="other")
     assert [hasattr(layer, "fastlora_calls") for layer in _layers(model)] == [True] * 4
+
+
+@pytest.mark.parametrize("base", [llama, bnb_llama])
+def test_dora_keeps_its_norms_until_something_changes(base, monkeypatch):
+    formed = []
+    row_norms = dora.row_norms
+    monkeypatch.setattr(dora, "row_norms", lambda *args: formed.append(1) or row_norms(*args))
+    plain = wrapped(base, use_dora=True).train()
+    model = replace_linear(copy.deepcopy(plain))
+    for _ in range(2):
+        for one, other in zip(run(model), run(plain), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counts(model) == (12, 0)
+    assert len(formed) == 6, "one for each layer"
+    for each in (plain, model):
+        torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1).step()
+    for one, other in zip(run(model), run(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert len(formed) == 12
+    run(copy.deepcopy(model))
+    assert len(formed) == 18
 
 
 @pytest.mark.parametrize("base", [llama, bnb_llama])

@@ -1,0 +1,273 @@
+"""Every option of peft's LoRA, over every base and dtype: as exact as peft, or peft itself.
+
+Each case is one layer of peft's, sped up in place, against the same layer in fp64 (the oracle) and peft's own forward
+in the same dtypes (the baseline): the output and all gradients by the rule of `numerics`. Where a layer steps back to
+peft, its bits must be peft's. The table that these cases make is printed at the end (`pytest -s`). The mutation tests
+plant the classic faults of fused LoRA layers and expect each to be caught here.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import functional, nf4, peft_swap, reference, torch_path
+from fastlora.linear import is_linear4bit
+from fastlora.nf4 import NF4Weight
+from tests.numerics import assert_as_accurate
+
+peft = pytest.importorskip("peft")
+M, K, N = 96, 256, 192
+SEED = 2**40 + 7
+
+
+class Option(NamedTuple):
+    """A configuration, what else is done to the layer, and whether it runs fused or why not."""
+
+    config: Mapping[str, Any] = MappingProxyType({})
+    change: Callable[[Any], object] = lambda layer: None
+    call: Mapping[str, Any] = MappingProxyType({})
+    steps_back: str = ""
+    wide_adapters_step_back: str = ""  # fp32 adapters over a dense 16-bit weight
+    dense_only: bool = False
+    base_bias: bool = False
+
+
+def _second_adapter(layer):
+    layer.update_layer("other", 4, lora_alpha=4, config=peft.LoraConfig(r=4))
+    _fill(layer)
+    layer.set_adapter(["default", "other"])
+
+
+def _train_base(layer):
+    layer.base_layer.weight.requires_grad_(True)
+
+
+def _train_bias(layer):
+    layer.base_layer.bias.requires_grad_(True)
+
+
+_WIDE_DORA = "DoRA with torch.float32 adapters"
+OPTIONS = {
+    "plain": Option(),
+    "rslora": Option({"use_rslora": True}),
+    "rank_pattern": Option({"rank_pattern": {"linear": 5}, "alpha_pattern": {"linear": 3}}),
+    "r=3": Option({"r": 3}),
+    "dropout": Option({"lora_dropout": 0.25}),
+    "base bias": Option(base_bias=True),
+    "trained bias": Option(change=_train_bias, base_bias=True),
+    "trained base": Option(change=_train_base, dense_only=True),
+    "two adapters": Option(change=_second_adapter),
+    "lora_bias": Option({"lora_bias": True}, steps_back="lora_bias"),
+    "DoRA": Option({"use_dora": True}, wide_adapters_step_back=_WIDE_DORA),
+    "DoRA, base bias": Option(
+        {"use_dora": True},
+        change=_train_bias,
+        base_bias=True,
+        wide_adapters_step_back="DoRA with torch.float32 adapters",
+    ),
+    "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, steps_back="DoRA drops the base's input too"),
+    "mixed batch": Option(call={"adapter_names": ["default"] * M}, steps_back="called with more than the input"),
+    "disabled": Option(change=lambda layer: layer.enable_adapters(False), steps_back="adapters are disabled"),
+    "merged": Option(change=lambda layer: layer.merge(), steps_back="adapters are merged", dense_only=True),
+}
+DTYPES = {  # x and the base, adapters, autocast
+    "fp32": (torch.float32, torch.float32, None),
+    "fp16": (torch.float16, torch.float16, None),
+    "bf16": (torch.bfloat16, torch.bfloat16, None),
+    "bf16, fp32 adapters": (torch.bfloat16, torch.float32, None),
+    "autocast": (torch.float32, torch.float32, torch.bfloat16),
+}
+BASES = ("dense", "nf4")
+_table: dict[tuple[str, str, str], str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def printed():
+    """The parity table, once all cases have run."""
+    yield
+    if not _table:
+        return
+    columns = [f"{base} {dtype}" for base in BASES for dtype in DTYPES]
+    print("\n" + " | ".join([f"{'option':>14}", *columns]))
+    for option in OPTIONS:
+        cells = [_table.get((option, base, dtype), "-") for base in BASES for dtype in DTYPES]
+        print(
+            " | ".join(
+                [f"{option:>14}", *(f"{cell:>{len(title)}}" for cell, title in zip(cells, columns, strict=True))]
+            )
+        )
+
+
+def _fill(layer):
+    """An update 0.3 times as large as the base's output, of each adapter, in values that bf16 holds."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(parameter, std):
+        values = torch.randn(parameter.shape, generator=generator) * std
+        parameter.data.copy_(values.to(torch.bfloat16))
+
+    for name, rank in layer.r.items():
+        draw(layer.lora_A[name].weight, K**-0.5)
+        draw(layer.lora_B[name].weight, 0.3 / (layer.scaling[name] * rank**0.5))
+        if layer.lora_B[name].bias is not None:
+            draw(layer.lora_B[name].bias, 1.0)
+
+
+def build(option, base, dtype, adapter_dtype):
+    """A layer of peft's as the option wants it, in train mode."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(N, K, generator=generator).div(K**0.5).to(dtype)
+    if base == "dense":
+        linear: Any = nn.Linear(K, N, bias=option.base_bias, dtype=dtype)
+        linear.weight.data = weight
+    else:
+        bnb = pytest.importorskip("bitsandbytes")
+        linear = bnb.nn.Linear4bit(K, N, bias=option.base_bias, compute_dtype=dtype, quant_type="nf4")
+        linear.weight = nf4.quantize(weight).to_bnb()
+    if option.base_bias:
+        linear.bias = nn.Parameter(torch.randn(N, generator=generator).to(dtype))
+    model = nn.Module()
+    model.linear = linear
+    if base == "nf4":
+        model.is_loaded_in_4bit = True
+    config = {"r": 8, "lora_alpha": 12, "target_modules": ["linear"], **option.config}
+    torch.manual_seed(0)
+    layer = peft.inject_adapter_in_model(peft.LoraConfig(**config), model).linear
+    layer.requires_grad_(False)
+    _fill(layer)
+    option.change(layer)
+    for parts in (layer.lora_A, layer.lora_B):
+        parts.to(adapter_dtype).requires_grad_(True)
+    return layer.train()
+
+
+def exact(layer):
+    """The same layer in fp64, over the weight that the codes stand for."""
+    base = layer.base_layer
+    if is_linear4bit(base):
+        plain = nn.Linear(K, N, bias=base.bias is not None, dtype=torch.float64)
+        plain.weight.data = NF4Weight.from_bnb(base.weight).dequantize(torch.float32).double()
+        if base.bias is not None:
+            plain.bias.data = base.bias.data.double()
+            plain.bias.requires_grad_(base.bias.requires_grad)
+        plain.weight.requires_grad_(False)
+        donor = build(Option(), "dense", torch.float64, torch.float64)
+        for part in ("lora_A", "lora_B", "lora_dropout"):
+            donor._modules[part] = copy.deepcopy(layer._modules[part])
+        donor.base_layer, donor.scaling, donor.r = plain, dict(layer.scaling), dict(layer.r)
+        donor._active_adapter = layer._active_adapter
+        return donor.double().train()
+    return copy.deepcopy(layer).double()
+
+
+def step(layer, dtype, autocast, call, drawn):
+    """y, dx, and the gradients of whatever is trained, by name; the inputs hold values of the dtype `drawn`."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(M, K, generator=generator).to(drawn).to(dtype).requires_grad_()
+    dy = torch.randn(M, N, generator=generator).to(drawn)
+    trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        y = layer(x, **call)
+    grads = torch.autograd.grad(y, [x, *trained.values()], dy.to(y.dtype), allow_unused=True)
+    return {"y": y.detach(), **{name: g for name, g in zip(["dx", *trained], grads, strict=True) if g is not None}}
+
+
+def check(option, base, dtypes):
+    """Hold one case of the matrix; returns what the table says of it."""
+    dtype, adapter_dtype, autocast = dtypes
+    if option.wide_adapters_step_back and base == "dense" and adapter_dtype != (autocast or dtype):
+        option = option._replace(steps_back=option.wide_adapters_step_back)
+    layer, drawn = build(option, base, dtype, adapter_dtype), autocast or dtype
+    true = exact(layer)
+    with pytest.MonkeyPatch.context() as patch:
+        mask = reference.dropout_mask(SEED, M, K, 0.25)
+        patch.setattr(nn.Dropout, "forward", lambda self, x: x * mask.to(x.dtype) if self.p and self.training else x)
+        patch.setattr(torch, "randint", lambda *_, device, **__: torch.tensor([SEED], device=device))
+        oracle = step(true, torch.float64, None, option.call, drawn) if not option.steps_back else {}
+        baseline = step(layer, dtype, autocast, option.call, drawn)
+        holder = nn.Module()
+        holder.linear = copy.deepcopy(layer)
+        peft_swap._fuse(holder.linear)
+        ours = step(holder.linear, dtype, autocast, option.call, drawn)
+    calls = holder.linear.fastlora_calls
+    assert ours.keys() == baseline.keys()
+    if option.steps_back:
+        assert calls.last_reason.startswith(option.steps_back), calls
+        for name, value in ours.items():
+            assert torch.equal(value, baseline[name]), f"{name} is not peft's"
+        return "peft"
+    assert (calls.fused, calls.stepped_back) == (1, 0), calls
+    for name, value in ours.items():
+        assert value.dtype == baseline[name].dtype, f"{name}: {value.dtype}, peft {baseline[name].dtype}"
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+    return "fused"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_parity(option, base, dtypes):
+    if base == "nf4" and OPTIONS[option].dense_only:
+        pytest.skip("dense weights alone")
+    _table[option, base, dtypes] = check(OPTIONS[option], base, DTYPES[dtypes])
+
+
+def _with(**changes):
+    """`functional.lora_linear` with some of its arguments overridden."""
+    real = functional.lora_linear
+    names = ("x", "weight", "lora_a", "lora_b", "scaling", "bias", "dropout_p", "training")
+
+    def mutant(*args, **kwargs):
+        return real(**{**dict(zip(names, args, strict=False)), **kwargs, **changes})
+
+    return mutant
+
+
+def _mutant_backward(change):
+    real = torch_path.backward
+
+    def backward(dy, x, h, base, lora, needs):
+        return change(real(dy, x, h, base, lora, needs), dy, base, lora)
+
+    return backward
+
+
+def _ignoring(reason):
+    real = peft_swap.step_back_reason
+    return lambda *args: "" if real(*args) == reason else real(*args)
+
+
+FAULTS = {
+    "missing scale": ("plain", functional, "lora_linear", lambda: _with(scaling=1.0)),
+    "dx without LoRA": (
+        "plain", torch_path, "backward",
+        lambda: _mutant_backward(lambda grads, dy, base, lora: grads._replace(x=dy @ base.dense(dy.dtype))),
+    ),
+    "unscaled dA": (
+        "plain", torch_path, "backward",
+        lambda: _mutant_backward(lambda grads, dy, base, lora: grads._replace(lora_a=grads.lora_a / lora.scaling)),
+    ),
+    "first adapter only": (
+        "two adapters", peft_swap, "_joined",
+        lambda: lambda layer, names: peft_swap._one(layer, names[0]),
+    ),
+    "ignored disable": ("disabled", peft_swap, "step_back_reason", lambda: _ignoring("adapters are disabled")),
+    "ignored merge": ("merged", peft_swap, "step_back_reason", lambda: _ignoring("adapters are merged")),
+    "ignored dropout": ("dropout", functional, "lora_linear", lambda: _with(dropout_p=0.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16, fp32 adapters"])
+def test_a_planted_fault_is_caught(fault, dtypes, monkeypatch):
+    option, module, name, mutant = FAULTS[fault]
+    check(OPTIONS[option], "dense", DTYPES[dtypes])
+    monkeypatch.setattr(module, name, mutant())
+    with pytest.raises(AssertionError):
+        check(OPTIONS[option], "dense", DTYPES[dtypes])
