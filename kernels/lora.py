@@ -27,14 +27,18 @@ Source: arXiv:2106.09685, section 4.1; Salmon et al., SC 2011 (Philox).
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from fastlora.kernels import choice
+from fastlora.kernels.choice import Tile
 from torch import Tensor
 
 PHILOX_ROUNDS = tl.constexpr(7)
 PROGRAMS_PER_SM = 2
+STAGES = 3
 EXPAND_ROWS, EXPAND_COLUMNS, EXPAND_WARPS = 64, 128, 8
 MAX_BLOCK_R = 64
 MAX_EXPAND_BLOCK_R = 32
@@ -85,7 +89,7 @@ def _dot(left, v, acc, MODE: tl.constexpr, INTERPRETED: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, seed_ptr, h_ptr,
     M, K, R, k_per_split, threshold, keep_scale,
@@ -111,7 +115,7 @@ def _lora_shrink_kernel(
     tl.store(h_ptrs, acc * keep_scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_expand_kernel(
     h_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,
     M, N, R, scaling, threshold,
@@ -147,7 +151,7 @@ def _lora_expand_kernel(
     tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _lora_dy_kernel(
     dy_ptr, b_ptr, h_ptr, g_ptr, db_ptr,
     M, N, R, m_per_split, scaling,
@@ -181,11 +185,11 @@ def _lora_dy_kernel(
         tl.store(db_ptrs, db * scaling, mask=(offs_n[:, None] < N) & in_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_x_kernel(
     x_ptr, g_ptr, seed_ptr, da_ptr,
     M, K, R, m_per_split, threshold, keep_scale,
-    stride_xm, stride_xk,
+    stride_xm, stride_xk, stride_dr, stride_dk,
     DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +207,7 @@ def _lora_x_kernel(
         g_mask = (offs_m[:, None] < M) & (offs_r[None, :] < R)
         g = tl.load(g_ptr + offs_m[:, None] * R + offs_r[None, :], mask=g_mask, other=0.0)
         da = _dot(tl.trans(x), g, da, MODE, INTERPRETED)
-    da_ptrs = da_ptr + (split * R + offs_r[None, :]) * K + offs_k[:, None]
+    da_ptrs = da_ptr + split * R * K + offs_r[None, :] * stride_dr + offs_k[:, None] * stride_dk
     tl.store(da_ptrs, da * keep_scale, mask=(offs_r[None, :] < R) & (offs_k[:, None] < K))
 
 
@@ -254,6 +258,48 @@ def shrink_tile(r: int, how: str, dropout: bool) -> tuple[int, int, int]:
     return rows, columns // 2 if how == "split" and dropout and r <= 32 else columns, warps
 
 
+def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device) -> Tile:
+    """The tile for an activation [m, length]: from the table of choices where it has one, else as above."""
+    if found := choice.tile(op, m, length, r, how, dropout, device):
+        return found
+    return Tile(*(shrink_tile(block_r(r), how, dropout) if op == "shrink" else tile(block_r(r), how)), STAGES)
+
+
+class _Plan(NamedTuple):
+    """A launch: its tile, the grid, and how long a piece of the reduction each program takes."""
+
+    cut: Tile
+    tiles: int
+    splits: int
+    per_split: int
+    block_r: int
+    r_parts: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.tiles, self.splits, self.r_parts
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_R": self.block_r, "num_warps": self.cut.warps, "num_stages": self.cut.stages}
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device, cut: Tile | None = None
+) -> _Plan:
+    """How to launch on an activation [m, length]; the splits of its reduction, with the tiles, fill the device.
+
+    The shrink sums over `length`, the other two over m. Remembered, since working it out costs more than a launch.
+    """
+    cut = cut or tile_for(op, m, length, r, how, dropout, device)
+    tiled, summed = ((m, cut.rows), (length, cut.columns)) if op == "shrink" else ((length, cut.columns), (m, cut.rows))
+    tiles, (total, block) = triton.cdiv(*tiled), summed
+    splits = max(1, min(triton.cdiv(total, block), _programs_wanted(device.index) // tiles))
+    per_split = triton.cdiv(triton.cdiv(total, splits), block) * block
+    return _Plan(cut, tiles, triton.cdiv(total, per_split), per_split, block_r(r), triton.cdiv(r, block_r(r)))
+
+
 @functools.cache
 def _programs_wanted(device_index: int | None) -> int:
     """Programs that fill the device."""
@@ -262,34 +308,28 @@ def _programs_wanted(device_index: int | None) -> int:
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _split(x: Tensor, tiles: int, length: int, block: int) -> tuple[int, int]:
-    """(number of splits, length of each) that cut a reduction so that tiles x splits fill the device."""
-    splits = max(1, min(triton.cdiv(length, block), _programs_wanted(x.device.index) // tiles))
-    per_split = triton.cdiv(triton.cdiv(length, splits), block) * block
-    return triton.cdiv(length, per_split), per_split
-
-
 def _total(partials: Tensor) -> Tensor:
     """Sum over the first axis, in order."""
     return partials[0] if partials.shape[0] == 1 else partials.sum(0)
 
 
-def shrink(x: Tensor, lora_a: Tensor, dropout: Dropout) -> Tensor:
-    """h = (mask ∘ x) Aᵀ. x: [M, K], any strides; lora_a: [R, K]. Returns [M, R], fp32."""
+def shrink(x: Tensor, lora_a: Tensor, dropout: Dropout, scaling: float = 1.0, cut: Tile | None = None) -> Tensor:
+    """h = scaling · (mask ∘ x) Aᵀ. x: [M, K], any strides; lora_a: [R, K]. Returns [M, R], fp32.
+
+    cut: a tile to use in place of the table's or the built-in one, here and below.
+    """
     m, k = x.shape
     r = lora_a.shape[0]
     how = mode(x.dtype, lora_a.dtype)
-    rows, columns, warps = shrink_tile(block_r(r), how, dropout.active)
-    tiles = triton.cdiv(m, rows)
-    splits, k_per_split = _split(x, tiles, k, columns)
-    h = torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
+    plan = _plan("shrink", m, k, r, how, dropout.active, x.device, cut)
+    h = torch.empty(plan.splits, m, r, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _lora_shrink_kernel[(tiles, splits, triton.cdiv(r, block_r(r)))](
+        _lora_shrink_kernel[plan.grid](
             x, lora_a, dropout.seed if dropout.active else x, h,
-            m, k, r, k_per_split, dropout.threshold, dropout.keep_scale,
+            m, k, r, plan.per_split, dropout.threshold, scaling * dropout.keep_scale,
             *x.stride(), *lora_a.stride(),
             DROPOUT=dropout.active, MODE=how, INTERPRETED=_interpreted(),
-            BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r(r), num_warps=warps,
+            BLOCK_M=plan.cut.rows, BLOCK_K=plan.cut.columns, **plan.options,
         )  # fmt: skip
     return _total(h)
 
@@ -319,7 +359,7 @@ def reads_twice(n: int, r: int, element_size: int, tiles: int) -> bool:
 
 
 def dy_pass(
-    dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float, need_g: bool, need_db: bool
+    dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float, need_g: bool, need_db: bool, cut: Tile | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """g = scaling · dy B and dB = scaling · dyᵀ h, in one read of dy, or in two where that moves fewer bytes.
 
@@ -329,43 +369,49 @@ def dy_pass(
     m, n = dy.shape
     r = lora_b.shape[1]
     how = mode(dy.dtype, lora_b.dtype)
-    rows, columns, warps = tile(block_r(r), how)
-    tiles = triton.cdiv(n, columns)
-    if need_g and reads_twice(n, r, dy.element_size(), tiles):
-        g = shrink(dy, lora_b.t(), Dropout()).mul_(scaling)
-        return g, x_pass(dy, h * scaling, Dropout(), lora_b.dtype).t().contiguous() if need_db else None
-    splits, m_per_split = _split(dy, tiles, m, rows)
-    g = torch.empty(tiles if need_g else 0, m, r, dtype=torch.float32, device=dy.device)
-    db = torch.empty(splits if need_db else 0, n, r, dtype=torch.float32, device=dy.device)
+    plan = _plan("dy", m, n, r, how, False, dy.device, cut)
+    if need_g and reads_twice(n, r, dy.element_size(), plan.tiles):
+        g = shrink(dy, lora_b.t(), Dropout(), scaling)
+        return g, x_pass(dy, h, Dropout(), lora_b.dtype, scaling, transposed=True) if need_db else None
+    g = torch.empty(plan.tiles if need_g else 0, m, r, dtype=torch.float32, device=dy.device)
+    db = torch.empty(plan.splits if need_db else 0, n, r, dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
-        _lora_dy_kernel[(tiles, splits, triton.cdiv(r, block_r(r)))](
+        _lora_dy_kernel[plan.grid](
             dy, lora_b, h, g, db,
-            m, n, r, m_per_split, scaling,
+            m, n, r, plan.per_split, scaling,
             *dy.stride(), *lora_b.stride(),
             NEED_G=need_g, NEED_DB=need_db, MODE=how, INTERPRETED=_interpreted(),
-            BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=block_r(r), num_warps=warps,
+            BLOCK_M=plan.cut.rows, BLOCK_N=plan.cut.columns, **plan.options,
         )  # fmt: skip
     return _total(g) if need_g else None, _total(db) if need_db else None
 
 
-def x_pass(x: Tensor, g: Tensor, dropout: Dropout, adapter_dtype: torch.dtype) -> Tensor:
-    """dA = gᵀ (mask ∘ x), in one read of x. x: [M, K], any strides; g: [M, R], fp32. Returns [R, K], fp32.
+def x_pass(
+    x: Tensor,
+    g: Tensor,
+    dropout: Dropout,
+    adapter_dtype: torch.dtype,
+    scaling: float = 1.0,
+    transposed: bool = False,
+    cut: Tile | None = None,
+) -> Tensor:
+    """dA = scaling · gᵀ (mask ∘ x), in one read of x. x: [M, K], any strides; g: [M, R], fp32.
 
     adapter_dtype: that of A, which sets the precision: with 16-bit adapters g is rounded to x's dtype.
+    Returns [R, K], or [K, R] where `transposed`, fp32, contiguous.
     """
     m, k = x.shape
     r = g.shape[1]
     how = mode(x.dtype, adapter_dtype)
-    rows, columns, warps = tile(block_r(r), how)
-    tiles = triton.cdiv(k, columns)
-    splits, m_per_split = _split(x, tiles, m, rows)
-    da = torch.empty(splits, r, k, dtype=torch.float32, device=x.device)
+    plan = _plan("x", m, k, r, how, dropout.active, x.device, cut)
+    da = torch.empty(plan.splits, *((k, r) if transposed else (r, k)), dtype=torch.float32, device=x.device)
+    stride_dr, stride_dk = (1, r) if transposed else (k, 1)
     with torch.cuda.device_of(x):
-        _lora_x_kernel[(tiles, splits, triton.cdiv(r, block_r(r)))](
+        _lora_x_kernel[plan.grid](
             x, g, dropout.seed if dropout.active else x, da,
-            m, k, r, m_per_split, dropout.threshold, dropout.keep_scale,
-            *x.stride(),
+            m, k, r, plan.per_split, dropout.threshold, scaling * dropout.keep_scale,
+            *x.stride(), stride_dr, stride_dk,
             DROPOUT=dropout.active, MODE=how, INTERPRETED=_interpreted(),
-            BLOCK_M=rows, BLOCK_K=columns, BLOCK_R=block_r(r), num_warps=warps,
+            BLOCK_M=plan.cut.rows, BLOCK_K=plan.cut.columns, **plan.options,
         )  # fmt: skip
     return _total(da)
