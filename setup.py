@@ -1,8 +1,9 @@
-"""Builds the CPU library during installation; everything else about the package is in pyproject.toml.
+"""Builds the C++ and CUDA libraries during installation; everything else about the package is in pyproject.toml.
 
-`pip install -e .` puts the library into the source tree; `pip install .` and a wheel carry it along with its sources,
-so that `fastlora.native.build()` can compile it later too. Without a compiler the installation goes on: one line says
-so, and fastlora runs on its plain torch path.
+`pip install -e .` puts the libraries into the source tree; `pip install .` and a wheel carry them along with their
+sources, so that `python -m fastlora.native` can compile them later too. Without a compiler the installation goes on:
+one line says so, and fastlora runs on its plain torch path. Without nvcc it goes on in silence, as on any machine
+without a GPU; `fastlora doctor` tells.
 """
 
 import importlib.util
@@ -33,9 +34,9 @@ recipe = _load_recipe()
 
 
 class build_native(Command):  # noqa: N801
-    """Compiles the CPU library; a step of `build`, in setuptools' SubCommand protocol."""
+    """Compiles the libraries; a step of `build`, in setuptools' SubCommand protocol."""
 
-    description = "compile the CPU library"
+    description = "compile the C++ and CUDA libraries"
     user_options: ClassVar[list[tuple[str, str | None, str]]] = []
 
     def initialize_options(self) -> None:
@@ -46,14 +47,24 @@ class build_native(Command):  # noqa: N801
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        target = self._package() / "lib" / recipe.LIBRARY
+        libraries = self._package() / "lib"
         if not self.editable_mode:
             self._copy_sources()
-            target.unlink(missing_ok=True)  # build_py copied the source tree's, which may be of another day
+            for name in (recipe.LIBRARY, recipe.CUDA_LIBRARY):
+                (libraries / name).unlink(missing_ok=True)  # build_py copied the source tree's, maybe of another day
         try:
-            recipe.compile_library(target)
+            recipe.compile_library(libraries / recipe.LIBRARY)
         except recipe.BuildError as error:
             print(f"fastlora: installed without its CPU library: {error}", file=sys.stderr)
+            return  # the CUDA library needs the same compiler
+        try:
+            recipe.find_nvcc()
+        except recipe.BuildError:
+            return
+        try:
+            recipe.compile_cuda_library(libraries / recipe.CUDA_LIBRARY)
+        except recipe.BuildError as error:
+            print(f"fastlora: installed without its CUDA library: {error}", file=sys.stderr)
 
     def _package(self) -> Path:
         assert self.build_lib is not None
@@ -74,7 +85,8 @@ class build_native(Command):  # noqa: N801
     def get_outputs(self) -> list[str]:
         if self.editable_mode:
             return []
-        return [*map(str, self._copies().values()), str(self._package() / "lib" / recipe.LIBRARY)]
+        libraries = (self._package() / "lib" / name for name in (recipe.LIBRARY, recipe.CUDA_LIBRARY))
+        return [*map(str, self._copies().values()), *map(str, libraries)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

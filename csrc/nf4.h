@@ -53,11 +53,20 @@ struct Nf4Weight {
   FASTLORA_HD int64_t numel() const { return rows * cols; }
 };
 
+// Product and sum are rounded each for itself.
+FASTLORA_HD inline float nf4_nested_scale(float level, float outer, float offset) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(__fmul_rn(level, outer), offset);
+#else
+  const float product = level * outer;
+  return product + offset;
+#endif
+}
+
 FASTLORA_HD inline float nf4_scale(const Nf4Weight& weight, int64_t block) {
   if (weight.absmax2 == nullptr) return static_cast<const float*>(weight.absmax)[block];
-  const float scale = weight.code2[static_cast<const uint8_t*>(weight.absmax)[block]];
-  const float product = scale * weight.absmax2[block / kBlocksPerScale2];
-  return product + *weight.offset;
+  const float level = weight.code2[static_cast<const uint8_t*>(weight.absmax)[block]];
+  return nf4_nested_scale(level, weight.absmax2[block / kBlocksPerScale2], *weight.offset);
 }
 
 FASTLORA_HD inline int nf4_index(const Nf4Weight& weight, int64_t flat) {

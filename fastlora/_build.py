@@ -1,13 +1,20 @@
-"""How the CPU library is compiled: the one recipe behind `pip install` and `fastlora.native.build()`.
+"""How the C++ and CUDA libraries are compiled: the one recipe behind `pip install` and `fastlora.native.build()`.
 
 It imports the standard library alone, so that setup.py can load this file by its path, without torch and without
 importing the package. The sources are `csrc/`: beside the package in a checkout, inside it in an installed wheel.
 
-One library holds every instruction set, chosen at run time, so no flag here names a machine. `-ffp-contract=off` is
+The CPU library holds every instruction set, chosen at run time, so no flag here names a machine. `-ffp-contract=off` is
 part of the result, not of the style: a fused multiply-add in the scales' arithmetic gives other bits than bitsandbytes.
+
+The CUDA library holds machine code for every architecture of `CUDA_ARCHITECTURES` that the nvcc at hand knows, and PTX
+for those to come, so one build serves every GPU. It is compiled where nvcc is found; an installation goes on without.
+CUDA's run-time library is linked in and its symbols hidden: loading asks for nothing but the C library, and for the
+driver only once a kernel runs. `FASTLORA_CUDA_ARCHS=90` (or `80,90`) compiles less, sooner.
 """
 
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,17 +22,27 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ABI_VERSION = 2  # FASTLORA_ABI_VERSION of csrc/fastlora_cpu.h
+ABI_VERSION = 3  # FASTLORA_ABI_VERSION of csrc/fastlora_cpu.h
 LIBRARY = "libfastlora_cpu.so"
+CUDA_ABI_VERSION = 1  # FASTLORA_CUDA_ABI_VERSION of csrc/fastlora_cuda.h
+CUDA_LIBRARY = "libfastlora_cuda.so"
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")  # code for each runs on later minor versions of its major
+_VIRTUAL_ARCHITECTURES = ("80", "90")  # those that the sources tell apart
 REBUILD = "python -m fastlora.native"
 
 _PACKAGE = Path(__file__).resolve().parent
 _COMPILERS = ("g++", "c++", "clang++")
+_DEFAULT_NVCC = Path("/usr/local/cuda/bin/nvcc")
 # GCC warns of its own AVX-512 headers (gcc.gnu.org/PR105593).
 _CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -pthread -Wall -Wextra -Wno-maybe-uninitialized"
 )
 _LINK_FLAGS = "-shared -pthread -ldl"
+_NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
+_NVCC_LINK_FLAGS = (
+    "-shared -cudart=static --no-device-link -Xcompiler=-static-libgcc,-static-libstdc++ "
+    "-Xlinker=--exclude-libs=ALL,--as-needed"
+)
 
 
 class BuildError(RuntimeError):
@@ -33,8 +50,13 @@ class BuildError(RuntimeError):
 
 
 def library_path() -> Path:
-    """Where the compiled library lies in this package."""
+    """Where the compiled CPU library lies in this package."""
     return _PACKAGE / "lib" / LIBRARY
+
+
+def cuda_library_path() -> Path:
+    """Where the compiled CUDA library lies in this package."""
+    return _PACKAGE / "lib" / CUDA_LIBRARY
 
 
 def source_dir() -> Path:
@@ -51,7 +73,7 @@ def source_dir() -> Path:
 
 def source_files() -> list[Path]:
     """Every file the compiler reads, headers too."""
-    return sorted(path for path in source_dir().rglob("*") if path.suffix in {".cpp", ".h", ".inl"})
+    return sorted(path for path in source_dir().rglob("*") if path.suffix in {".cpp", ".cu", ".h", ".inl"})
 
 
 def find_compiler() -> list[str]:
@@ -75,8 +97,29 @@ def find_compiler() -> list[str]:
     )
 
 
+def find_nvcc() -> str:
+    """The CUDA compiler: of $CUDA_HOME or $CUDA_PATH where set, else on the PATH, from pip, or in /usr/local/cuda.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            if (nvcc := Path(home) / "bin" / "nvcc").is_file():
+                return str(nvcc)
+            raise BuildError(f"{variable} is {home}, where bin/nvcc is not: correct or unset {variable}")
+    if found := shutil.which("nvcc"):
+        return found
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
+    for nvcc in (*(path for folder in folders for path in sorted(folder.glob("*/bin/nvcc"))), _DEFAULT_NVCC):
+        if nvcc.is_file():
+            return str(nvcc)
+    raise BuildError(f"no nvcc found: install the CUDA toolkit, or `pip install nvidia-cuda-nvcc`, and run `{REBUILD}`")
+
+
 def compile_library(target: Path) -> Path:
-    """Compiles the library and puts it at `target` in one step, so that a reader sees the old one or the new one.
+    """Compiles the CPU library and puts it at `target` in one step, so that a reader sees the old one or the new one.
 
     Returns:
         target.
@@ -84,34 +127,79 @@ def compile_library(target: Path) -> Path:
         BuildError: no compiler, no sources, the compiler refuses them, or `target` cannot be written.
     """
     compiler = find_compiler()
-    sources = [path for path in source_files() if path.suffix == ".cpp"]
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags = [*shlex.split(_CXX_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    return _compile(compiler, flags, shlex.split(_LINK_FLAGS), ".cpp", target)
+
+
+def compile_cuda_library(target: Path) -> Path:
+    """Compiles the CUDA library, as `compile_library` does the CPU library.
+
+    Returns:
+        target.
+    Raises:
+        BuildError: no nvcc, no C++ compiler, no sources, an architecture nvcc does not know, a compiler's refusal, or
+            `target` cannot be written.
+    """
+    nvcc = find_nvcc()
+    find_compiler()
+    architectures = _architectures(nvcc)
+    flags = [*shlex.split(_NVCC_FLAGS), f"--threads={os.cpu_count() or 1}", *_code_flags(architectures)]
+    return _compile([nvcc], flags, shlex.split(_NVCC_LINK_FLAGS), ".cu", target)
+
+
+def _architectures(nvcc: str) -> tuple[str, ...]:
+    """What to compile for, oldest first."""
+    known = set(re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"])))
+    wanted = re.findall(r"[^\s,;]+", os.environ.get("FASTLORA_CUDA_ARCHS", ""))
+    for arch in wanted:
+        if arch not in known:
+            names = ", ".join(sorted(known, key=int))
+            raise BuildError(f"FASTLORA_CUDA_ARCHS names {arch!r}; {nvcc} knows {names}: set some of those")
+    chosen = sorted(set(wanted), key=int) or [arch for arch in CUDA_ARCHITECTURES if arch in known]
+    if not chosen:
+        raise BuildError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: install CUDA 11.8 or later")
+    return tuple(chosen)
+
+
+def _code_flags(architectures: tuple[str, ...]) -> list[str]:
+    """What nvcc makes of the sources: PTX once for all that share it, machine code for each, the last PTX itself."""
+    groups: dict[str, list[str]] = {}
+    for arch in architectures:
+        virtual = max((base for base in _VIRTUAL_ARCHITECTURES if int(base) <= int(arch)), key=int, default=arch)
+        groups.setdefault(virtual, []).append(f"sm_{arch}")
+    groups[virtual].append(f"compute_{virtual}")
+    flags = [f"-gencode=arch=compute_{virtual},code=[{','.join(codes)}]" for virtual, codes in groups.items()]
+    return [*flags, f"-DFASTLORA_ARCHITECTURES={'_'.join(architectures)}"]
+
+
+def _compile(compiler: list[str], flags: list[str], link_flags: list[str], suffix: str, target: Path) -> Path:
+    """Compiles each source of a kind, links the objects, and moves the library to `target`."""
+    sources = [path for path in source_files() if path.suffix == suffix]
     try:
         with tempfile.TemporaryDirectory(prefix="fastlora-build-") as name:
-            built = _compile(compiler, extra, sources, Path(name))
+            folder = Path(name)
+            objects = [folder / f"{source.stem}.o" for source in sources]
+            library = folder / target.name
+            compiles = [[*compiler, *flags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+            link = [*compiler, *map(str, objects), "-o", str(library), *link_flags]
+            _run_all(folder, [*zip(objects, compiles, strict=True)], (library, link))
             target.parent.mkdir(parents=True, exist_ok=True)
             staged = target.with_name(f".{target.name}.{os.getpid()}")
-            shutil.copy2(built, staged)
+            shutil.copy2(library, staged)
             staged.replace(target)
     except OSError as error:
         raise BuildError(f"cannot write {target}: {error}") from error
     return target
 
 
-def _compile(compiler: list[str], extra: list[str], sources: list[Path], folder: Path) -> Path:
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    library = folder / LIBRARY
-    compile_flags = [*compiler, *shlex.split(_CXX_FLAGS), *extra]
-    compiles = [[*compile_flags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
-    link = [*compiler, *map(str, objects), "-o", str(library), *shlex.split(_LINK_FLAGS)]
+def _run_all(folder: Path, compiles: list[tuple[Path, list[str]]], link: tuple[Path, list[str]]) -> None:
     ninja = _find_ninja()
     if ninja is not None:
-        _run_ninja(ninja, folder, [*zip(objects, compiles, strict=True)], (library, link))
-    else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, compiles))
-        _run(link)
-    return library
+        _run_ninja(ninja, folder, compiles, link)
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, [command for _, command in compiles]))
+    _run(link[1])
 
 
 def _find_ninja() -> str | None:
@@ -137,7 +225,7 @@ def _ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         lines = (done.stderr + done.stdout).strip().splitlines()
@@ -145,3 +233,4 @@ def _run(command: list[str]) -> None:
         raise BuildError(
             f"{shlex.join(command[:1])} failed with exit status {done.returncode}: {' / '.join(errors[:3])}"
         )
+    return done.stdout

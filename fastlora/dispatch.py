@@ -1,7 +1,8 @@
 """Which code runs where: Triton on CUDA devices, the compiled C++ library on the CPU, plain torch for the rest.
 
-Nothing here asks a device anything at import. `FASTLORA_BACKEND=torch|cpp|triton` forces a path, for
-debugging; with `TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors.
+Nothing here asks a device anything at import. `FASTLORA_BACKEND=torch|cpp|triton|cuda` forces a path, for debugging:
+`cuda` is the Triton path with the compiled decode kernel wherever that applies, `triton` the same without it. With
+`TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors.
 """
 
 import functools
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastlora import native, reference
 
 MIN_CAPABILITY = (8, 0)
-BACKENDS = ("triton", "cpp", "torch")
+FORCED = ("triton", "cuda", "cpp", "torch")
 
 
 class Backend(NamedTuple):
@@ -37,20 +38,35 @@ def backend(device: torch.device | str) -> Backend:
 
 @functools.cache
 def _backend(device_type: str, index: int | None, forced: str) -> Backend:
-    missing = {"triton": _no_triton(device_type, index), "cpp": _no_cpp(device_type), "torch": ""}
     if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"FASTLORA_BACKEND must be one of {', '.join(BACKENDS)}; got {forced!r}")
-        if missing[forced]:
-            raise ValueError(f"FASTLORA_BACKEND={forced} cannot run on {device_type}: {missing[forced]}")
+        if forced not in FORCED:
+            raise ValueError(f"FASTLORA_BACKEND must be one of {', '.join(FORCED)}; got {forced!r}")
+        if reason := _missing(forced, device_type, index):
+            raise ValueError(f"FASTLORA_BACKEND={forced} cannot run on {device_type}: {reason}")
+        if forced == "cuda":
+            return Backend("triton", "Triton kernels, compiled decode kernel: forced by FASTLORA_BACKEND")
         return Backend(forced, "forced by FASTLORA_BACKEND")
-    if device_type == "cuda":
-        if missing["triton"]:
-            return Backend("torch", f"slow path: {missing['triton']}")
-        return Backend("triton", "Triton kernels")
-    if missing["cpp"]:
-        return Backend("torch", f"slow path: {missing['cpp']}")
-    return Backend("cpp", native.status()[1])
+    fast = "triton" if device_type == "cuda" else "cpp"
+    if reason := _missing(fast, device_type, index):
+        return Backend("torch", f"slow path: {reason}")
+    if fast == "cpp":
+        return Backend("cpp", native.status()[1])
+    reason = _missing("cuda", device_type, index)
+    return Backend("triton", f"Triton kernels, decode too: {reason}" if reason else "Triton kernels, compiled decode")
+
+
+def _missing(name: str, device_type: str, index: int | None) -> str:
+    """Why a path cannot be taken on a device; empty where it can."""
+    if name == "torch":
+        return ""
+    if name == "cpp":
+        return _no_cpp(device_type)
+    if (reason := _no_triton(device_type, index)) or name == "triton":
+        return reason
+    from fastlora.kernels import choice
+
+    live, reason = choice.compiled_decode(torch.device(device_type))
+    return "" if live else reason
 
 
 def _no_triton(device_type: str, index: int | None) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora import functional, native
+from fastlora.kernels import choice
 
 # Distribution -> what it is needed for; `pip install fastlora[extra]` where an extra has it.
 PACKAGES = {
@@ -117,6 +118,19 @@ def _backends() -> list[Finding]:
         findings.append(Finding("Triton", "idle: its kernels need an NVIDIA GPU", False))
     else:
         findings.append(Finding("Triton", f"live, version {version_of('triton')}"))
+    return [*findings, *_cuda_kernels()]
+
+
+def _cuda_kernels() -> list[Finding]:
+    """The compiled decode kernel, and which rows of the table of choices count on each GPU."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if not devices:
+        return [Finding("compiled decode", "idle: it needs an NVIDIA GPU", False)]
+    live, reason = choice.compiled_decode(devices[0])
+    findings = [Finding("compiled decode", f"live: {reason}" if live else reason, live, "" if live else reason)]
+    for device in devices:
+        measured, rows = choice.describe(device)
+        findings.append(Finding(f"choice of kernels, {device}", rows, measured, "" if measured else rows))
     return findings
 
 

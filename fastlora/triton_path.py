@@ -1,62 +1,156 @@
-"""The fused linear on CUDA: Triton kernels around one cuBLAS product each way.
+"""The fused linear on CUDA, by the number of tokens: kernels that read packed codes for few, cuBLAS for many.
 
-NF4 without dropout: expand the weight with s · B A merged in, multiply once; what LoRA costs is the
-shrink, the dy pass and the x pass, each one read of an activation. With dropout, or over a dense
-weight, where merging would round small updates away: write the update first (`expand`), then let
-cuBLAS add the base product to it with beta = 1. A separate [M, N] product is never made.
+    decode       up to 16, no dropout: each packed byte read once, LoRA inside; compiled CUDA, or its Triton twin
+    fused        up to about M*: tiles expand inside the product, and LoRA's h or g is one more tile of the contraction
+    dequantize   above: the weight expanded into memory, one cuBLAS product
+
+`fastlora.kernels.choice` says which, by a table per GPU. What a kernel does not take, a dtype or an odd shape, goes to
+the next one down this list. Dense weights always go to cuBLAS.
+
+An expanded NF4 weight has s · B A merged in where there is no dropout: what LoRA costs is the shrink, the dy pass and
+the x pass, each one read of an activation. With dropout, or over a dense weight, where merging would round small
+updates away: write the update first (`expand`), then let cuBLAS add the base product to it with beta = 1. A separate
+[M, N] product is never made.
 
 The expanded weight comes from torch's caching allocator, which hands the same block to every layer
 in turn on a stream: a scratch buffer in effect, with nothing to size or to free.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora import cuda_native
+from fastlora.dispatch import level_table
+from fastlora.kernels import choice, decode, fused
 from fastlora.kernels import lora as kernel
+from fastlora.kernels.choice import Choice
 from fastlora.kernels.lora import Dropout
 from fastlora.operands import Base, Gradients, Lora, Needs
+
+_DECODERS = {"decode-cuda": cuda_native, "decode": decode}
+_NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
+_DEQUANTIZE = Choice("dequantize")
+_NO_DROPOUT = Dropout()
 
 
 def forward(
     x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
-    if lora is None:
-        return F.linear(x, base.dense(x.dtype), bias), None
-    dropout = Dropout(lora.dropout_p, lora.seed)
-    if _merges(base, lora):
-        h = kernel.shrink(x, lora.a.to(lora.dtype), dropout) if save_h else None
-        return F.linear(x, base.merged(x.dtype, lora), bias), h
-    h = kernel.shrink(x, lora.a.to(lora.dtype), dropout)
-    y = kernel.expand(h, lora.b.to(lora.dtype), lora.scaling, x.dtype, Dropout(), bias)
-    return y.addmm_(x, base.dense(x.dtype).t()), h if save_h else None
+    chosen = _choose("linear", x, base, lora, lambda other: forward_by(other, x, base, lora, bias, save_h))
+    return forward_by(chosen, x, base, lora, bias, save_h)
+
+
+def forward_by(
+    chosen: Choice, x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `forward`, by a given kernel, which must be able to."""
+    a, b, scaling, dropout = _parts(lora)
+    merges = chosen.kernel == "dequantize" and _merges(base, lora)
+    h = None
+    if a is not None and (save_h or not (merges or chosen.kernel in _DECODERS)):
+        h = kernel.shrink(x, a, dropout)
+    if chosen.kernel in _DECODERS:
+        y = _DECODERS[chosen.kernel].decode(x, *_packed(base), base.n, a, b, scaling, bias)
+    elif chosen.kernel == "fused":
+        y = fused.linear(x, *_packed(base), base.n, h, b, scaling, bias, chosen.config)
+    elif lora is None or merges:
+        y = F.linear(x, base.merged(x.dtype, lora) if lora is not None else base.dense(x.dtype), bias)
+    else:
+        assert h is not None
+        assert b is not None
+        y = kernel.expand(h, b, scaling, x.dtype, Dropout(), bias).addmm_(x, base.dense(x.dtype).t())
+    return y, h if save_h else None
 
 
 def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs) -> Gradients:
     """Gradients of everything but a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
-    if lora is None:
-        return Gradients(dy @ base.dense(dy.dtype) if needs.x else None, None, None)
-    dropout = Dropout(lora.dropout_p, lora.seed)
-    merges = _merges(base, lora)
-    needs_g = needs.lora_a or (needs.x and not merges)
+    chosen = _DEQUANTIZE
+    if needs.x:
+        chosen = _choose("linear_t", dy, base, lora, lambda other: backward_by(other, dy, x, h, base, lora, needs))
+    return backward_by(chosen, dy, x, h, base, lora, needs)
+
+
+def backward_by(
+    chosen: Choice, dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs
+) -> Gradients:
+    """As `backward`, with dx by a given kernel, which must be able to."""
+    _, b, scaling, dropout = _parts(lora)
     g, da, db = None, None, None
-    if needs_g or needs.lora_b:
-        g, db = kernel.dy_pass(
-            dy, lora.b.to(lora.dtype), h if h is not None else dy, lora.scaling, needs_g, needs.lora_b
-        )
-    if needs.lora_a:
+    needs_g = needs.lora_a or (needs.x and not (chosen.kernel == "dequantize" and _merges(base, lora)))
+    if lora is not None and b is not None and (needs_g or needs.lora_b):
+        g, db = kernel.dy_pass(dy, b, h if h is not None else dy, scaling, needs_g, needs.lora_b)
+        db = db.to(lora.b.dtype) if db is not None else None
+    if lora is not None and needs.lora_a:
         assert g is not None
         assert x is not None
         da = kernel.x_pass(x, g, dropout, lora.dtype).to(lora.a.dtype)
-    db = db.to(lora.b.dtype) if db is not None else None
-    if not needs.x:
-        return Gradients(None, da, db)
-    if merges:
-        return Gradients(dy @ base.merged(dy.dtype, lora), da, db)
+    return Gradients(dx_by(chosen, dy, g, base, lora) if needs.x else None, da, db)
+
+
+def dx_by(chosen: Choice, dy: Tensor, g: Tensor | None, base: Base, lora: Lora | None) -> Tensor:
+    """dx [M, K] from dy [M, N] and g = scaling · dy B [M, R], which a merged weight does without."""
+    a, _, _, dropout = _parts(lora)
+    if chosen.kernel == "fused":
+        return fused.linear_t(dy, *_packed(base), base.k, g, a, dropout, chosen.config)
+    if lora is None or _merges(base, lora):
+        return dy @ (base.merged(dy.dtype, lora) if lora is not None else base.dense(dy.dtype))
     assert g is not None
-    dx = kernel.expand(g, lora.a.to(lora.dtype).t(), 1.0, dy.dtype, dropout)
-    return Gradients(dx.addmm_(dy, base.dense(dy.dtype)), da, db)
+    assert a is not None
+    return kernel.expand(g, a.t(), 1.0, dy.dtype, dropout).addmm_(dy, base.dense(dy.dtype))
 
 
-def _merges(base: Base, lora: Lora) -> bool:
-    return base.is_nf4 and lora.seed is None
+def _choose(op: str, rows: Tensor, base: Base, lora: Lora | None, run: Callable[[Choice], object]) -> Choice:
+    """The kernel for a product with these operands; `run` does it by another choice, for a search."""
+    if not base.is_nf4:
+        return _DEQUANTIZE
+    r = lora.a.shape[0] if lora is not None else 0
+    asked = (op, rows.shape[0], base.n, base.k, r, lora is not None and lora.seed is not None, rows.device)
+
+    def fits(other: Choice) -> bool:
+        return not refusal(other.kernel, rows.dtype, rows.shape[0], base.k, base.n, base.blocksize, r)
+
+    if choice.autotunes():
+        return choice.search(*asked, run, fits)
+    chosen = choice.choose(*asked)
+    while not fits(chosen):
+        chosen = Choice(_NEXT[chosen.kernel])
+    return chosen
+
+
+def refusal(kernel: str, dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: int) -> str:
+    """Why a kernel does not take a product of these operands; empty where it does."""
+    if kernel == "dequantize":
+        return ""
+    return _refusal(kernel, dtype, m if kernel in _DECODERS else 0, k, n, blocksize, r)
+
+
+@functools.lru_cache(maxsize=4096)
+def _refusal(kernel: str, dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: int) -> str:
+    if kernel in _DECODERS:
+        return _DECODERS[kernel].supports(dtype, m, k, n, blocksize, r)
+    return fused.supports(dtype, k, n, blocksize, r)
+
+
+def _packed(base: Base) -> tuple[Any, ...]:
+    """The NF4 operands as every kernel takes them."""
+    return *base[:5], level_table(base.weight.device), base.blocksize
+
+
+def _parts(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float, Dropout]:
+    """A and B in one dtype, the scaling, and what the kernels need of dropout."""
+    if lora is None:
+        return None, None, 0.0, _NO_DROPOUT
+    a, b = lora.a, lora.b
+    if a.dtype != b.dtype:
+        a, b = a.to(lora.dtype), b.to(lora.dtype)
+    return a, b, lora.scaling, Dropout(lora.dropout_p, lora.seed) if lora.seed is not None else _NO_DROPOUT
+
+
+def _merges(base: Base, lora: Lora | None) -> bool:
+    return base.is_nf4 and lora is not None and lora.seed is None

@@ -1,0 +1,365 @@
+"""The compiled CUDA library, called through ctypes: the product with an NF4 weight for 1 to 16 tokens.
+
+    y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias        W [N, K] in NF4, read once, as bitsandbytes lays it out
+
+That is what generating text consists of: each token reads every weight, so the floor is 0.516 bytes a weight over the
+bandwidth of the memory. Two kernels: one over all columns cut into ranges, and one that adds up the ranges, in order,
+with the update and the bias. fp32 from the 4-bit codes to the one rounding; the same input gives the same bits.
+
+The CUDA side (`csrc/cuda`) knows nothing of torch: this module checks every dtype, shape and layout before an address
+is passed on. It launches on the current stream, takes its workspace from torch's caching allocator and never waits for
+the device, so calls can be captured in a CUDA graph, after a first one that loads the kernels. Nothing is raised and no
+device is asked anything at import: `status()` says whether the library is there, `usable()` whether a device runs it.
+
+`python -m fastlora.native` compiles the library where nvcc is found; `FASTLORA_CUDA_ARCHS` names architectures.
+Source: arXiv:2305.14314, section 3; arXiv:2106.09685, section 4.1.
+"""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastlora import _build
+from fastlora.native import Weight, pointer_of
+
+MAX_TOKENS = 16
+MAX_RANK = 1 << 16
+MAX_SIDE = 1 << 26  # of a weight
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+_COLUMNS = 64  # K is a multiple of this
+_ALIGNMENT = 16  # bytes
+_X_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Decode(ctypes.Structure):
+    """fastlora::CudaDecode of csrc/fastlora_cuda.h."""
+
+    _fields_ = (
+        ("weight", Weight),
+        ("x", ctypes.c_void_p),
+        ("x_row_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("lora_a", ctypes.c_void_p),
+        ("lora_b", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("scaling", ctypes.c_float),
+        ("x_dtype", ctypes.c_int32),
+        ("adapter_dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+    )
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and what it is, or None and why not."""
+    path = _build.cuda_library_path()
+    if not path.is_file():
+        try:
+            _build.find_nvcc()
+        except _build.BuildError as error:
+            return None, f"{path} has not been built: {error}"
+        return None, f"{path} has not been built: run `{_build.REBUILD}`"
+    try:
+        library = open_library(path)
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded ({error}): run `{_build.REBUILD}`"
+    if (version := library.fastlora_cuda_abi_version()) != _build.CUDA_ABI_VERSION:
+        return None, (
+            f"{path} is stale: it has interface {version}, this fastlora needs {_build.CUDA_ABI_VERSION}; "
+            f"run `{_build.REBUILD}`"
+        )
+    names = library.fastlora_cuda_architectures().decode().split("_")
+    return library, f"{path} (for {', '.join(f'sm_{name}' for name in names)} and later)"
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Opens a library with the interface of csrc/fastlora_cuda.h and declares its functions.
+
+    Raises:
+        OSError: it cannot be opened.
+        AttributeError: it lacks a function.
+    """
+    library = ctypes.CDLL(str(path))
+    long = ctypes.c_int64
+    library.fastlora_cuda_architectures.restype = ctypes.c_char_p
+    library.fastlora_cuda_message.restype = ctypes.c_char_p
+    library.fastlora_cuda_message.argtypes = (ctypes.c_int,)
+    library.fastlora_cuda_decode_shared.restype = long
+    library.fastlora_cuda_decode_shared.argtypes = (long,)
+    library.fastlora_cuda_decode_workspace.restype = long
+    library.fastlora_cuda_decode_workspace.argtypes = (long, long, long, long, long, ctypes.c_int, ctypes.c_int)
+    library.fastlora_cuda_decode.argtypes = (ctypes.POINTER(_Decode), ctypes.c_void_p)
+    return library
+
+
+def _loaded() -> ctypes.CDLL:
+    library, text = _load()
+    if library is None:
+        raise RuntimeError(f"fastlora's CUDA library is not loaded: {text}")
+    return library
+
+
+def status() -> tuple[bool, str]:
+    """Whether the compiled library is there, and what it is, or why not and what to do. No device is asked."""
+    library, text = _load()
+    return library is not None, text
+
+
+@lru_cache(maxsize=64)
+def _usable(index: int) -> str:
+    library, text = _load()
+    if library is None:
+        return text
+    with torch.cuda.device(index):
+        result = library.fastlora_cuda_probe(index)
+    if result == 0:
+        return ""
+    return f"{text} does not run on cuda:{index}: {_message(library, result)}; run `{_build.REBUILD}` on this machine"
+
+
+def usable(device: torch.device) -> tuple[bool, str]:
+    """Whether the library runs on a CUDA device, or why not and what to do. Asks the device, once."""
+    if device.type != "cuda":
+        return False, f"the CUDA library is for CUDA devices, not {device.type}"
+    reason = _usable(device.index if device.index is not None else torch.cuda.current_device())
+    return not reason, reason
+
+
+def static_facts() -> tuple[Path, dict[int, int]]:
+    """The library's path, and the bytes of shared memory that a block takes for up to so many tokens.
+
+    Raises:
+        RuntimeError: the library is not loaded.
+    """
+    library = _loaded()
+    return _build.cuda_library_path(), {m: library.fastlora_cuda_decode_shared(m) for m in (2, 8, MAX_TOKENS)}
+
+
+def build() -> Path:
+    """Compiles the library into this installed package and loads it; about half a minute on two cores.
+
+    Returns:
+        the library's path.
+    Raises:
+        RuntimeError: it cannot be compiled (no nvcc, folder not writable), or what was compiled cannot be loaded.
+    """
+    path = _build.compile_cuda_library(_build.cuda_library_path())
+    _load.cache_clear()
+    _usable.cache_clear()
+    library, text = _load()
+    if library is None:
+        raise RuntimeError(text)
+    return path
+
+
+def build_where_possible() -> str:
+    """Compiles the library if nvcc is here, and says what has been done.
+
+    Raises:
+        RuntimeError: nvcc is here, but `build` fails.
+    """
+    try:
+        _build.find_nvcc()
+    except _build.BuildError as error:
+        return f"no CUDA library: {error}"
+    build()
+    return status()[1]
+
+
+def supports(x_dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: int) -> str:
+    """Empty where `decode` takes x [m, k], a weight [n, k] and adapters of rank r (0: none), else why not."""
+    if x_dtype not in _X_DTYPES:
+        return f"activations are {x_dtype}, the decode kernel takes bf16 and fp16"
+    if not 0 <= m <= MAX_TOKENS:
+        return f"{m} tokens, the decode kernel takes at most {MAX_TOKENS}"
+    if blocksize not in BLOCKSIZES:
+        return f"blocksize is {blocksize}, expected a power of two from 32 to 4096"
+    if k < 1 or k % _COLUMNS or k % blocksize:
+        return f"in_features is {k}, the decode kernel takes multiples of {max(_COLUMNS, blocksize)}"
+    if not 0 <= n <= MAX_SIDE or k > MAX_SIDE or n * k // blocksize >= 1 << 31:
+        return f"a weight of [{n}, {k}] has more blocks than the decode kernel counts"
+    if not 0 <= r <= MAX_RANK:
+        return f"rank is {r}, the decode kernel takes at most {MAX_RANK}"
+    return ""
+
+
+def decode(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor,
+    blocksize: int,
+    n: int,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias, rounded once from fp32.
+
+    Args:
+        x: [M, K], bf16 or fp16, any strides; M 0 to 16. Copied where columns are apart or rows off 16-byte addresses.
+        codes: [N*K/2], uint8, high nibble first. Copied where it is off a 16-byte address, as a view may be.
+        absmax: [blocks], fp32, or uint8 with absmax2 [ceil(blocks/256)], code2 [256] and offset [1], all fp32.
+        code: not read, the sixteen levels are compiled in; here to have the arguments of `kernels.decode.decode`.
+        blocksize: a power of two that divides K, 32 to 4096.
+        n: N, rows of the weight.
+        lora_a, lora_b: [R, K] and [N, R], both or neither; used in fp32 unless both are of x's dtype.
+        bias: [N].
+    Returns:
+        [M, N], dtype of x.
+    Raises:
+        ValueError: a tensor's dtype, shape, device or layout is not as above; nothing has been launched.
+        RuntimeError: the library is not loaded or does not run on this device, see `status()` and `usable()`.
+    Source: arXiv:2305.14314, section 3; arXiv:2106.09685, section 4.1.
+    """
+    if x.device.type != "cuda":
+        raise ValueError(f"x is on {x.device}; this library is for CUDA tensors: move it with .cuda()")
+    library = _loaded()
+    with torch.cuda.device_of(x):
+        stream = torch.cuda.current_stream().cuda_stream
+        weight = (codes, absmax, absmax2, code2, offset)
+        return _decode(library, stream, x, weight, blocksize, n, lora_a, lora_b, scaling, bias)
+
+
+def _decode(
+    library: ctypes.CDLL,
+    stream: int,
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    blocksize: int,
+    n: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+) -> Tensor:
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [M, K]")
+    M, K = x.shape
+    a, b = _adapters(x, lora_a, lora_b, n)
+    R = 0 if a is None else a.shape[0]
+    if reason := supports(x.dtype, M, K, n, blocksize, R):
+        raise ValueError(reason)
+    if bias is not None:
+        bias = _bias(bias, x, n)
+    codes = _aligned(weight[0])
+    packed = _weight(x.device, codes, *weight[1:], blocksize, n, K)
+    out = torch.empty(M, n, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if x.stride(1) != 1 or (M > 1 and x.stride(0) * x.element_size() % _ALIGNMENT):
+        x = x.contiguous()
+    x = _aligned(x)
+    row_stride = x.stride(0) if M > 1 else K
+    device = x.device.index or 0
+    size = _workspace(library, device, M, n, K, blocksize.bit_length() - 1, R, _DTYPES[x.dtype])
+    workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
+    arguments = _Decode(
+        packed, x.data_ptr(), row_stride, M, pointer_of(a), pointer_of(b), R, pointer_of(bias), out.data_ptr(),
+        workspace.data_ptr(), scaling, _DTYPES[x.dtype], _DTYPES[x.dtype if a is None else a.dtype],
+        _DTYPES[x.dtype if bias is None else bias.dtype], device,
+    )  # fmt: skip
+    result = library.fastlora_cuda_decode(arguments, stream)
+    if result != 0:
+        raise RuntimeError(f"fastlora's CUDA library: {_message(library, result)}")
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _workspace(
+    library: ctypes.CDLL, device: int, m: int, n: int, k: int, log2_blocksize: int, r: int, dtype: int
+) -> int:
+    """Bytes of workspace on a device."""
+    size: int = library.fastlora_cuda_decode_workspace(m, n, k, log2_blocksize, r, dtype, device)
+    if size < 0:
+        result = size if size > -1000 else -1000 - size
+        raise RuntimeError(f"fastlora's CUDA library: {_message(library, result)}")
+    return size
+
+
+def _message(library: ctypes.CDLL, result: int) -> str:
+    text: str = library.fastlora_cuda_message(result).decode()
+    return text
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _require(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+    if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
+        raise ValueError(
+            f"{name} must be contiguous, {numel} x {dtype} on {device}; got {tensor.numel()} x {tensor.dtype} "
+            f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
+        )
+
+
+def _weight(
+    device: torch.device,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    code2: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    n: int,
+    k: int,
+) -> Weight:
+    blocks = -(n * k // -blocksize)
+    _require("codes", codes, torch.uint8, (n * k + 1) // 2, device)
+    if absmax2 is None and code2 is None and offset is None:
+        _require("absmax", absmax, torch.float32, blocks, device)
+    elif absmax2 is None or code2 is None or offset is None:
+        raise ValueError("absmax2, code2 and offset go together: pass all three (nested scales) or none (plain)")
+    else:
+        _require("absmax", absmax, torch.uint8, blocks, device)
+        _require("absmax2", absmax2, torch.float32, -(blocks // -256), device)
+        _require("code2", code2, torch.float32, 256, device)
+        _require("offset", offset, torch.float32, 1, device)
+    return Weight(
+        codes.data_ptr(), absmax.data_ptr(), pointer_of(absmax2), pointer_of(code2), pointer_of(offset), n, k,
+        blocksize.bit_length() - 1,
+    )  # fmt: skip
+
+
+def _adapters(x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """Both adapters in the one dtype that the kernels read, at aligned addresses."""
+    if lora_a is None and lora_b is None:
+        return None, None
+    if lora_a is None or lora_b is None:
+        raise ValueError("lora_a and lora_b go together: one of them is None")
+    k = x.shape[1]
+    if lora_a.dim() != 2 or lora_a.shape[1] != k or lora_b.shape != (n, lora_a.shape[0]):
+        raise ValueError(
+            f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit a weight of [{n}, {k}]: "
+            f"expected [R, {k}] and [{n}, R]"
+        )
+    for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if adapter.dtype not in _DTYPES or adapter.device != x.device:
+            raise ValueError(
+                f"{name} is {adapter.dtype} on {adapter.device}, expected fp32, bf16 or fp16 on {x.device}"
+            )
+    dtype = x.dtype if lora_a.dtype == lora_b.dtype == x.dtype else torch.float32
+    return _aligned(lora_a.to(dtype).contiguous()), _aligned(lora_b.to(dtype).contiguous())
+
+
+def _bias(bias: Tensor, x: Tensor, n: int) -> Tensor:
+    if bias.shape != (n,) or bias.dtype not in _DTYPES or bias.device != x.device:
+        raise ValueError(
+            f"bias is {list(bias.shape)} {bias.dtype} on {bias.device}, "
+            f"expected [{n}], fp32, bf16 or fp16, on {x.device}"
+        )
+    return bias.to(x.dtype if bias.dtype == x.dtype else torch.float32).contiguous()

@@ -1,0 +1,359 @@
+"""Which kernel runs a product over an NF4 weight, and how the low-rank kernels are tiled: a table, not a search.
+
+`choice.csv`, beside this file, has one row for a rung of M. Its columns:
+
+    gpu       a GPU's name as torch reports it ("NVIDIA H200"), or sm_90: rows by name come before rows by architecture
+    op        linear (y = x Wᵀ + LoRA), linear_t (dx = dy W + LoRA), or a low-rank kernel: shrink, dy, x
+    m         the row holds for up to so many tokens; empty: for any number
+    k, n, r   the shape and rank it was measured at; empty: any. A shape that was not measured takes the nearest one's
+              rows: least |log(k / k')| + |log(n / n')| + |log(r / r')|
+    dropout   yes, no, or empty: either
+    kernel    decode-cuda (compiled), decode (Triton), fused (expands tiles inside the product), dequantize (expands the
+              weight, then cuBLAS); of a low-rank kernel the mode of its products, narrow or split
+    block_m … tma   the kernel's configuration; empty: the kernel's own
+    us        median microseconds measured; source: measured, or default
+
+`python -m bench tune` writes the measured rows of the GPU it runs on. Between the least and the largest M measured they
+replace the defaults, beyond these the defaults count (all the way up, where the largest M measured found dequantizing
+best, that holds).
+
+The defaults come from a model, not from a measurement. Dequantizing costs 2.516 bytes a weight at copy bandwidth B, a
+fused kernel reaches a share e of cuBLAS's rate F, so both cost the same at
+
+    M* = 2.516 F / (2 B) / (1/e - 1) = 1.258 (F / B) / (1/e - 1)
+
+e = 0.6 is assumed. F / B in FLOP a byte: 153 A100, 76 RTX 3090, 164 RTX 4090, 181 H200, 281 B200, 117 RTX 5090, each
+standing for its architecture. M* is rounded to whole tiles of 16 tokens.
+
+Environment: FASTLORA_BACKEND=cuda takes decode-cuda wherever it applies, triton never; FASTLORA_AUTOTUNE=1 times the
+candidates at the first use of a shape, outside graph capture, and remembers the quickest while the process lives.
+"""
+
+import csv
+import functools
+import math
+import os
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from fastlora.kernels.fused import Config
+
+TABLE = Path(__file__).with_name("choice.csv")
+_SIZES = ("m", "k", "n", "r")
+_CONFIG = ("block_m", "block_n", "block_k", "splits", "warps", "stages", "tma")
+COLUMNS = ["gpu", "op", *_SIZES, "dropout", "kernel", *_CONFIG, "us", "source"]
+PRODUCTS, LOW_RANK = ("linear", "linear_t"), ("shrink", "dy", "x")
+OPS = (*PRODUCTS, *LOW_RANK)
+DECODE_UP_TO_M = 16
+ANY_M = 1 << 62
+_STAND_IN = (8, 0)  # the architecture whose rows serve the interpreter
+_SEARCH_CALLS = 5
+
+
+class Choice(NamedTuple):
+    """A kernel, and its configuration where the table has one."""
+
+    kernel: str
+    config: "Config | None" = None
+
+
+class Tile(NamedTuple):
+    """How a low-rank kernel cuts its activation."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Row(NamedTuple):
+    """A line of the table; None where a cell is empty."""
+
+    gpu: str
+    op: str
+    m: int | None
+    k: int | None
+    n: int | None
+    r: int | None
+    dropout: bool | None
+    kernel: str
+    config: tuple[int, ...] | None  # block_m, block_n, block_k, splits, warps, stages, tma
+    us: float | None
+    source: str
+
+
+def read(path: Path = TABLE) -> list[Row]:
+    """The rows of a table, in its order.
+
+    Raises:
+        ValueError: other columns than these, or a cell that cannot be read; the message has the line's number.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(f"{path}: the first line must be {','.join(COLUMNS)}")
+        rows = []
+        for cells in reader:
+            try:
+                rows.append(_row(cells))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error!r} in {','.join(map(str, cells.values()))}")  # noqa: B904
+    return rows
+
+
+def _row(cells: dict[str, str]) -> Row:
+    m, k, n, r = (int(cells[name]) if cells[name] else None for name in _SIZES)
+    dropout = {"": None, "yes": True, "no": False}[cells["dropout"]]
+    config = tuple(int(cells[name] or 0) for name in _CONFIG) if cells["block_m"] else None
+    us = float(cells["us"]) if cells["us"] else None
+    return Row(cells["gpu"], cells["op"], m, k, n, r, dropout, cells["kernel"], config, us, cells["source"])
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Replace a table in one step: GPUs in the order given, each one's rows by operation, shape and M."""
+    gpus = list(dict.fromkeys(row.gpu for row in rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    with staged.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_cells(row) for row in sorted(rows, key=lambda row: (gpus.index(row.gpu), *_order(row))))
+    staged.replace(path)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    sizes = (ANY_M if size is None else size for size in (row.k, row.n, row.r))
+    return OPS.index(row.op), row.kernel if row.op in LOW_RANK else "", *sizes, _bound(row)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    config = row.config or ("",) * len(_CONFIG)
+    dropout = {None: "", True: "yes", False: "no"}[row.dropout]
+    us = None if row.us is None else f"{row.us:.2f}"
+    found = row._asdict() | dict(zip(_CONFIG, config, strict=True)) | {"dropout": dropout, "us": us}
+    return {name: "" if found[name] is None else str(found[name]) for name in COLUMNS}
+
+
+@functools.cache
+def _table() -> list[Row]:
+    return read()
+
+
+def rows_for(name: str, capability: tuple[int, int], rows: Iterable[Row] | None = None) -> tuple[list[Row], list[Row]]:
+    """(rows by the GPU's name, rows by its architecture or, where that has none, by the next one below)."""
+    rows = list(_table() if rows is None else rows)
+    own = 10 * capability[0] + capability[1]
+    known = {int(row.gpu[3:]) for row in rows if row.gpu.startswith("sm_")}
+    nearest = max((arch for arch in known if arch <= own), default=min(known, default=0))
+    return [row for row in rows if row.gpu == name], [row for row in rows if row.gpu == f"sm_{nearest}"]
+
+
+def gpu_of(device: torch.device) -> tuple[str, tuple[int, int]]:
+    """(name, compute capability) of a CUDA device; a stand-in for the interpreter's."""
+    if device.type != "cuda":
+        return "interpreter", _STAND_IN
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+
+
+def choose(op: str, m: int, n: int, k: int, r: int, dropout: bool, device: torch.device) -> Choice:
+    """The kernel for a product with an NF4 weight [N, K] and a LoRA of rank R.
+
+    Args:
+        op: "linear", x [M, K] to y [M, N], or "linear_t", dy [M, N] to dx [M, K].
+        r: 0 without LoRA.
+    Raises:
+        ValueError: the table has no row that fits.
+    """
+    bounds, choices = _choices(op, n, k, r, dropout, device, os.environ.get("FASTLORA_BACKEND"))
+    return choices[bisect_left(bounds, m)]
+
+
+def tile(op: str, m: int, length: int, r: int, mode: str, dropout: bool, device: torch.device) -> Tile | None:
+    """The table's tile for a low-rank kernel that reads [M, length]; None where it has none."""
+    bounds, tiles = _tiles(op, length, r, mode, dropout, device)
+    return tiles[bisect_left(bounds, m)] if tiles else None
+
+
+@functools.cache
+def _choices(
+    op: str, n: int, k: int, r: int, dropout: bool, device: torch.device, forced: str | None
+) -> tuple[list[int], list[Choice]]:
+    from fastlora.kernels.fused import Config
+
+    rungs = ladder(*rows_for(*gpu_of(device)), op, k, n, r, dropout)
+    choices = []
+    for rung in rungs:
+        config = Config(*rung.config[:-1], bool(rung.config[-1])) if rung.config else None
+        choices.append(Choice(rung.kernel, config))
+    bounds = [_bound(rung) for rung in rungs]
+    if not bounds or bounds[-1] < ANY_M:
+        raise ValueError(f"{TABLE} has no row for {op} with any M on {gpu_of(device)}: add one, or reinstall fastlora")
+    return _with_decode(bounds, choices, op, dropout, device, forced)
+
+
+def _with_decode(
+    bounds: list[int], choices: list[Choice], op: str, dropout: bool, device: torch.device, forced: str | None
+) -> tuple[list[int], list[Choice]]:
+    """The ladder with the compiled decode kernel put in where it is forced, and Triton's where it is not to be had."""
+    if forced == "cuda" and op == "linear" and not dropout:
+        above = bisect_left(bounds, DECODE_UP_TO_M + 1)
+        return [DECODE_UP_TO_M, *bounds[above:]], [Choice("decode-cuda"), *choices[above:]]
+    if forced == "triton" or not compiled_decode(device)[0]:
+        choices = [Choice("decode") if choice.kernel == "decode-cuda" else choice for choice in choices]
+    return bounds, choices
+
+
+def compiled_decode(device: torch.device) -> tuple[bool, str]:
+    """Whether the compiled decode kernel can run on a device; and what it is, or why not and what to do."""
+    if device.type != "cuda":
+        return False, "the compiled decode kernel needs a CUDA device"
+    from fastlora import cuda_native
+
+    usable, reason = cuda_native.usable(device)
+    return usable, reason or cuda_native.status()[1]
+
+
+@functools.cache
+def _tiles(
+    op: str, length: int, r: int, mode: str, dropout: bool, device: torch.device
+) -> tuple[list[int], list[Tile]]:
+    sides: tuple[int | None, int | None] = (None, length) if op == "dy" else (length, None)
+    by_name, by_arch = ([row for row in rows if row.kernel == mode] for rows in rows_for(*gpu_of(device)))
+    tiles, bounds = [], []
+    for rung in ladder(by_name, by_arch, op, *sides, r, dropout):
+        if rung.config is not None:
+            block_m, block_n, _, _, warps, stages, _ = rung.config
+            tiles.append(Tile(block_m, block_n, warps, stages))
+            bounds.append(_bound(rung))
+    if bounds:
+        bounds[-1] = ANY_M
+    return bounds, tiles
+
+
+def ladder(
+    by_name: list[Row], by_arch: list[Row], op: str, k: int | None, n: int | None, r: int, dropout: bool
+) -> list[Row]:
+    """The rows that count for a shape, by rising M: those of the GPU's name, and around them its architecture's."""
+    first, rest = (_nearest(rows, op, k, n, r, dropout) for rows in (by_name, by_arch))
+    if not first:
+        return rest
+    least, largest = _bound(first[0]), _bound(first[-1])
+    if first[-1].kernel == "dequantize":
+        first[-1], largest = first[-1]._replace(m=None), ANY_M
+    below, above = ([row for row in rest if keep(_bound(row))] for keep in (least.__gt__, largest.__lt__))
+    return [*below, *first, *above]
+
+
+def _nearest(rows: list[Row], op: str, k: int | None, n: int | None, r: int, dropout: bool) -> list[Row]:
+    """The rows for `op` at the nearest shape they have, one for each M, by rising M."""
+    fitting = [row for row in rows if row.op == op and row.dropout in (None, dropout)]
+    if not fitting:
+        return []
+
+    def distance(row: Row) -> float:
+        pairs = ((row.k, k), (row.n, n), (row.r, r))
+        return sum(abs(math.log(max(mine, 1) / max(asked, 1))) for mine, asked in pairs if mine and asked is not None)
+
+    least = min(map(distance, fitting))
+    rungs: dict[int, Row] = {}
+    for row in fitting:
+        if distance(row) == least and (_bound(row) not in rungs or row.dropout is not None):
+            rungs[_bound(row)] = row
+    return [rungs[bound] for bound in sorted(rungs)]
+
+
+def _bound(row: Row) -> int:
+    return ANY_M if row.m is None else row.m
+
+
+def candidates(op: str, m: int, n: int, k: int, dropout: bool, device: torch.device) -> list[Choice]:
+    """What could run a product; `dequantize`, the one that always can, first."""
+    from fastlora.kernels import fused
+
+    found = [Choice("dequantize")]
+    if op == "linear" and m <= DECODE_UP_TO_M and not dropout:
+        found += [Choice("decode-cuda")] if compiled_decode(device)[0] else []
+        found.append(Choice("decode"))
+    return found + [Choice("fused", config) for config in fused.candidates(op, m, n, k, gpu_of(device)[1])]
+
+
+_found: dict[tuple[Any, ...], Choice] = {}
+
+
+def autotunes() -> bool:
+    """Whether FASTLORA_AUTOTUNE asks for a search at run time."""
+    return os.environ.get("FASTLORA_AUTOTUNE", "0") not in ("", "0")
+
+
+def search(
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dropout: bool,
+    device: torch.device,
+    run: Callable[[Choice], object],
+    fits: Callable[[Choice], bool],
+) -> Choice:
+    """The quickest of the candidates, timed once for all M up to the next power of two; the table's while capturing.
+
+    Args:
+        run: does the product by a choice. What it raises for want of a GPU's resources drops the candidate.
+        fits: whether a candidate can do this product at all.
+    """
+    key = (op, (m - 1).bit_length(), n, k, r, dropout, device)
+    if key in _found:
+        return _found[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return choose(op, m, n, k, r, dropout, device)
+    times = {}
+    for choice in dict.fromkeys([choose(op, m, n, k, r, dropout, device), *candidates(op, m, n, k, dropout, device)]):
+        if not fits(choice):
+            continue
+        try:
+            times[choice] = _milliseconds(functools.partial(run, choice), device)
+        except _out_of_resources():
+            continue
+    _found[key] = min(times, key=times.__getitem__)
+    return _found[key]
+
+
+def _out_of_resources() -> type[Exception]:
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
+
+
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    call()  # compiles
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * 1e3
+    samples = []
+    for _ in range(_SEARCH_CALLS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def describe(device: torch.device) -> tuple[bool, str]:
+    """Whether the rows that count on a device were measured on its kind, and which they are."""
+    name, capability = gpu_of(device)
+    by_name, by_arch = rows_for(name, capability)
+    shapes = {(row.k, row.n) for row in by_name if row.op in PRODUCTS and row.source == "measured"}
+    if shapes:
+        return True, f"{len(by_name)} rows measured on {name}, for {len(shapes)} shapes"
+    return False, f"defaults of {by_arch[0].gpu}, not measured on {name}: `python -m bench tune` measures them"

@@ -1,0 +1,452 @@
+"""A product with an NF4 weight that is expanded tile by tile inside the loop, and never written out.
+
+    linear     y  = x Wᵀ + scaling · h Bᵀ + bias      x [M, K], h [M, R] -> [M, N]
+    linear_t   dx = dy W + mask ∘ (g A)               dy [M, N], g [M, R] -> [M, K]
+
+    W[n, k] = code[q[n, k]] * scale[n, k // blocksize], rounded once from fp32 to the activation's 16 bits:
+    the values that `kernels.nf4` writes.
+
+Bytes: 0.516 a weight for each tile of tokens, the activation once for each tile of outputs, the output once.
+Dequantizing through memory moves 2.5 bytes a weight before the product reads two more.
+
+A step of the loop takes int32 words of eight codes (bitsandbytes' layout as it is), looks the sixteen levels
+up, scales and rounds them, and puts the 16-bit tile into shared memory for the tensor cores: 5 to 7
+machine instructions a weight with everything in the loop (`python -m bench static`). Both directions read the
+same tile; dx sums over its rows. The lookup is PTX's `shfl`: lane i of each half warp holds level i. Words,
+activation and scales are loaded stages ahead.
+
+Nothing is expanded twice. The eight columns of a word are put together by `tl.join`, through which Triton cannot pull
+the operand layouts of mma.sync back, where warps share weights; the product reads the tile out of shared memory.
+
+LoRA is one more step of the same sum, taken before the loop: h and B beside x and W, sixteen ranks at a time.
+h and fp32 adapters go as two bf16 parts each, side by side in one product, which keeps 16 bits of both; with 16-bit
+adapters h is rounded to their dtype. With dropout the mask, drawn anew from its seed, falls on that step alone.
+
+Tiles of fewer than 64 tokens go through mma.sync everywhere; from 64 on wgmma (sm_90) and tcgen05 (sm_100) take
+both operands from shared memory. Where the outputs' tiles do not fill the chip, the sum is cut; fp32 partial sums
+then meet in a second launch, in order: no atomics, the same bits each time.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from fastlora.kernels.fused_config import Config as Config
+from fastlora.kernels.fused_config import accumulators, default_config, split_sum, uses_mma_sync
+from fastlora.kernels.fused_config import candidates as candidates
+from fastlora.kernels.lora import Dropout, _interpreted, _keep, _top
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+NESTED_BLOCKSIZE = tl.constexpr(256)
+BLOCK_R = tl.constexpr(16)  # ranks of a step
+MAX_R = 256
+SUM_BLOCK = 1024
+NO_DROPOUT = Dropout()
+
+
+@triton.jit
+def _levels(code_ptr, LOOKUP: tl.constexpr):
+    """The table `_level` reads: with "shfl" one level a lane, a value that Triton takes for a scalar."""
+    if LOOKUP == "shfl":
+        table = tl.inline_asm_elementwise(
+            """{
+            .reg .u32 lane;
+            .reg .u64 address;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mad.wide.u32 address, lane, 4, $1;
+            ld.global.nc.f32 $0, [address];
+            }""",
+            "=f,l",
+            [code_ptr],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        table = tl.load(code_ptr + tl.arange(0, 16))
+    return table
+
+
+@triton.jit
+def _level(table, index, LOOKUP: tl.constexpr):
+    """table[index & 15] for index [ROWS, COLUMNS]."""
+    if LOOKUP == "shfl":
+        # 0x100f: segments of sixteen lanes, so that only the lowest four bits of the index count.
+        level = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
+            "=f,f,r",
+            [table, index],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        flat = tl.reshape(index & 15, (index.shape[0] * index.shape[1],))
+        level = tl.reshape(tl.gather(table, flat, 0), index.shape)
+    return level
+
+
+@triton.jit
+def _column(table, words, scale, SHIFT: tl.constexpr, LOOKUP: tl.constexpr, DTYPE: tl.constexpr):
+    return (_level(table, words >> SHIFT, LOOKUP) * scale).to(DTYPE)
+
+
+@triton.jit
+def _expand(
+    table, words, scale, LOOKUP: tl.constexpr, DTYPE: tl.constexpr, MMA_SYNC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Words [ROWS, COLUMNS / 8] to weights [ROWS, COLUMNS]; a byte's high nibble comes first."""
+    BLOCKS: tl.constexpr = scale.shape[1]
+    scale = tl.broadcast_to(scale[:, :, None], (ROWS, BLOCKS, COLUMNS // 8 // BLOCKS))
+    scale = tl.reshape(scale, (ROWS, COLUMNS // 8))
+    c0 = _column(table, words, scale, 4, LOOKUP, DTYPE)
+    c1 = _column(table, words, scale, 0, LOOKUP, DTYPE)
+    c2 = _column(table, words, scale, 12, LOOKUP, DTYPE)
+    c3 = _column(table, words, scale, 8, LOOKUP, DTYPE)
+    c4 = _column(table, words, scale, 20, LOOKUP, DTYPE)
+    c5 = _column(table, words, scale, 16, LOOKUP, DTYPE)
+    c6 = _column(table, words, scale, 28, LOOKUP, DTYPE)
+    c7 = _column(table, words, scale, 24, LOOKUP, DTYPE)
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    w = tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
+    if LOOKUP == "shfl":
+        # A fence for Triton. mma.sync: it must not take the width of the scales' codes for the operand's (hence impure,
+        # which tcgen05's pipeline does not allow). wgmma: it must not give shared memory the shape before the reshape.
+        w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=not MMA_SYNC, pack=2)
+    return w
+
+
+@triton.jit
+def _corner(n_start, start, TRANSPOSED: tl.constexpr):
+    """Where in W the tile begins that meets outputs from n_start on at step `start` of the sum: (row, column)."""
+    if TRANSPOSED:
+        row_start, column_start = start, n_start
+    else:
+        row_start, column_start = n_start, start
+    return row_start, column_start
+
+
+@triton.jit
+def _rows(row_start, N, EVEN: tl.constexpr, ROWS: tl.constexpr):
+    """Row indices of a tile, int64; beyond N the last one."""
+    rows = row_start + tl.arange(0, ROWS).to(tl.int64)
+    if not EVEN:
+        rows = tl.minimum(rows, N - 1)
+    return rows
+
+
+@triton.jit
+def _words(
+    words_ptr, corner, N, row_words, TMA: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Words [ROWS, COLUMNS / 8] of eight codes; beyond N and K any."""
+    row_start, column_start = corner
+    if TMA:
+        words = words_ptr.load([row_start, column_start // 8])
+    else:
+        column = tl.multiple_of(column_start // 8, COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+        if not EVEN_COLUMNS:
+            column = tl.minimum(column, row_words - 1)
+        words = tl.load(words_ptr + _rows(row_start, N, EVEN_ROWS, ROWS)[:, None] * row_words + column[None, :])
+    return words
+
+
+@triton.jit
+def _blocks(
+    corner, N, K, BLOCKSIZE: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Indices [ROWS, blocks in a row] of the tile's scales; beyond N and K those of others."""
+    row_start, column_start = corner
+    BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE if COLUMNS > BLOCKSIZE else 1
+    column = column_start // BLOCKSIZE + tl.arange(0, BLOCKS)
+    if not EVEN_COLUMNS:
+        column = tl.minimum(column, K // BLOCKSIZE - 1)
+    return _rows(row_start, N, EVEN_ROWS, ROWS)[:, None] * (K // BLOCKSIZE) + column[None, :]
+
+
+@triton.jit
+def _activation(
+    x_ptr, m_start, start, M, length, stride, TMA: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tile [BLOCK_M, BLOCK_K] of an activation [M, length]: zeros beyond `length`, anything beyond M."""
+    if TMA:
+        x = x_ptr.load([m_start, start])
+    else:
+        rows = tl.minimum(m_start + tl.arange(0, BLOCK_M).to(tl.int64), M - 1)
+        columns = start + tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + rows[:, None] * stride + columns[None, :]
+        if EVEN:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=columns[None, :] < length, other=0.0)
+    return x
+
+
+@triton.jit
+def _side_by_side(v0, v1, v2, v3, INTERPRETED: tl.constexpr):
+    """Four [ROWS, BLOCK_R] that bf16 holds, as bf16 [ROWS, 4 BLOCK_R]; the interpreter, which multiplies bf16 wrongly,
+    keeps fp32. One product over all, since Triton gives several in a row another layout than the loop's."""
+    joined = tl.join(tl.join(v0, v1), tl.join(v2, v3))
+    if not INTERPRETED:
+        joined = joined.to(tl.bfloat16)
+    return tl.reshape(joined, (v0.shape[0], 4 * v0.shape[1]))
+
+
+@triton.jit
+def _update(
+    acc, h_ptr, b_ptr, m_start, n_start, M, N, R, r_end, stride_bn, stride_br,
+    FP32_ADAPTERS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc + h Bᵀ over the ranks below r_end, for h [M, R] in fp32 and B [N, R]."""
+    offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_n = n_start + tl.arange(0, BLOCK_N).to(tl.int64)
+    for r_start in tl.range(0, r_end, BLOCK_R, num_stages=2 if FP32_ADAPTERS else 1):
+        offs_r = r_start + tl.arange(0, BLOCK_R)
+        in_r = offs_r[None, :] < R
+        h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=(offs_m[:, None] < M) & in_r, other=0.0)
+        b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
+        b = tl.load(b_ptrs, mask=(offs_n[:, None] < N) & in_r, other=0.0)
+        if FP32_ADAPTERS:
+            h1, b1 = _top(h), _top(b)
+            h2, b2 = _top(h - h1), _top(b - b1)
+            h, b = _side_by_side(h1, h2, h1, h2, INTERPRETED), _side_by_side(b1, b1, b2, b2, INTERPRETED)
+        acc = tl.dot(h.to(b.dtype), tl.trans(b), acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _nf4_fused_kernel(
+    x_ptr, codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr,
+    h_ptr, b_ptr, seed_ptr, bias_ptr, out_ptr,
+    M, N, K, R, row_words, per_split, scaling, threshold,
+    stride_xm, stride_bn, stride_br,
+    TRANSPOSED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
+    TMA: tl.constexpr, MMA_SYNC: tl.constexpr, EVEN_SUM: tl.constexpr, EVEN_OUT: tl.constexpr,
+    LORA: tl.constexpr, FP32_ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of x Wᵀ [M, N] + ..., or where TRANSPOSED of x W [M, K] + ...; W is [N, K]."""
+    m_start, n_start, split = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    ROWS: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
+    COLUMNS: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
+    EVEN_ROWS: tl.constexpr = EVEN_SUM if TRANSPOSED else EVEN_OUT
+    EVEN_COLUMNS: tl.constexpr = EVEN_OUT if TRANSPOSED else EVEN_SUM
+    if TRANSPOSED:
+        columns, length = K, N
+    else:
+        columns, length = N, K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if LORA:
+        r_end = R
+        if SPLIT:
+            r_end = tl.where(split == 0, R, 0)
+        acc = _update(
+            acc, h_ptr, b_ptr, m_start, n_start, M, columns, R, r_end, stride_bn, stride_br,
+            FP32_ADAPTERS, INTERPRETED, BLOCK_M, BLOCK_N,
+        ) * scaling  # fmt: skip
+        if DROPOUT:
+            offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
+            keep = _keep(seed_ptr, offs_m, n_start, columns, threshold, BLOCK_M, BLOCK_N)
+            acc = tl.where(keep, acc, 0.0)
+    table = _levels(code_ptr, LOOKUP)
+    offset = 0.0
+    if NESTED:
+        offset = tl.load(offset_ptr)
+    words_ptr = codes_ptr
+    if not TMA:
+        words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
+    begin, end = split * per_split, tl.minimum(split * per_split + per_split, length)
+    last = begin + (end - begin - 1) // BLOCK_K * BLOCK_K
+    corner = _corner(n_start, begin, TRANSPOSED)
+    block = _blocks(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+    if NESTED:
+        level = tl.load(absmax_ptr + block)
+    for start in range(begin, end, BLOCK_K):
+        x = _activation(x_ptr, m_start, start, M, length, stride_xm, TMA, EVEN_SUM, BLOCK_M, BLOCK_K)
+        corner = _corner(n_start, start, TRANSPOSED)
+        words = _words(words_ptr, corner, N, row_words, TMA, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+        block = _blocks(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+        if NESTED:
+            scale = tl.load(code2_ptr + level.to(tl.int32)) * tl.load(absmax2_ptr + block // NESTED_BLOCKSIZE) + offset
+            corner = _corner(n_start, tl.minimum(start + BLOCK_K, last), TRANSPOSED)
+            block = _blocks(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+            level = tl.load(absmax_ptr + block)  # of the next step: single bytes cannot be copied asynchronously
+        else:
+            scale = tl.load(absmax_ptr + block)
+        w = _expand(table, words, scale, LOOKUP, x.dtype, MMA_SYNC, ROWS, COLUMNS)
+        if TRANSPOSED:
+            acc = tl.dot(x, w, acc)
+        else:
+            acc = tl.dot(x, tl.trans(w), acc)
+    offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_n = n_start + tl.arange(0, BLOCK_N).to(tl.int64)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < columns, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * columns + offs_n[None, :]
+    out_mask = (offs_m[:, None] < M) & (offs_n[None, :] < columns)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def _sum_splits_kernel(partial_ptr, bias_ptr, out_ptr, size, N, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    partial_ptrs = partial_ptr + offs
+    for _ in tl.range(0, splits, loop_unroll_factor=4):
+        total += tl.load(partial_ptrs, mask=mask, other=0.0)
+        partial_ptrs += size
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def _device(index: int | None) -> tuple[tuple[int, int], int]:
+    """(compute capability, multiprocessors) of a CUDA device; small numbers for the interpreter."""
+    if index is None:
+        return (8, 0), 4
+    return torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def supports(x_dtype: torch.dtype, k: int, n: int, blocksize: int, r: int) -> str:
+    """Why these kernels cannot multiply by a weight [n, k] of this blocksize with a LoRA of rank r (0: none); or ""."""
+    if x_dtype not in (torch.bfloat16, torch.float16):
+        return f"activations must be bf16 or fp16, not {x_dtype}"
+    if k % blocksize:
+        return f"a block must not cross rows: K = {k} is no multiple of the blocksize {blocksize}"
+    if r > MAX_R:
+        return f"rank {r} is above {MAX_R}"
+    return ""
+
+
+def linear(
+    x: Tensor, codes: Tensor, absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None,
+    code: Tensor, blocksize: int, n: int, h: Tensor | None = None, lora_b: Tensor | None = None,
+    scaling: float = 0.0, bias: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """y = x Wᵀ + scaling · h Bᵀ + bias, in one launch, or two where the sum is split.
+
+    Args:
+        x: [M, K], bf16 or fp16; copied where its columns are not adjacent.
+        codes, absmax, absmax2, code2, offset: an `NF4Weight` [N, K]; copied where its address is no multiple of four.
+        n: N. code: [16], fp32, the levels.
+        h: [M, R], fp32. lora_b: [N, R], any strides; where it has 16 bits, h is rounded to its dtype. bias: [N].
+    Returns:
+        [M, N], dtype of x, accumulated in fp32.
+    Raises:
+        ValueError: what `supports` names, or sizes that do not fit together.
+    """
+    weight = (codes, absmax, absmax2, code2, offset, code)
+    return _multiply(x, weight, blocksize, n, False, h, lora_b, scaling, bias, NO_DROPOUT, config)
+
+
+def linear_t(
+    dy: Tensor, codes: Tensor, absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None,
+    code: Tensor, blocksize: int, k: int, g: Tensor | None = None, lora_a: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """dx = dy W + mask ∘ (g A), in one launch, or two where the sum is split.
+
+    Args:
+        dy: [M, N], bf16 or fp16; copied where its columns are not adjacent. The weight: as in `linear`. k: K.
+        g: [M, R], fp32, scaling included. lora_a: [R, K], any strides.
+    Returns:
+        [M, K], dtype of dy, accumulated in fp32.
+    Raises:
+        ValueError: as `linear`.
+    """
+    weight = (codes, absmax, absmax2, code2, offset, code)
+    lora_at = None if lora_a is None else lora_a.t()
+    return _multiply(dy, weight, blocksize, k, True, g, lora_at, 1.0, None, dropout, config)
+
+
+def _check(
+    x: Tensor, codes: Tensor, n: int, k: int, blocksize: int, columns: int, h: Tensor | None, b: Tensor | None
+) -> None:
+    """Raise ValueError where the operands do not fit together."""
+    if why := supports(x.dtype, k, n, blocksize, 0 if b is None else b.shape[1]):
+        raise ValueError(f"{why}; expand the weight (kernels.nf4.dequantize) and multiply by that")
+    if 2 * codes.numel() != n * k:
+        raise ValueError(f"a weight [{n}, {k}] has {n * k // 2} bytes of codes; got {codes.numel()}")
+    if (h is None) != (b is None):
+        raise ValueError("h (or g) and its adapter go together: give both or neither")
+    if h is not None and b is not None and (h.shape, b.shape[0]) != ((x.shape[0], b.shape[1]), columns):
+        raise ValueError(f"{list(h.shape)} and an adapter for {list(b.shape)} do not give [{x.shape[0]}, {columns}]")
+    if h is not None and h.dtype != torch.float32:
+        raise ValueError(f"h (or g) must be fp32, as kernels.lora gives it; got {h.dtype}")
+
+
+def _multiply(
+    x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor], blocksize: int,
+    columns: int, transposed: bool, h: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None,
+    dropout: Dropout, config: Config | None,
+) -> Tensor:  # fmt: skip
+    """x Vᵀ + mask ∘ (scaling · h Bᵀ) + bias, [M, columns], where V [columns, length] is W or, where transposed, Wᵀ."""
+    m, length = x.shape
+    n, k = (length, columns) if transposed else (columns, length)
+    codes, absmax, absmax2, code2, offset, code = weight
+    _check(x, codes, n, k, blocksize, columns, h, b)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = codes if codes.data_ptr() % 4 == 0 else codes.clone()  # the kernel reads words
+    capability, processors = _device(x.device.index)
+    cut = config or default_config("linear_t" if transposed else "linear", m, n, k, capability)
+    tiles = triton.cdiv(m, cut.block_m), triton.cdiv(columns, cut.block_n)
+    steps = triton.cdiv(length, cut.block_k)
+    splits = min(steps, cut.splits or split_sum(tiles[0] * tiles[1], steps, cut, processors))
+    per_split = triton.cdiv(steps, splits) * cut.block_k
+    splits = triton.cdiv(length, per_split)
+    out = torch.empty(m, columns, dtype=x.dtype, device=x.device)
+    sums = out if splits == 1 else torch.empty(splits, m, columns, dtype=torch.float32, device=x.device)
+    if not out.numel():
+        return out
+    nested, lora, has_bias = absmax2 is not None, b is not None and b.shape[1] > 0, bias is not None
+    masked = lora and dropout.active
+    tma = cut.tma and _has_tensor_maps(x, codes, capability)
+    rows_of_w, columns_of_w = (cut.block_k, cut.block_n) if transposed else (cut.block_n, cut.block_k)
+    interpreted = _interpreted()
+    h, b = (h.contiguous(), b) if h is not None and b is not None else (x, x)
+    bias = bias.contiguous() if bias is not None else x
+    with torch.cuda.device_of(x):
+        _nf4_fused_kernel[(tiles[0], tiles[1], splits)](
+            _tensor_map(x, cut.block_m, cut.block_k) if tma else x,
+            _tensor_map(codes.view(n, k // 2).view(torch.int32), rows_of_w, columns_of_w // 8) if tma else codes,
+            absmax, absmax2 if nested else absmax, code2 if nested else code, offset if nested else code, code,
+            h, b, dropout.seed if masked else x, bias, sums,
+            m, n, k, b.shape[1], k // 8, per_split, scaling * dropout.keep_scale, dropout.threshold,
+            x.stride(0), *b.stride(),
+            TRANSPOSED=transposed, BLOCKSIZE=blocksize, NESTED=nested, LOOKUP="gather" if interpreted else "shfl",
+            TMA=tma, MMA_SYNC=uses_mma_sync(capability, cut.block_m),
+            EVEN_SUM=length % cut.block_k == 0, EVEN_OUT=columns % cut.block_n == 0,
+            LORA=lora, FP32_ADAPTERS=b.dtype == torch.float32, DROPOUT=masked, HAS_BIAS=has_bias and splits == 1,
+            SPLIT=splits > 1, INTERPRETED=interpreted,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+            num_warps=8 if accumulators(cut) > 64 and (masked or not tma) else cut.warps, num_stages=cut.stages,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        if splits > 1:
+            _sum_splits_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](
+                sums, bias, out, out.numel(), columns, splits, HAS_BIAS=has_bias, BLOCK=SUM_BLOCK
+            )
+    return out
+
+
+def _has_tensor_maps(x: Tensor, codes: Tensor, capability: tuple[int, int]) -> bool:
+    """Whether the device has them and they can describe these operands."""
+    rows_aligned = x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
+    pointers_aligned = x.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0
+    return (capability[0] >= 9 or _interpreted()) and rows_aligned and pointers_aligned
+
+
+def _tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])

@@ -1,0 +1,81 @@
+"""The CUDA kernels on an emulated GPU: compiled for the CPU from the very sources, called through the wrapper."""
+
+import ctypes
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora import _build, cuda_native
+
+HOOKS = Path(__file__).with_name("cuda_hooks.cpp")
+_FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+
+
+def compile_objects(folder: Path, csrc: Path, only: str = "") -> None:
+    """Compile the kernels and the tests' hooks to objects in `folder`; `only` the source of that stem.
+
+    Skips the test where there is no C++ compiler.
+    """
+    try:
+        compiler = _build.find_compiler()
+    except _build.BuildError as error:
+        pytest.skip(str(error))
+    sources = [source for source in (*sorted((csrc / "cuda").glob("*.cu")), HOOKS) if only in source.stem]
+
+    def compile_one(source: Path) -> None:
+        flags = [*_FLAGS.split(), f"-I{csrc}", "-x", "c++", "-c"]
+        command = [*compiler, *flags, str(source), "-o", str(folder / f"{source.stem}.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, sources))
+
+
+def link(folder: Path) -> Path:
+    """The library made of the objects in a folder."""
+    library = folder / "libemulated.so"
+    objects = map(str, sorted(folder.glob("*.o")))
+    subprocess.run([*_build.find_compiler(), "-shared", *objects, "-o", str(library)], check=True)
+    return library
+
+
+class Emulation:
+    """The emulated library, and calls of it that know which memory they may touch."""
+
+    def __init__(self, path):
+        self.library = cuda_native.open_library(path)
+        self.library.emulate.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
+        self.library.emulate_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+
+    def call(self, name, *arguments, count=0):
+        out = (ctypes.c_int * count)()
+        result = getattr(self.library, name)(*arguments, *([out] if count else []))
+        return list(out) if count else result
+
+    def decode(self, operands, lot=1, machine=(3, 2)):
+        """`operands`: x, the five parts of the weight, blocksize, n, lora_a, lora_b, scaling, bias."""
+        x, *weight = operands[:6]
+        self.library.emulate(lot, *machine)
+        cuda_native._workspace.cache_clear()
+        for tensor in (*operands[:6], *operands[8:10], operands[11]):
+            if tensor is not None:
+                self.library.emulate_memory(tensor.data_ptr(), tensor.nbytes, 0)
+        empty = torch.empty
+
+        def poisoned(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            self.library.emulate_memory(tensor.data_ptr(), tensor.nbytes, 1)
+            return tensor
+
+        torch.empty = poisoned
+        try:
+            return cuda_native._decode(self.library, 0, x, tuple(weight), *operands[6:])
+        finally:
+            torch.empty = empty
+            cuda_native._workspace.cache_clear()
