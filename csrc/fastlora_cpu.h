@@ -1,16 +1,17 @@
 // The C interface of libfastlora_cpu: raw pointers and sizes, so that one build serves every torch and Python.
 //
-// Every call may be made from several threads at once. `isa` is 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + VL
-// and at most fastlora_best_isa(). A dtype is 0 fp32, 1 bf16, 2 fp16. The caller has checked shapes and pointers.
+// Every call may be made from several threads at once. `isa` is 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + VL,
+// 3 the same with AVX512_BF16, and at most fastlora_best_isa(). A dtype is 0 fp32, 1 bf16, 2 fp16. The caller has checked shapes and pointers.
 #pragma once
 
 #include <cstdint>
 
+#include "linear.h"
 #include "lora.h"
 #include "nf4.h"
 
 // Raised with every change of a signature, of a structure or of a meaning; fastlora/_build.py holds the same number.
-#define FASTLORA_ABI_VERSION 2
+#define FASTLORA_ABI_VERSION 3
 
 #define FASTLORA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -47,3 +48,16 @@ FASTLORA_EXPORT int fastlora_lora_outer(const fastlora::Activations* x, const fa
 // out [rows, cols] = the mask of dropout.
 FASTLORA_EXPORT int fastlora_dropout_mask(const fastlora::Dropout* dropout, int64_t rows, int64_t cols, void* out,
                                           int out_dtype, int isa, int threads);
+
+// The linear of csrc/linear.h for any number of tokens; FASTLORA_NO_ISA below isa 3.
+// y [M, N]; h [M, rank] fp32 or null; bias [N] bf16 or null.
+FASTLORA_EXPORT int fastlora_linear(const fastlora::LoraLinear* linear, const fastlora::Activations* x,
+                                    const void* bias, void* y, float* h, int isa, int threads);
+
+// dx [M, K], da [rank, K], db [N, rank], each or null; x where da is wanted, h where db is.
+FASTLORA_EXPORT int fastlora_linear_backward(const fastlora::LoraLinear* linear, const fastlora::Activations* dy,
+                                             const fastlora::Activations* x, const float* h, void* dx, void* da,
+                                             void* db, int isa, int threads);
+
+// 1 where torch has products far quicker than those of fastlora_linear for all but few tokens (AMX), else 0.
+FASTLORA_EXPORT int fastlora_linear_is_for_few_tokens();

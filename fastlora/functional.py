@@ -139,17 +139,23 @@ def _call(
     if _seen_by_others(x, lora_a):
         _refuse_func_gradients()
         return torch.ops.fastlora.lora_linear(*inputs)[0]
-    if lora_a is not None and lora_b is not None and isinstance(weight, Tensor) and _is_small(x, seed):
-        return torch_path.few_rows(x, weight, Lora(lora_a, lora_b, scaling, 0.0, None), bias)
+    if lora_a is not None and lora_b is not None and isinstance(weight, Tensor):
+        lora = Lora(lora_a, lora_b, scaling, dropout_p, seed)
+        if _is_small(x, weight, lora):
+            return torch_path.few_rows(x, weight, lora, bias)
     return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
 
 
-def _is_small(x: Tensor, seed: Tensor | None) -> bool:
+def _is_small(x: Tensor, weight: Tensor, lora: Lora) -> bool:
     """Whether `torch_path.few_rows` is the quickest way to multiply x with a dense weight."""
     if os.environ.get("FASTLORA_BACKEND"):
         return False
-    rows_fit = x.is_contiguous() and 0 < x.numel() <= torch_path.FEW_ROWS * x.shape[-1]
-    return rows_fit and seed is None and not x.is_cuda and not torch.is_autocast_enabled(x.device.type)
+    if not x.is_contiguous() or not 0 < x.numel() <= torch_path.FEW_ROWS * x.shape[-1] or x.is_cuda:
+        return False
+    if lora.seed is not None or torch.is_autocast_enabled(x.device.type):
+        return False
+    base = Base(weight, None, None, None, None, weight.shape[0], weight.shape[1], 0)
+    return not torch_path.fuses(x.view(-1, x.shape[-1]), base, lora)
 
 
 def _seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:

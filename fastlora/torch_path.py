@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import native, reference
+from fastlora import native, native_linear, native_lora, reference
 from fastlora.dispatch import backend
 from fastlora.operands import Base, Gradients, Lora, Needs
 
@@ -33,6 +33,8 @@ def forward(
     x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
+    if fuses(x, base, lora):
+        return _fused_forward(_rows(x), base, lora, bias, save_h)
     if lora is None:
         return _base_product(x, base, bias), None
     merges = _merges(x, base, lora)
@@ -47,6 +49,8 @@ def forward(
 
 def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs) -> Gradients:
     """Gradients of everything but a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
+    if fuses(dy, base, lora):
+        return _fused_backward(_rows(dy), x, h, base, lora, needs)
     if lora is None:
         return Gradients(_base_product_t(dy, base) if needs.x else None, None, None)
     merges = _merges(dy, base, lora)
@@ -85,6 +89,55 @@ def few_rows(x: Tensor, weight: Tensor, lora: Lora, bias: Tensor | None) -> Tens
     return torch.addmm(update.to(x.dtype), rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
 
 
+def fuses(x: Tensor, base: Base, lora: Lora | None) -> bool:
+    """Whether one C++ call computes the whole linear, forward as well as backward. x: [M, K], or dy [M, N]."""
+    if x.dtype != torch.bfloat16 or not _has_cpp(x) or not (base.is_nf4 or base.weight.stride(1) == 1):
+        return False
+    return native_linear.supports(x.shape[0], base.n, base.k, 0 if lora is None else lora.a.shape[0], base.is_nf4)
+
+
+def _fused_operands(base: Base, lora: Lora | None) -> tuple[Tensor | native_linear.Packed, native_linear.Update | None]:
+    weight: Tensor | native_linear.Packed = base.weight
+    if base.absmax is not None:
+        weight = native_linear.Packed(
+            base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, base.n, base.k
+        )
+    if lora is None:
+        return weight, None
+    a, b = (t.to(lora.dtype).contiguous() for t in (lora.a, lora.b))
+    return weight, native_linear.Update(a, b, lora.scaling, _seed(lora), lora.dropout_p)
+
+
+def _fused_forward(
+    x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    weight, update = _fused_operands(base, lora)
+    y = torch.empty(x.shape[0], base.n, dtype=x.dtype, device="cpu")
+    h = None
+    if update is not None and save_h:
+        h = torch.empty(x.shape[0], update.lora_a.shape[0], dtype=torch.float32, device="cpu")
+    native_linear.linear(x, weight, update, bias if bias is None else bias.contiguous(), y, h)
+    return y, h
+
+
+def _fused_backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs
+) -> Gradients:
+    weight, update = _fused_operands(base, lora)
+    dx, da, db = None, None, None
+    if needs.x:
+        dx = torch.empty(dy.shape[0], base.k, dtype=dy.dtype, device="cpu")
+    if update is not None and needs.lora_a:
+        da = torch.empty_like(update.lora_a)
+    if update is not None and needs.lora_b:
+        db = torch.empty_like(update.lora_b)
+    native_linear.linear_backward(dy, x if x is None else _rows(x), h, weight, update, dx, da, db)
+    if lora is not None:
+        da = da.to(lora.a.dtype) if da is not None else None
+        db = db.to(lora.b.dtype) if db is not None else None
+    return Gradients(dx, da, db)
+
+
 def _merges(x: Tensor, base: Base, lora: Lora) -> bool:
     """Merging costs N K R products, a separate update M N R or M K R."""
     return base.is_nf4 and lora.seed is None and x.shape[0] >= min(base.n, base.k)
@@ -108,7 +161,7 @@ def _mask(lora: Lora, rows: int, cols: int) -> Tensor:
     assert lora.seed is not None
     if _has_cpp(lora.seed):
         mask = torch.empty(rows, cols, dtype=torch.float32, device="cpu")
-        native.dropout_mask(int(lora.seed.item()), lora.dropout_p, mask)
+        native_lora.dropout_mask(int(lora.seed.item()), lora.dropout_p, mask)
         return mask
     return reference.dropout_mask(int(lora.seed.item()), rows, cols, lora.dropout_p).to(lora.seed.device)
 
@@ -123,7 +176,7 @@ def _shrink(x: Tensor, right: Tensor, scaling: float, lora: Lora) -> Tensor:
     """scaling · dropout(x) right, [M, R]. x: [M, K]; right: [K, R], a view of an adapter."""
     if _streams(x, lora):
         out = torch.empty(x.shape[0], right.shape[1], dtype=torch.float32, device="cpu")
-        native.lora_shrink(_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
+        native_lora.lora_shrink(_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
         return out
     # the factor goes to the smaller operand: a product in 16 bits would be rounded a second time
     return _dropped(x, lora) @ _scaled(right.to(lora.dtype), scaling)
@@ -135,7 +188,7 @@ def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool
         shape = (x.shape[1], left.shape[1]) if transposed else (left.shape[1], x.shape[1])
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         view = out.t() if transposed else out
-        native.lora_outer(_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
+        native_lora.lora_outer(_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
         return out
     wide, left = _dropped(x, lora), _scaled(left.to(lora.dtype), scaling)
     return wide.t() @ left if transposed else left.t() @ wide

@@ -55,6 +55,7 @@ def test_a_wheel_holds_the_kernels_the_recipes_and_the_demo_model(tmp_path):
     for wanted in (
         "fastlora/kernels/nf4.py",
         "fastlora/kernels/lora.py",
+        "fastlora/kernels/choice.csv",
         "fastlora/recipes/demo.yaml",
         "fastlora/demo_model/model.safetensors",
         "fastlora/py.typed",

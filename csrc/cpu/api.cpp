@@ -10,6 +10,7 @@
 
 #include "../fastlora_cpu.h"
 #include "kernels.h"
+#include "linear.h"
 #include "parallel.h"
 
 namespace fastlora {
@@ -28,7 +29,8 @@ int find_best_isa() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !(ecx & kF16c)) return 0;
   const bool avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 2 : 1;
+  if (!avx512) return 1;
+  return has_bf16_products() ? 3 : 2;
 #else
   return 0;
 #endif
@@ -43,7 +45,7 @@ int best_isa() {
 const Kernels* kernels_for(int isa) {
   if (isa < 0 || isa > best_isa()) return nullptr;
 #if defined(__x86_64__)
-  if (isa == 2) return &kAvx512Kernels;
+  if (isa >= 2) return &kAvx512Kernels;
   if (isa == 1) return &kAvx2Kernels;
 #endif
   return &kPortableKernels;
@@ -236,3 +238,17 @@ int fastlora_dropout_mask(const Dropout* dropout, int64_t rows, int64_t cols, vo
   });
   return FASTLORA_OK;
 }
+
+int fastlora_linear(const LoraLinear* linear, const Activations* x, const void* bias, void* y, float* h, int isa,
+                    int threads) {
+  if (isa != 3 || isa > best_isa()) return FASTLORA_NO_ISA;
+  return linear_forward(*linear, *x, bias, y, h, threads) ? FASTLORA_OK : FASTLORA_NO_MEMORY;
+}
+
+int fastlora_linear_backward(const LoraLinear* linear, const Activations* dy, const Activations* x, const float* h,
+                             void* dx, void* da, void* db, int isa, int threads) {
+  if (isa != 3 || isa > best_isa()) return FASTLORA_NO_ISA;
+  return linear_backward(*linear, *dy, x, h, dx, da, db, threads) ? FASTLORA_OK : FASTLORA_NO_MEMORY;
+}
+
+int fastlora_linear_is_for_few_tokens() { return has_amx() ? 1 : 0; }

@@ -1,0 +1,278 @@
+// dx = dy W + scaling · mask ∘ ((dy B) A), dA = scaling · (dy B)ᵀ x̃ and dB = scaling · dyᵀ h in bf16.
+//
+// As forward: a tile of dx begins as the update, in fp32, and dy W is added onto it. Columns of W become panels, two
+// rows interleaved, in the second-level cache, and dy is broadcast as it lies; the gradients of the adapters are the
+// same product over the tokens. Every element has one order of summation, whatever the threads.
+#include "bf16_operands.h"
+#include "linear.h"
+#include "parallel.h"
+
+#if FASTLORA_HAS_BF16
+namespace fastlora {
+namespace {
+
+constexpr int64_t kTokenBlock = 512;  // tokens of dx in one job
+// Columns of dx in one job, and rows of W in panels at a time. For few tokens the weight is all there is to read, and
+// long stretches of its rows are read the quickest.
+constexpr int64_t kColumns = 256, kSomeColumns = 512, kFewColumns = 2048;
+constexpr int64_t kDepth = 512, kSomeDepth = 128, kFewDepth = 32;
+constexpr int64_t kSomeTokens = 64, kFewTokens = 4;
+// The same for dA and dB, which contract tokens; and ranks whose sums a job holds.
+constexpr int64_t kOuterColumns = 256;
+constexpr int64_t kOuterDepth = 256;
+constexpr int64_t kOuterRanks = 64;
+constexpr int64_t kDecodedRows = 16;
+
+struct Backward {
+  const LoraLinear& linear;
+  const Activations& dy;
+  const Activations* x;
+  const float* h;
+  Ranks ranks;
+  int64_t tokens_stride;  // tokens, room for a panel
+  // Shared by all jobs; null where nobody asks for what it is for.
+  Matrix a{};         // A [all][K]
+  Pair* b_panels{};   // of B, [step of kStep][panel][pairs][kWide]
+  float* sums{};      // dy B, [tokens][ranks.stride]
+  Bf16* parts{};      // of scaling dy B, [tokens][extended]
+  Bf16* g_columns{};  // the same, [all][tokens_stride]
+  Bf16* h_columns{};  // parts of h, [all][tokens_stride]
+};
+
+// Panels of B for the rows of one step.
+void pack_b(const Backward& f, Bf16* split, int64_t row) {
+  const int64_t depth = std::min(kStep, f.linear.n() - row);
+  const Bf16* b = static_cast<const Bf16*>(f.linear.lora_b) + row * f.ranks.rank;
+  if (!f.ranks.as_they_lie()) {
+    split_b(f.linear, f.ranks, row, depth, split);
+    b = split + row * f.ranks.all;
+  }
+  pack_along(b, f.ranks.all, depth, f.ranks.all, depth / 2 * kWide, f.b_panels + row / 2 * f.ranks.stride);
+}
+
+void scatter(const Backward& f, const Bf16* parts, int64_t token, Bf16* columns) {
+  for (int64_t r = 0; r < f.ranks.all; ++r) columns[r * f.tokens_stride + token] = parts[r];
+}
+
+// g = scaling dy B of one group of tokens, by token and by rank, and h by rank.
+void take_in_tokens(const Backward& f, int64_t group) {
+  const int64_t first = group * kWide, count = std::min<int64_t>(kWide, f.dy.rows - first);
+  const Ranks& ranks = f.ranks;
+  float* values = reinterpret_cast<float*>(job_room());
+  Bf16* parts = reinterpret_cast<Bf16*>(values + ranks.rank);
+  for (int64_t t = first; t < first + count && f.h_columns != nullptr; ++t) {
+    split_ranks(ranks, f.h + t * ranks.rank, parts);
+    scatter(f, parts, t, f.h_columns);
+  }
+  if (f.sums == nullptr) return;
+  float* sums = f.sums + first * ranks.stride;
+  std::memset(sums, 0, sizeof(float) * count * ranks.stride);
+  for (int64_t row = 0; row < f.linear.n(); row += kStep) {
+    const int64_t depth = std::min(kStep, f.linear.n() - row);
+    const Pair* b = f.b_panels + row / 2 * ranks.stride;
+    for (int64_t r = 0; r < ranks.all; r += kWide, b += depth / 2 * kWide) {
+      multiply(b, ranks.all - r, matrix(f.dy).at(first, row), count, f.dy.row_stride, depth / 2, sums + r,
+               ranks.stride);
+    }
+  }
+  for (int64_t t = first; t < first + count; ++t, sums += ranks.stride) {
+    join(ranks, sums, f.linear.scaling, values);
+    split_ranks(ranks, values, parts);
+    extend(ranks, parts, f.parts + t * ranks.extended);
+    scatter(f, parts, t, f.g_columns);
+  }
+}
+
+struct Block {
+  int64_t token;
+  int64_t tokens;
+  int64_t col;
+  int64_t cols;
+  int64_t depth;  // rows of W in panels at a time
+
+  int64_t panel_stride() const { return (depth / 2 + 1) * kWide; }
+};
+
+// c [tokens][cols] = the update, panels of A built in passing.
+void add_update(const Backward& f, const Block& at, Pair* panels, float* c, int64_t c_stride) {
+  if (f.ranks.rank == 0) return;
+  const int64_t pairs = f.ranks.padded / 2, extended = f.ranks.extended / 2;
+  for (int64_t j = 0; j < at.cols; j += kWide) {
+    const int64_t some = std::min<int64_t>(kWide, at.cols - j);
+    const Bf16* a = f.a.at(0, at.col + j);
+    pack_along(a, f.a.stride, f.ranks.parts == 1 ? 2 * pairs : 4 * pairs, some, 0, panels);
+    if (f.ranks.parts > 1) pack_along(a, f.a.stride, 2 * pairs, some, 0, panels + 2 * pairs * kWide);
+    multiply(panels, some, f.parts + at.token * f.ranks.extended, at.tokens, f.ranks.extended, extended, c + j,
+             c_stride);
+  }
+}
+
+// c = mask ∘ c.
+FASTLORA_BF16 void apply_mask(const Backward& f, const Block& at, float* mask, float* c, int64_t c_stride) {
+  for (int64_t t = 0; t < at.tokens; ++t, c += c_stride) {
+    mask_row(*f.linear.dropout, at.token + t, f.linear.k(), at.col, at.cols, mask);
+    for (int64_t j = 0; j < at.cols; ++j) c[j] *= mask[j];
+  }
+}
+
+// Panels [panel][pairs][kWide] of rows of W.
+void pack_weight(const Backward& f, const Block& at, int64_t row, int64_t rows, Bf16* decoded, Pair* panels) {
+  if (f.linear.weight != nullptr) {
+    const Matrix w = weight_rows(f.linear, row, rows, at.col, at.cols, nullptr, 0);
+    pack_along(w.data, w.stride, rows, at.cols, at.panel_stride(), panels);
+    return;
+  }
+  const int64_t stride = at.cols + kWide;
+  for (int64_t i = 0; i < rows; i += kDecodedRows, panels += kDecodedRows / 2 * kWide) {
+    const int64_t some = std::min(kDecodedRows, rows - i);
+    nf4_rows(f.linear.nf4, row + i, some, at.col, at.cols, decoded, stride);
+    pack_along(decoded, stride, some, at.cols, at.panel_stride(), panels);
+  }
+}
+
+// dx [token ..][col ..].
+void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
+  const int64_t c_stride = round_up(at.cols, kWide), K = f.linear.k();
+  float* c = reinterpret_cast<float*>(job_room());
+  Pair* panels = reinterpret_cast<Pair*>(c + at.tokens * c_stride);
+  Bf16* decoded = reinterpret_cast<Bf16*>(panels + at.panel_stride() * (c_stride / kWide));
+  std::memset(c, 0, sizeof(float) * at.tokens * c_stride);
+  add_update(f, at, panels, c, c_stride);
+  if (f.linear.dropout != nullptr) apply_mask(f, at, reinterpret_cast<float*>(panels), c, c_stride);
+  for (int64_t row = 0; row < f.linear.n(); row += at.depth) {
+    const int64_t rows = std::min(at.depth, f.linear.n() - row);
+    pack_weight(f, at, row, rows, decoded, panels);
+    for (int64_t t = 0; t < at.tokens; t += kTileRows) {
+      const Bf16* dy = matrix(f.dy).at(at.token + t, row);
+      const Pair* panel = panels;
+      const int64_t left = std::min<int64_t>(kTileRows, at.tokens - t - kTileRows);
+      Ahead next(dy + kTileRows * f.dy.row_stride, left, 2 * rows, 2 * f.dy.row_stride,
+                 ceil_div(at.cols, kWide) * ceil_div(rows / 2, kStepPairs));
+      for (int64_t j = 0; j < at.cols; j += kWide, panel += at.panel_stride()) {
+        multiply(panel, at.cols - j, dy, std::min<int64_t>(kTileRows, at.tokens - t), f.dy.row_stride, rows / 2,
+                 c + t * c_stride + j, c_stride, next);
+      }
+    }
+  }
+  store_rows(c, c_stride, at.tokens, at.cols, 1.0f, dx + at.token * K + at.col, K);
+}
+
+// c [ranks from `first`][columns of src from `col`] = columnsᵀ src, its parts added up.
+FASTLORA_BF16 void outer_sums(const Backward& f, const Activations& src, const Dropout* dropout, const Bf16* columns,
+                              int64_t first, int64_t ranks, int64_t col, int64_t cols, float* c) {
+  const int64_t part = ranks * kOuterColumns;
+  Pair* panels = reinterpret_cast<Pair*>(c + kMaxParts * kOuterRanks * kOuterColumns);
+  float* mask = reinterpret_cast<float*>(panels + (kOuterDepth / 2 + 1) * kOuterColumns);
+  Bf16* dropped = reinterpret_cast<Bf16*>(mask + kOuterColumns);
+  std::memset(c, 0, sizeof(float) * f.ranks.parts * part);
+  for (int64_t token = 0; token < src.rows; token += kOuterDepth) {
+    const int64_t rows = std::min(kOuterDepth, src.rows - token), pairs = ceil_div(rows, 2);
+    Matrix seen{matrix(src).at(token, col), src.row_stride};
+    if (dropout != nullptr) {
+      drop(*dropout, src, token, rows, col, cols, mask, dropped, kOuterColumns);
+      seen = {dropped, kOuterColumns};
+    }
+    pack_along(seen.data, seen.stride, rows, cols, (pairs + 1) * kWide, panels);
+    const Pair* panel = panels;
+    for (int64_t j = 0; j < cols; j += kWide, panel += (pairs + 1) * kWide) {
+      for (int p = 0; p < f.ranks.parts; ++p) {
+        const Bf16* rows_of_part = columns + (p * f.ranks.padded + first) * f.tokens_stride + token;
+        multiply(panel, cols - j, rows_of_part, ranks, f.tokens_stride, pairs, c + p * part + j, kOuterColumns);
+      }
+    }
+  }
+  for (int p = f.ranks.parts - 2; p >= 0; --p) {
+    for (int64_t i = p * part; i < (p + 1) * part; ++i) c[i] += c[i + part];
+  }
+}
+
+// Columns [col, col + cols) of dA [rank, K], or rows of dB [N, rank].
+template <class T>
+void outer_block(const Backward& f, bool of_b, int64_t col, int64_t cols, T* out) {
+  const LoraLinear& linear = f.linear;
+  const Dropout* dropout = of_b ? nullptr : linear.dropout;
+  float* c = reinterpret_cast<float*>(job_room());
+  for (int64_t first = 0; first < f.ranks.rank; first += kOuterRanks) {
+    const int64_t ranks = std::min(kOuterRanks, f.ranks.rank - first);
+    outer_sums(f, of_b ? f.dy : *f.x, dropout, of_b ? f.h_columns : f.g_columns, first, ranks, col, cols, c);
+    if (of_b) {
+      store_columns(c, kOuterColumns, ranks, cols, linear.scaling, out + col * f.ranks.rank + first, f.ranks.rank);
+    } else {
+      const float kept = dropout != nullptr ? dropout->kept() : 1.0f;
+      store_rows(c, kOuterColumns, ranks, cols, kept, out + first * linear.k() + col, linear.k());
+    }
+  }
+}
+
+void outer(const Backward& f, void* da, void* db, int threads) {
+  const int64_t of_a = da != nullptr ? ceil_div(f.linear.k(), kOuterColumns) : 0;
+  const int64_t of_b = db != nullptr ? ceil_div(f.linear.n(), kOuterColumns) : 0;
+  parallel_for(of_a + of_b, threads, [&](int64_t index) {
+    const bool b = index >= of_a;
+    const int64_t col = (b ? index - of_a : index) * kOuterColumns;
+    const int64_t cols = std::min(kOuterColumns, (b ? f.linear.n() : f.linear.k()) - col);
+    void* out = b ? db : da;
+    f.linear.adapter_dtype == 0 ? outer_block(f, b, col, cols, static_cast<float*>(out))
+                                : outer_block(f, b, col, cols, static_cast<Bf16*>(out));
+  });
+}
+
+int64_t columns_per_job(int64_t tokens, int64_t cols, int threads) {
+  const int64_t most = tokens > kSomeTokens ? kColumns : tokens > kFewTokens ? kSomeColumns : kFewColumns;
+  return std::min(most, round_up(ceil_div(cols, threads), kWide));
+}
+
+int64_t depth_of_panels(int64_t tokens) {
+  if (tokens > kSomeTokens) return kDepth;
+  return tokens > kFewTokens ? kSomeDepth : kFewDepth;
+}
+
+}  // namespace
+
+bool linear_backward(const LoraLinear& linear, const Activations& dy, const Activations* x, const float* h, void* dx,
+                     void* da, void* db, int threads) {
+  const Ranks ranks(linear);
+  const int64_t K = linear.k(), N = linear.n(), M = dy.rows;
+  const int64_t M_of_g = ranks.rank != 0 && (dx != nullptr || da != nullptr) ? M : 0;
+  const int64_t split_size = M_of_g == 0 || ranks.as_they_lie() ? 0 : ranks.all;
+  Backward f{linear, dy, x, h, ranks, round_up(M, kWide)};
+  const int64_t columns_size = ranks.all * f.tokens_stride;
+  Layout layout;
+  const auto of_a = layout.add<Bf16>(K * split_size);
+  const auto of_b = layout.add<Bf16>(N * split_size);
+  const auto b_panels = layout.add<Pair>(N / 2 * ranks.stride);
+  const auto sums = layout.add<float>(M_of_g * ranks.stride);
+  const auto parts = layout.add<Bf16>(M_of_g * ranks.extended);
+  const auto columns = layout.add<Bf16>(2 * columns_size);
+  if (!layout.allocate()) return false;
+  f.a = {static_cast<const Bf16*>(linear.lora_a), K};
+  // The last pair of an odd number of tokens ends in zero.
+  std::memset(layout.at(columns), 0, sizeof(Bf16) * 2 * columns_size);
+  if (db != nullptr) f.h_columns = layout.at(columns) + columns_size;
+  if (M_of_g != 0) {
+    f.b_panels = layout.at(b_panels);
+    f.sums = layout.at(sums);
+    f.parts = layout.at(parts);
+    f.g_columns = layout.at(columns);
+    for_steps(N, worth(N * ranks.all / kLanes, threads), [&](int64_t row) { pack_b(f, layout.at(of_b), row); });
+  }
+  if (split_size != 0) {
+    f.a = {layout.at(of_a), K};
+    for_steps(K, threads,
+              [&](int64_t col) { split_a(linear, ranks, col, std::min(kStep, K - col), layout.at(of_a) + col, K); });
+  }
+  if (ranks.rank != 0) parallel_for(ceil_div(M, kWide), threads, [&](int64_t group) { take_in_tokens(f, group); });
+  if (dx != nullptr) {
+    const int64_t cols = columns_per_job(M, K, threads), across = ceil_div(K, cols);
+    parallel_for(ceil_div(M, kTokenBlock) * across, threads, [&](int64_t index) {
+      const int64_t token = index / across * kTokenBlock, col = index % across * cols;
+      const Block at{token, std::min(kTokenBlock, M - token), col, std::min(cols, K - col), depth_of_panels(M)};
+      multiply_block(f, at, static_cast<Bf16*>(dx));
+    });
+  }
+  outer(f, da, db, threads);
+  return true;
+}
+
+}  // namespace fastlora
+#endif

@@ -1,0 +1,270 @@
+// y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias in bf16, the expanded weight and the update never in memory.
+//
+// The update goes first: each tile of y begins as bias + (scaling h) Bᵀ in fp32, h being computed before, and the base
+// product is added onto it, rounded once. So a small update keeps its bits, and costs no pass over y.
+//
+// More than kFewTokens tokens become panels (of kWide tokens), of which a block stays in the second-level cache, and
+// rows of W are broadcast against them: y is summed transposed. Fewer are multiplied as they lie, a row of W with each.
+#include "bf16_operands.h"
+#include "linear.h"
+#include "parallel.h"
+
+#if FASTLORA_HAS_BF16
+namespace fastlora {
+namespace {
+
+constexpr int64_t kFewTokens = 8;
+constexpr int64_t kTokenBlock = 512;  // tokens in panels at a time, at most
+constexpr int64_t kRowBlock = 64;     // rows of W in one job
+constexpr int64_t kDepth = 2048;      // columns contracted at a time: long stretches of rows are read the quickest
+constexpr int64_t kRoomStride = kDepth + kWide;
+
+struct Forward {
+  const LoraLinear& linear;
+  const Activations& x;
+  const Bf16* bias;
+  Bf16* y;
+  float* h;
+  Ranks ranks;
+  // Shared by all jobs.
+  Matrix b{};        // B [N][all]
+  Pair* a_panels{};  // of A, [step of kStep][panel][pairs][kWide]
+  // For the tokens of one block.
+  int64_t begin{};
+  int64_t tokens{};
+  float* sums{};     // x Aᵀ, [tokens][ranks.stride]
+  Bf16* parts{};     // of scaling h, [tokens][extended]
+  Pair* h_panels{};  // the same, [panel][extended / 2][kWide]
+  Pair* x_panels{};  // of x, [step of kDepth][panel][pairs][kWide]
+
+  bool few() const { return tokens <= kFewTokens; }
+  int64_t panels() const { return ceil_div(tokens, kWide); }
+  // Where column `col` of a group of tokens lies in x_panels.
+  Pair* x_panel(int64_t group, int64_t col) const {
+    const int64_t first = col / kDepth * kDepth, depth = std::min(kDepth, linear.k() - first);
+    return x_panels + (first * panels() + group * depth + col - first) / 2 * kWide;
+  }
+};
+
+// Panels of A for the columns of one step.
+void pack_a(const Forward& f, Bf16* split, int64_t col) {
+  const int64_t depth = std::min(kStep, f.linear.k() - col);
+  Matrix a{static_cast<const Bf16*>(f.linear.lora_a) + col, f.linear.k()};
+  if (!f.ranks.as_they_lie()) {
+    Bf16* room = split + col * f.ranks.all;
+    split_a(f.linear, f.ranks, col, depth, room, depth);
+    a = {room, depth};
+  }
+  Pair* out = f.a_panels + col / 2 * f.ranks.stride;
+  for (int64_t r = 0; r < f.ranks.all; r += kWide, out += depth / 2 * kWide) {
+    pack_across(a.at(r, 0), a.stride, std::min<int64_t>(kWide, f.ranks.all - r), depth, out);
+  }
+}
+
+// h of one group of tokens, and what of it the update contracts with B.
+void finish_h(const Forward& f, int64_t group, int64_t count) {
+  const int64_t first = group * kWide, extended = f.ranks.extended;
+  const float kept = f.linear.dropout != nullptr ? f.linear.dropout->kept() : 1.0f;
+  float* values = reinterpret_cast<float*>(job_room());
+  Bf16* parts = reinterpret_cast<Bf16*>(values + f.ranks.rank);
+  for (int64_t t = first; t < first + count; ++t) {
+    join(f.ranks, f.sums + t * f.ranks.stride, kept, values);
+    if (f.h != nullptr) std::memcpy(f.h + (f.begin + t) * f.ranks.rank, values, sizeof(float) * f.ranks.rank);
+    for (int64_t r = 0; r < f.ranks.rank; ++r) values[r] *= f.linear.scaling;
+    split_ranks(f.ranks, values, parts);
+    extend(f.ranks, parts, f.parts + t * extended);
+  }
+  if (f.few()) return;
+  pack_across(f.parts + first * extended, extended, count, extended, f.h_panels + first * extended / 2);
+}
+
+// Panels of one group of tokens, and h.
+void take_in_tokens(const Forward& f, int64_t group) {
+  const int64_t first = group * kWide, count = std::min<int64_t>(kWide, f.tokens - first);
+  float* sums = f.sums + first * f.ranks.stride;
+  float* mask = reinterpret_cast<float*>(job_room());
+  Bf16* dropped = reinterpret_cast<Bf16*>(mask + kStep);
+  std::memset(sums, 0, sizeof(float) * count * f.ranks.stride);
+  for (int64_t col = 0; col < f.linear.k(); col += kStep) {
+    const int64_t depth = std::min(kStep, f.linear.k() - col);
+    Matrix x{matrix(f.x).at(f.begin + first, col), f.x.row_stride};
+    if (!f.few()) pack_across(x.data, x.stride, count, depth, f.x_panel(group, col));
+    if (f.linear.dropout != nullptr) {
+      drop(*f.linear.dropout, f.x, f.begin + first, count, col, depth, mask, dropped, kStep + kWide);
+      x = {dropped, kStep + kWide};
+    }
+    const Pair* a = f.a_panels + col / 2 * f.ranks.stride;
+    for (int64_t r = 0; r < f.ranks.all; r += kWide, a += depth / 2 * kWide) {
+      multiply(a, f.ranks.all - r, x.data, count, x.stride, depth / 2, sums + r, f.ranks.stride);
+    }
+  }
+  if (f.ranks.rank != 0) finish_h(f, group, count);
+}
+
+// c [rows][tokens] += (scaling h Bᵀ)ᵀ for one panel of tokens.
+void add_update(const Forward& f, int64_t row, int64_t rows, int64_t panel, int64_t columns, float* c,
+                int64_t c_stride) {
+  const Pair* h = f.h_panels + panel * kWide * f.ranks.extended / 2;
+  const int64_t pairs = f.ranks.padded / 2;
+  if (f.ranks.parts == 1) {
+    multiply(h, columns, f.b.at(row, 0), rows, f.b.stride, pairs, c, c_stride);
+    return;
+  }
+  multiply(h, columns, f.b.at(row, 0), rows, f.b.stride, 2 * pairs, c, c_stride);
+  multiply(h + 2 * pairs * kWide, columns, f.b.at(row, 0), rows, f.b.stride, pairs, c, c_stride);
+}
+
+// y [all tokens of the block][row, end).
+void multiply_block(const Forward& f, int64_t row, int64_t end) {
+  float* c = reinterpret_cast<float*>(job_room());
+  Bf16* decoded = reinterpret_cast<Bf16*>(c + kRowBlock * kTokenBlock);
+  const int64_t c_stride = f.panels() * kWide, rows = end - row;
+  for (int64_t i = 0; i < rows; ++i) {
+    std::fill(c + i * c_stride, c + (i + 1) * c_stride, f.bias != nullptr ? to_float(f.bias[row + i]) : 0.0f);
+  }
+  for (int64_t p = 0; p < f.panels(); ++p) {
+    add_update(f, row, rows, p, f.tokens - p * kWide, c + p * kWide, c_stride);
+  }
+  for (int64_t col = 0; col < f.linear.k(); col += kDepth) {
+    const int64_t depth = std::min(kDepth, f.linear.k() - col);
+    Matrix w[kRowBlock / kTileRows];
+    // A panel stays in the second-level cache for all rows of the job, and these for all panels.
+    for (int64_t p = 0; p < f.panels(); ++p) {
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        const int64_t some = std::min<int64_t>(kTileRows, rows - i);
+        Matrix& part = w[i / kTileRows];
+        if (p == 0) part = weight_rows(f.linear, row + i, some, col, depth, decoded + i * kRoomStride, kRoomStride);
+        multiply(f.x_panel(p, col), f.tokens - p * kWide, part.data, some, part.stride, depth / 2,
+                 c + i * c_stride + p * kWide, c_stride);
+      }
+    }
+  }
+  store_columns(c, c_stride, rows, f.tokens, 1.0f, f.y + f.begin * f.linear.n() + row, f.linear.n());
+}
+
+constexpr int kFewRows = 4;  // rows of W that are multiplied at a time with few tokens
+
+// acc[t][i] += x[t] . w[i].
+template <int kTokens>
+FASTLORA_BF16 void dot_tile(const Bf16* x, int64_t x_stride, const Bf16* const* w, int64_t count,
+                            __m512 (*acc)[kFewRows]) {
+  __m512 total[kTokens][kFewRows];
+  FASTLORA_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    FASTLORA_UNROLL
+    for (int i = 0; i < kFewRows; ++i) total[t][i] = acc[t][i];
+  }
+  for (int64_t at = 0; at < count; at += kWide) {
+    __m512bh row[kFewRows];
+    FASTLORA_UNROLL
+    for (int i = 0; i < kFewRows; ++i) row[i] = (__m512bh)load_some(w[i] + at, count - at);
+    FASTLORA_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512bh token = (__m512bh)load_some(x + t * x_stride + at, count - at);
+      FASTLORA_UNROLL
+      for (int i = 0; i < kFewRows; ++i) total[t][i] = _mm512_dpbf16_ps(total[t][i], token, row[i]);
+    }
+  }
+  FASTLORA_UNROLL
+  for (int t = 0; t < kTokens; ++t) {
+    FASTLORA_UNROLL
+    for (int i = 0; i < kFewRows; ++i) acc[t][i] = total[t][i];
+  }
+}
+
+FASTLORA_BF16 void dot(const Bf16* x, int64_t x_stride, int64_t tokens, const Bf16* const* w, int64_t count,
+                       __m512 (*acc)[kFewRows]) {
+  for (; tokens > 0; tokens -= 4, x += 4 * x_stride, acc += 4) {
+    switch (std::min<int64_t>(4, tokens)) {
+      case 1:
+        dot_tile<1>(x, x_stride, w, count, acc);
+        break;
+      case 2:
+        dot_tile<2>(x, x_stride, w, count, acc);
+        break;
+      case 3:
+        dot_tile<3>(x, x_stride, w, count, acc);
+        break;
+      default:
+        dot_tile<4>(x, x_stride, w, count, acc);
+    }
+  }
+}
+
+// Row `i` of kFewRows; the last one again where there are no more.
+inline void point_at(const Matrix& matrix, int64_t rows, const Bf16** out) {
+  for (int64_t i = 0; i < kFewRows; ++i) out[i] = matrix.at(std::min(i, rows - 1), 0);
+}
+
+// The same for few tokens, rows of W one after the other.
+FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
+  Bf16* room = reinterpret_cast<Bf16*>(job_room());
+  const Matrix x = matrix(f.x);
+  for (; row < end; row += kFewRows) {
+    const int64_t rows = std::min<int64_t>(kFewRows, end - row);
+    const Bf16* w[kFewRows];
+    __m512 acc[kFewTokens][kFewRows];
+    for (int64_t t = 0; t < f.tokens; ++t) {
+      for (auto& lanes : acc[t]) lanes = _mm512_setzero_ps();
+    }
+    const int64_t padded = f.ranks.padded, both = std::min(f.ranks.parts, 2) * padded;
+    point_at({f.b.at(row, 0), f.b.stride}, rows, w);
+    dot(f.parts, f.ranks.extended, f.tokens, w, both, acc);
+    if (f.ranks.parts > 1) dot(f.parts + both, f.ranks.extended, f.tokens, w, padded, acc);
+    const int64_t step = f.linear.weight != nullptr ? f.linear.k() : kDepth;
+    for (int64_t col = 0; col < f.linear.k(); col += step) {
+      const int64_t depth = std::min(step, f.linear.k() - col);
+      point_at(weight_rows(f.linear, row, rows, col, depth, room, kRoomStride), rows, w);
+      dot(x.at(f.begin, col), x.stride, f.tokens, w, depth, acc);
+    }
+    for (int64_t t = 0; t < f.tokens; ++t) {
+      Bf16* y = f.y + (f.begin + t) * f.linear.n() + row;
+      for (int64_t i = 0; i < rows; ++i) {
+        const float bias = f.bias != nullptr ? to_float(f.bias[row + i]) : 0.0f;
+        from_float(bias + _mm512_reduce_add_ps(acc[t][i]), y + i);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool linear_forward(const LoraLinear& linear, const Activations& x, const void* bias, void* y, float* h, int threads) {
+  const Ranks ranks(linear);
+  const int64_t K = linear.k(), N = linear.n();
+  const int64_t block = round_up(ceil_div(x.rows, ceil_div(x.rows, kTokenBlock)), kWide);
+  const int64_t split_size = ranks.as_they_lie() ? 0 : ranks.all;
+  Forward f{linear, x, static_cast<const Bf16*>(bias), static_cast<Bf16*>(y), h, ranks};
+  Layout layout;
+  const auto of_a = layout.add<Bf16>(K * split_size);
+  const auto of_b = layout.add<Bf16>(N * split_size);
+  const auto a_panels = layout.add<Pair>(K / 2 * ranks.stride);
+  const auto sums = layout.add<float>(block * ranks.stride);
+  const auto parts = layout.add<Bf16>(block * ranks.extended);
+  const auto h_panels = layout.add<Pair>(block * ranks.extended / 2);
+  const auto x_panels = layout.add<Pair>(x.rows <= kFewTokens ? 0 : block * K / 2);
+  if (!layout.allocate()) return false;
+  f.a_panels = layout.at(a_panels);
+  f.sums = layout.at(sums);
+  f.parts = layout.at(parts);
+  f.h_panels = layout.at(h_panels);
+  f.x_panels = layout.at(x_panels);
+  f.b = {static_cast<const Bf16*>(linear.lora_b), ranks.rank};
+  for_steps(K, worth(K * ranks.all / kLanes, threads), [&](int64_t col) { pack_a(f, layout.at(of_a), col); });
+  if (split_size != 0) {
+    f.b = {layout.at(of_b), ranks.all};
+    for_steps(N, threads, [&](int64_t row) { split_b(linear, ranks, row, std::min(kStep, N - row), layout.at(of_b)); });
+  }
+  for (f.begin = 0; f.begin < x.rows; f.begin += block) {
+    f.tokens = std::min(block, x.rows - f.begin);
+    parallel_for(f.panels(), threads, [&](int64_t group) { take_in_tokens(f, group); });
+    parallel_for(ceil_div(N, kRowBlock), threads, [&](int64_t index) {
+      const int64_t row = index * kRowBlock, end = std::min(N, row + kRowBlock);
+      f.few() ? multiply_few(f, row, end) : multiply_block(f, row, end);
+    });
+  }
+  return true;
+}
+
+}  // namespace fastlora
+#endif
