@@ -1,4 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
+# `make gpu` builds, tests, measures and tunes on a CUDA machine; `make gpu DRY_RUN=1` rehearses it without one.
+# GPU_OPTIONS: what else `python -m bench gpu` takes, such as "--phases tests tune --again".
 # PYTHON chooses the interpreter; TORCH the torch to install (default: 2.13.0 without an NVIDIA GPU, the newest with one).
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 JOBS ?= 2
 
-.PHONY: demo test install lint types tests gpu-tests bench clean
+.PHONY: demo test install lint types tests bench gpu clean
 
 demo: install
 	$(BIN)/fastlora train
@@ -18,7 +20,7 @@ test: lint types tests
 install: $(VENV)/.installed
 
 # torch comes first and alone, so that no other package's needs choose its build.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
@@ -38,6 +40,13 @@ tests: install
 
 bench: install
 	$(BIN)/python -m bench kernels --device $(if $(GPU),cuda,cpu)
+
+# A python that sees a GPU is used as it is: no second torch is fetched beside it. So is one without a network.
+SEES_GPU = $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null
+
+gpu:
+	@if $(SEES_GPU) || ! $(MAKE) --no-print-directory install; then python=$(PYTHON); else python=$(BIN)/python; fi; \
+	$$python -m bench gpu $(if $(DRY_RUN),--dry-run) $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache fastlora/lib *.egg-info

@@ -1,7 +1,8 @@
 """Whether a provider computes the right thing: the tests' tolerance rule, before anything is timed.
 
 The oracle is `fastlora.reference` in fp64 on the same rounded inputs and the same NF4 codes; the baseline is the same
-function in bf16 with the provider's adapter dtype. The rule itself has one home, `tests/numerics.py`.
+function in bf16 with the provider's adapter dtype. For an expanded weight the baseline is the exact one rounded once,
+which is what bitsandbytes gives. The rule itself has one home, `tests/numerics.py`.
 """
 
 import importlib.util
@@ -10,12 +11,15 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bench.providers import SCALING, LoraLayer, Operands, Provider
+from bench.layers import LoraLayer, Provider
+from bench.operands import DECODE_MAX_M, DEQUANTIZE, SCALING, Operands, error_line
 from fastlora import reference
 
-MAX_CHECK_WORK = 1 << 35  # M·K·N of the largest product worth computing in fp64
+MAX_CHECK_WORK = 1 << 35  # M·K·N of the largest product worth computing in fp64 on a CPU
+_FULL_RATE_FP64 = ((8, 0), (9, 0), (10, 0))
 OUTPUTS = ("y", "dx", "d_lora_a", "d_lora_b")
 
 
@@ -32,42 +36,82 @@ def _load_rule() -> ModuleType:
 _rule = _load_rule()
 
 
+def max_check_work(device: torch.device) -> int:
+    """M·K·N of the largest product worth computing in fp64 on a device: M = 8192 over 8192 x 28672 on an H200.
+
+    Which kernel runs depends on M, so as many rows are judged as are timed, wherever time allows.
+    """
+    if device.type != "cuda":
+        return MAX_CHECK_WORK
+    return 1 << (41 if torch.cuda.get_device_capability(device) in _FULL_RATE_FP64 else 38)
+
+
 class Judge:
     """Oracle and baselines for one problem and M, computed once for all providers.
 
     Args:
         operands: of a problem without dropout (masks differ between packages, so p = 0 is what can be compared).
-        x: [M, K]. dy: [M, N]. Only so many rows are judged as `MAX_CHECK_WORK` allows.
+        x: [M, K]. dy: [M, N]. Only so many rows are judged as `max_check_work` allows; none with `nf4_dequantize`.
     """
 
     def __init__(self, operands: Operands, x: Tensor, dy: Tensor) -> None:
         p = operands.problem
-        rows = max(16, min(x.shape[0], MAX_CHECK_WORK // (p.K * p.N)))
+        rows = max(16, min(x.shape[0], max_check_work(p.device) // (p.K * p.N)))
         self.operands = operands
         self.x, self.dy = x[:rows].detach(), dy[:rows]
-        self._oracle = self._reference(operands.exact_weight, torch.float64, torch.float64)
-        self._baselines: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._oracle: tuple[Tensor, ...] = ()
+        self._baselines: dict[torch.dtype | None, tuple[Tensor, ...]] = {}
 
     def judge(self, provider: Provider, layer: LoraLayer) -> tuple[float, str]:
         """The worst error in units of the error allowed, and what is wrong ("" where nothing is).
 
         A provider that raises is wrong by an infinite amount.
         """
-        assert provider.adapter_dtype is not None
-        x = self.x.clone().requires_grad_(layer.grad)
+        expected = self._expected(provider)
         try:
-            ours = layer.both(x, self.dy) if "both" in provider.modes else (layer.forward(x),)
+            results = self._results(provider, layer)
         except Exception as error:  # whatever a package under test does wrong is a finding, not our failure
-            return math.inf, f"{type(error).__name__}: {error}"
+            return math.inf, error_line(error)
         worst, wrong = 0.0, []
-        baselines = self._baseline(provider.adapter_dtype)
-        for what, tensor, baseline, oracle in zip(OUTPUTS, ours, baselines, self._oracle, strict=False):
-            worst = max(worst, share_of_limit(tensor, baseline, oracle))
+        for ours, (what, baseline, oracle) in zip(results, expected, strict=True):
+            worst = max(worst, share_of_limit(ours, baseline, oracle))
             try:
-                _rule.assert_as_accurate(tensor, baseline, oracle, what)
+                _rule.assert_as_accurate(ours, baseline, oracle, what)
             except AssertionError as error:
                 wrong.append(str(error).splitlines()[0])
         return worst, "; ".join(wrong)
+
+    def _expected(self, provider: Provider) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, baseline, oracle) of everything that the provider computes."""
+        if self.operands.problem.kernel == DEQUANTIZE:
+            oracle = self._expanded()
+            return [("weight", oracle.to(self.operands.problem.dtype), oracle)]
+        if provider.adapter_dtype is None:
+            baseline = F.linear(self.x, self.operands.dense[0])
+            return [("x W^T", baseline, F.linear(self.x.double(), self.operands.exact_weight))]
+        if not self._oracle:
+            self._oracle = self._reference(self.operands.exact_weight, torch.float64, torch.float64)
+        everything = list(zip(OUTPUTS, self._baseline(provider.adapter_dtype), self._oracle, strict=True))
+        expected = everything if "both" in provider.modes else everything[:1]
+        return [*expected, ("decoded y", *everything[0][1:])] if self._decodes(provider) else expected
+
+    def _results(self, provider: Provider, layer: LoraLayer) -> list[Tensor]:
+        """The provider's own, in the same order."""
+        if self.operands.problem.kernel == DEQUANTIZE:
+            return [layer.forward(self.x)]
+        if provider.adapter_dtype is None:
+            return [layer.decode(self.x)]
+        x = self.x.clone().requires_grad_(layer.grad)
+        ours = layer.both(x, self.dy) if "both" in provider.modes else (layer.forward(x),)
+        return [*ours, layer.decode(self.x)] if self._decodes(provider) else list(ours)
+
+    def _decodes(self, provider: Provider) -> bool:
+        return "decode" in provider.modes and self.x.shape[0] <= DECODE_MAX_M
+
+    def _expanded(self) -> Tensor:
+        """W, or W + scaling · B A, in fp64."""
+        o = self.operands
+        return o.exact_weight.addmm_(o.lora_b.double(), o.lora_a.double(), alpha=SCALING)
 
     def _baseline(self, adapter_dtype: torch.dtype) -> tuple[Tensor, ...]:
         if adapter_dtype not in self._baselines:

@@ -1,15 +1,17 @@
 """The command line: `python -m bench SUBCOMMAND`.
 
 A subcommand is a module with three names: `SUMMARY` (a line for the help), `add_arguments(parser)`
-and `run(arguments) -> exit status`. To add one, write the module and enter it in `_MODULES`.
+and `run(arguments) -> exit status`. To add one, write the module and enter its name in `COMMANDS`. Only the module
+asked for is imported; the help imports all.
 """
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from bench import kernels, readme, static
-
-_MODULES = {"kernels": kernels, "static": static, "readme": readme}
+COMMANDS = ("kernels", "static", "predict", "tune", "plot", "report", "gpu", "readme")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,17 +19,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: 2 and a list of the subcommands where none or an unknown one is given; 2 and the reason where
-            an argument is not usable.
+            an argument is not usable, or a package that the subcommand needs is absent.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else ""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure fastlora.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(_MODULES))
-    parsers = {}
-    for name, module in _MODULES.items():
-        parsers[name] = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
-        parsers[name].formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(parsers[name])
-    arguments = parser.parse_args(argv)
+    if name not in COMMANDS:
+        return _without_command(parser, words)
+    module = _load(name)
+    if isinstance(module, ImportError):
+        parser.error(f"{name} cannot run here: {module}")
+    own = argparse.ArgumentParser(
+        prog=f"python -m bench {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(own)
+    arguments = own.parse_args(words[1:])
     try:
-        return _MODULES[arguments.command].run(arguments)
+        return module.run(arguments)
     except ValueError as error:
-        parsers[arguments.command].error(str(error))
+        own.error(str(error))
+
+
+def _without_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Print the help, or refuse the words."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name in COMMANDS:
+        module = _load(name)
+        summary = f"not here: {module}" if isinstance(module, ImportError) else module.SUMMARY
+        commands.add_parser(name, help=summary)
+    parser.parse_args(words)
+    return 2
+
+
+def _load(name: str) -> ModuleType | ImportError:
+    try:
+        return importlib.import_module(f"bench.{name}")
+    except ImportError as error:
+        return error

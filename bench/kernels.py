@@ -1,55 +1,71 @@
-"""Compare one LoRA linear between packages: time, peak memory, accuracy.
+"""Compare one LoRA linear between packages: time, accuracy, peak memory, launches.
 
-Forward (as training runs it, with what backward needs recorded) and forward + backward ("both": dx, dA and dB), on bf16
-and NF4 bases, against the bare bf16 product. A provider whose result breaks the tolerance rule is reported as wrong and
-not timed. Rows are appended to --out as they are measured; a table and a verdict follow.
+Forward (as training runs it, with what backward needs recorded), backward, both, and decode (nothing recorded, at most
+16 tokens), over bf16 and NF4 bases, and the expansion of an NF4 weight alone, against the floors of `bench.floors`. The
+machine's own copy bandwidth and matrix rate are measured first. A provider whose result breaks the tolerance rule is
+reported as wrong and not timed; one that raises is named with its error; the others go on. Rows are printed, and
+appended to --out, as they are measured. After --limit seconds the rest is left out, and named.
 
-The floor, `torch`, is x Wᵀ (forward) or x Wᵀ and dy W (both) with W in bf16. At small M an NF4 layer may beat it, as
-it has a quarter of the bytes to read.
+On a CUDA device (--preset cuda, the default there) the shapes and tokens that matter most come first, in about two and
+a half minutes.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from bench import memory, table
-from bench.accuracy import Judge
-from bench.measure import Machine, copies_past_cache, device_name, interleave, measure_machine
-from bench.providers import (
-    KERNELS,
-    MODES,
-    LoraLayer,
-    Operands,
-    Problem,
-    Provider,
-    draw_inputs,
-    find_providers,
-    make_operands,
-)
+from bench import goals, memory, table
+from bench.floors import Rates
+from bench.layers import Provider
+from bench.measure import Machine, device_name, measure_machine
+from bench.models import MODEL_SHAPES, model_shapes, parse_shape
+from bench.operands import DECODE_MAX_M, DEQUANTIZE, KERNELS, MODES, Problem
+from bench.providers import find_providers
 from bench.record import Point, Recorder
+from bench.shape import DeviceLostError, Effort, ShapeBench, share_of_floor
 
-SUMMARY = "one LoRA linear: fastlora against peft + bitsandbytes and the bare product"
+SUMMARY = "one LoRA linear: fastlora against peft, bitsandbytes, unsloth, torch.compile and the bare product"
+LAUNCHES_S = 12.0  # the most that counting launches may take, at the end of a run
+Case = tuple[str, int, float, str]  # kernel, M, dropout, mode
 
 
 class Preset(NamedTuple):
-    """What is measured where the command line does not say."""
+    """What is measured where the command line does not say.
+
+    Args:
+        dropout_from_m: below so many tokens only dropout 0 is measured.
+        without: providers that take part only where named.
+    """
 
     shapes: tuple[str, ...]
     tokens: tuple[int, ...]
+    dropouts: tuple[float, ...]
     repeats: int
     budget_s: float
+    dropout_from_m: int = 1
+    without: tuple[str, ...] = ("compile",)
 
 
-_FULL = Preset(("2048x2048", "4096x4096"), (1, 16, 256, 1024), repeats=9, budget_s=6.0)
-_QUICK = Preset(("1024x1024",), (1, 64), repeats=5, budget_s=0.5)
+PRESETS = {
+    "cpu": Preset(("2048x2048", "4096x4096"), (1, 16, 256, 1024), (0.0,), repeats=9, budget_s=6.0),
+    "quick": Preset(("1024x1024",), (1, 64), (0.0,), repeats=5, budget_s=0.5),
+    "cuda": Preset(
+        ("4096x4096", "4096x14336", "8192x28672"),
+        (8192, 1, 256, 2048, 16),
+        (0.0, 0.1),
+        repeats=10,
+        budget_s=0.25,
+        dropout_from_m=64,
+    ),
+}
+DEFAULT_MODES = ("forward", "both", "decode")
 
 
 @dataclass(frozen=True)
@@ -59,39 +75,69 @@ class Plan:
     device: torch.device
     shapes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
-    rank: int
-    dropout: float
+    ranks: tuple[int, ...]
+    dropouts: tuple[float, ...]
+    dropout_from_m: int
     modes: tuple[str, ...]
     kernels: tuple[str, ...]
     providers: tuple[Provider, ...]
-    min_rounds: int
-    budget_s: float
+    effort: Effort
     with_memory: bool
+    with_launches: bool
+    deadline: float
+
+    def cases(self, kernel: str) -> Iterator[tuple[int, float]]:
+        """(M, dropout) in order; the expansion of a weight knows neither."""
+        if kernel == DEQUANTIZE:
+            yield 0, 0.0
+            return
+        for m in self.tokens:
+            for p in self.dropouts:
+                if not p or m >= self.dropout_from_m:
+                    yield m, p
+
+    def problems(self) -> Iterator[Problem]:
+        """Kernel, shape and rank of every part of the run, without dropout."""
+        for kernel in self.kernels:
+            for k, n in self.shapes:
+                for r in (0, *self.ranks) if kernel == DEQUANTIZE else self.ranks:
+                    yield Problem(kernel, k, n, r, self.device)
+
+    def modes_at(self, kernel: str, m: int, dropout: float) -> tuple[str, ...]:
+        """The modes of a case: decode is for a few tokens, and nothing is dropped there."""
+        if kernel == DEQUANTIZE:
+            return ("forward",)
+        may_decode = m <= DECODE_MAX_M and not dropout
+        return tuple(mode for mode in self.modes if mode != "decode" or may_decode)
+
+    def left_s(self) -> float:
+        """Seconds until the limit."""
+        return self.deadline - time.monotonic()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m bench kernels`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, metavar="FILE", help="CSV to append to (bench/results/DEVICE/kernels.csv)")
-    parser.add_argument(
-        "--shapes", nargs="+", metavar="KxN", help=f"in_features x out_features ({' '.join(_FULL.shapes)})"
-    )
-    parser.add_argument("--m", nargs="+", type=int, metavar="M", help=f"tokens ({' '.join(map(str, _FULL.tokens))})")
-    parser.add_argument("--r", type=int, default=16, help="rank (16)")
-    parser.add_argument(
-        "--dropout", type=float, default=0.0, help="LoRA dropout while timing; accuracy is checked at 0"
-    )
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--preset", choices=PRESETS, help="what the other options default to (the device's name)")
+    parser.add_argument("--quick", action="store_const", dest="preset", const="quick", help="--preset quick")
+    parser.add_argument("--shapes", nargs="+", metavar="KxN", help="in_features x out_features")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"their linear layers: {', '.join(MODEL_SHAPES)}")
+    parser.add_argument("--m", nargs="+", type=int, metavar="M", help="tokens")
+    parser.add_argument("--r", nargs="+", type=int, metavar="R", default=[16], help="ranks (16)")
+    parser.add_argument("--dropout", nargs="+", type=float, metavar="P", help="LoRA dropout; accuracy is judged at 0")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these (all)")
-    parser.add_argument("--repeats", type=int, metavar="N", help="calls of each provider at the least (9)")
-    parser.add_argument("--budget", type=float, metavar="S", help="seconds for a shape, M and mode, all providers (6)")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--repeats", type=int, metavar="N", help="calls of each provider at the least")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds for a case and mode, all providers")
+    parser.add_argument("--limit", type=float, metavar="S", help="stop after so many seconds with what there is")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--quick", action="store_true", help="under a minute: 1024x1024, M = 1 and 64, few repeats")
+    parser.add_argument("--no-launches", action="store_true", help="leave the number of launches out")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, write, print; 0 whatever the figures say.
+    """Measure, write, print; 0 whatever the figures say, 1 where the device was lost.
 
     Raises:
         ValueError: an option that cannot be used, or no CUDA device where one is asked for.
@@ -100,61 +146,64 @@ def run(arguments: argparse.Namespace) -> int:
     name = device_name(plan.device)
     place = "cpu" if plan.device.type == "cpu" else name.lower().replace(" ", "-")
     recorder = Recorder(arguments.out or Path("bench/results") / place / "kernels.csv", name)
-    print(f"{name}, torch {torch.__version__}, bf16, r={plan.rank}, dropout={plan.dropout:g}")
-    machine = measure_machine(plan.device, budget_s=min(3.0, plan.budget_s))
-    print(f"copy {machine.gb_per_s:.1f} GB/s, bf16 product {machine.tflop_per_s:.3f} TFLOP/s")
+    print(f"{name}, torch {torch.__version__}, bf16", flush=True)
+    machine = measure_machine(plan.device, budget_s=min(3.0, plan.effort.budget_s))
+    print(f"copy {machine.gb_per_s:.1f} GB/s, bf16 product {machine.tflop_per_s:.3f} TFLOP/s", flush=True)
     recorder.write(machine_points(machine))
     points: list[Point] = []
-    for group in measure(plan):
-        recorder.write(group)
-        points += group
+    status = 0
+    try:
+        for group in measure(plan, machine.rates):
+            recorder.write(group)
+            points += group
+    except DeviceLostError as error:
+        print(f"{error}; what was measured before it stands", file=sys.stderr)
+        status = 1
     table.show(points)
     print(f"{len(points)} rows appended to {recorder.path}")
-    for line in table.verdict(points):
+    for line in table.verdict(points) + goals.verdict(points, name):
         print(line)
-    return 0
+    return status
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     """Check the options and fill in what was left out.
 
     Raises:
-        ValueError: a shape that is not KxN, a number out of range, an unknown provider, no CUDA device.
+        ValueError: a shape that is not KxN, a number out of range, an unknown provider or model, no CUDA device.
     """
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    preset = _QUICK if arguments.quick else _FULL
+    preset = PRESETS[arguments.preset or arguments.device]
     tokens = tuple(arguments.m or preset.tokens)
+    dropouts = preset.dropouts if arguments.dropout is None else tuple(arguments.dropout)
     repeats = preset.repeats if arguments.repeats is None else arguments.repeats
-    if min(*tokens, arguments.r, repeats) < 1:
+    if min(*tokens, *arguments.r, repeats) < 1:
         raise ValueError("--m, --r and --repeats must be at least 1")
-    if not 0 <= arguments.dropout < 1:
-        raise ValueError(f"--dropout must lie in [0, 1), not {arguments.dropout}")
+    for p in dropouts:
+        if not 0 <= p < 1:
+            raise ValueError(f"--dropout must lie in [0, 1), not {p}")
+    shapes = model_shapes(arguments.models or [])
+    if arguments.shapes or not shapes:
+        shapes += tuple(parse_shape(text) for text in arguments.shapes or preset.shapes)
+    providers = find_providers(arguments.providers)
+    if not arguments.providers:
+        providers = tuple(provider for provider in providers if provider.name not in preset.without)
     return Plan(
         device=torch.device(arguments.device),
-        shapes=tuple(parse_shape(text) for text in arguments.shapes or preset.shapes),
+        shapes=tuple(dict.fromkeys(shapes)),
         tokens=tokens,
-        rank=arguments.r,
-        dropout=arguments.dropout,
+        ranks=tuple(arguments.r),
+        dropouts=dropouts,
+        dropout_from_m=preset.dropout_from_m if arguments.dropout is None else 1,
         modes=tuple(mode for mode in MODES if mode in arguments.modes),
         kernels=tuple(arguments.kernels),
-        providers=find_providers(arguments.providers),
-        min_rounds=repeats,
-        budget_s=preset.budget_s if arguments.budget is None else arguments.budget,
+        providers=providers,
+        effort=Effort(preset.budget_s if arguments.budget is None else arguments.budget, repeats),
         with_memory=not arguments.no_memory,
+        with_launches=not arguments.no_launches and arguments.device == "cuda",
+        deadline=time.monotonic() + (float("inf") if arguments.limit is None else arguments.limit),
     )
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """ "4096x14336" -> (4096, 14336), in_features and out_features.
-
-    Raises:
-        ValueError: not two positive integers with an x between them.
-    """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--shapes takes in_features x out_features such as 4096x14336, not {text!r}")
-    return int(parts[0]), int(parts[1])
 
 
 def machine_points(machine: Machine) -> list[Point]:
@@ -166,140 +215,77 @@ def machine_points(machine: Machine) -> list[Point]:
     ]
 
 
-def measure(plan: Plan) -> Iterator[list[Point]]:
-    """The rows of each (kernel, shape, M), as soon as they are there."""
+def measure(plan: Plan, rates: Rates) -> Iterator[list[Point]]:
+    """Rows, as soon as they are there: of each (kernel, shape, rank, M, dropout, mode)."""
     reason = memory.unavailable(plan.device) if plan.with_memory else "left out on request"
     if reason:
         print(f"no peak memory: {reason}")
     server = memory.CpuMemory() if not reason and plan.device.type == "cpu" else nullcontext()
-    began = time.perf_counter()
+    began = time.monotonic()
+    said: set[str] = set()
+    timed: dict[Case, tuple[Problem, set[str]]] = {}
+    skipped = []
+    reserve = min(LAUNCHES_S, plan.left_s() / 10) if plan.with_launches else 0.0
     with server as cpu_memory:
-        for kernel in plan.kernels:
-            providers = _present(plan.providers, kernel)
-            for k, n in plan.shapes:
-                problem = Problem(kernel, k, n, plan.rank, plan.device, plan.dropout)
-                bench = ShapeBench(plan, problem, providers)
-                for m in plan.tokens:
-                    group = bench.measure(m)
-                    if not reason:
-                        group += bench.peak_memory(m, cpu_memory)
-                    print(f"{kernel} {k}x{n} M={m}: {len(group)} rows, {time.perf_counter() - began:.0f} s", flush=True)
-                    yield group
-
-
-def _present(providers: tuple[Provider, ...], kernel: str) -> tuple[Provider, ...]:
-    present = []
-    for provider in providers:
-        if kernel not in provider.kernels:
-            continue
-        if reason := provider.unavailable(kernel):
-            print(f"{kernel}: {provider.name} is left out: {reason}")
-        else:
-            present.append(provider)
-    return tuple(present)
-
-
-class ShapeBench:
-    """One kernel and weight shape: builds every provider's layers once, then measures at each M."""
-
-    def __init__(self, plan: Plan, problem: Problem, providers: tuple[Provider, ...]) -> None:
-        self.plan, self.problem, self.providers = plan, problem, providers
-        dense_bytes = 2 * problem.K * problem.N
-        operands = make_operands(
-            problem,
-            dense_copies=copies_past_cache(dense_bytes, problem.device),
-            packed_copies=copies_past_cache(dense_bytes // 4, problem.device),
-        )
-        self.layers = {provider.name: provider.build(operands) for provider in providers}
-        self.without_dropout = replace(operands, problem=replace(problem, dropout=0.0))
-        self._right: dict[int, list[Provider]] = {}
-
-    def measure(self, m: int) -> list[Point]:
-        """Check everyone, then time those who are right, at m tokens."""
-        p = self.problem
-        copies = copies_past_cache(2 * m * (p.K + p.N), p.device)
-        inputs = [draw_inputs(p, m, grad=True, seed=copy) for copy in range(copies)]
-        points = self._check(m, *inputs[0])
-        for mode in self.plan.modes:
-            candidates = {
-                provider.name: _candidate(self.layers[provider.name], mode, inputs)
-                for provider in self._right[m]
-                if mode in provider.modes
-            }
-            times = interleave(candidates, p.device, self.plan.budget_s, self.plan.min_rounds) if candidates else {}
-            floor = times["torch"].p50 if "torch" in times else None
-            for name, found in times.items():
-                share = share_of_floor(floor, found.p50)
-                points.append(self._point(name, mode, "time", m, found.p50, found.p20, found.p80, share))
-        return points
-
-    def _check(self, m: int, x: Tensor, dy: Tensor) -> list[Point]:
-        """An error row for everyone but the floor; remembers who was right."""
-        judge = Judge(self.without_dropout, x, dy)
-        self._right[m] = []
-        points = []
-        for provider in self.providers:
-            if provider.adapter_dtype is None:
-                self._right[m].append(provider)
+        for problem in plan.problems():
+            if plan.left_s() <= reserve:
+                skipped.append(f"{problem.kernel} {problem.K}x{problem.N} r={problem.R}")
                 continue
-            layers = self.layers[provider.name]
-            if self.plan.dropout:
-                layers = provider.build(_first_copy(self.without_dropout))
-            worst, wrong = judge.judge(provider, layers[0])
-            mode = "both" if "both" in provider.modes else "forward"
-            points.append(self._point(provider.name, mode, "error", m, worst))
-            if wrong:
-                p = self.problem
-                print(f"WRONG, not timed: {provider.name}, {p.kernel} K={p.K} N={p.N} M={m}: {wrong}", file=sys.stderr)
-            else:
-                self._right[m].append(provider)
-        return points
-
-    def peak_memory(self, m: int, cpu_memory: memory.CpuMemory | None) -> list[Point]:
-        """Peak memory of everyone who was right at m tokens; `measure(m)` comes first."""
-        points = []
-        for provider in self._right[m]:
-            modes = tuple(mode for mode in self.plan.modes if mode in provider.modes)
-            if cpu_memory is not None:
-                peaks = cpu_memory.peak(provider, self.problem, m, modes)
-            else:
-                peaks = memory.peak_on_cuda(self.layers[provider.name][0], self.problem, m, modes)
-            points += [self._point(provider.name, mode, "peak_memory", m, peak / 1e6) for mode, peak in peaks.items()]
-        return points
-
-    def _point(
-        self,
-        provider: str,
-        mode: str,
-        metric: str,
-        m: int,
-        p50: float,
-        p20: float | None = None,
-        p80: float | None = None,
-        share: float | None = None,
-    ) -> Point:
-        p = self.problem
-        return Point(p.kernel, provider, mode, metric, m, p.K, p.N, p.R, p50, p20, p80, share, dropout=p.dropout)
+            bench = ShapeBench(problem, plan.providers, plan.effort, rates, said)
+            for m, p in plan.cases(problem.kernel):
+                modes = plan.modes_at(problem.kernel, m, p)
+                if plan.left_s() <= reserve:
+                    skipped.append(f"{problem.kernel} {problem.K}x{problem.N} r={problem.R} M={m} p={p:g}")
+                    continue
+                if modes and not bench.is_checked(m):
+                    yield bench.check(m)
+                for mode in modes:
+                    found = bench.time(m, p, mode)
+                    say(found, time.monotonic() - began)
+                    yield found
+                    timed.setdefault((problem.kernel, m, p, mode), (problem, {point.provider for point in found}))
+                if not reason and modes:
+                    yield bench.peak_memory(m, p, modes, cpu_memory)
+            del bench
+    if plan.with_launches:
+        yield from count_launches(plan, rates, timed)
+    if skipped:
+        print(f"stopped at the limit; not measured: {', '.join(skipped)}")
 
 
-def share_of_floor(floor: float | None, p50: float) -> float | None:
-    """The floor's time over a provider's: 1 is the floor's speed. None where the floor was not measured."""
-    return None if floor is None else floor / p50
+def count_launches(plan: Plan, rates: Rates, timed: dict[Case, tuple[Problem, set[str]]]) -> Iterator[list[Point]]:
+    """Launches a call, for the first shape of every case that was timed, while `LAUNCHES_S` lasts.
+
+    They come last, for a profiler that has once been on slows what follows.
+    """
+    until = time.monotonic() + min(LAUNCHES_S, max(plan.left_s(), 0.0))
+    bench: ShapeBench | None = None
+    for (_, m, p, mode), (problem, names) in timed.items():
+        if time.monotonic() > until:
+            print("launches: not counted for every case, as their time is up")
+            return
+        if bench is None or bench.problem != problem:
+            bench = ShapeBench(problem, plan.providers, plan.effort, rates, set())
+        found = bench.launches(m, p, mode, names)
+        say(found, None)
+        yield found
 
 
-def _first_copy(operands: Operands) -> Operands:
-    return replace(operands, dense=operands.dense[:1], packed=operands.packed[:1])
+def say(points: list[Point], elapsed_s: float | None) -> None:
+    """One line for a case and mode, at once."""
+    if not points:
+        return
+    p = points[0]
+    stamp = f"{elapsed_s:4.0f} s  " if elapsed_s is not None else "launches  "
+    what = f"{p.kernel} {p.K}x{p.N} M={p.M} r={p.R} p={p.dropout:g} {p.mode}"
+    print(f"{stamp}{what}: {', '.join(_figure(point) for point in points)}", flush=True)
 
 
-def _candidate(layers: list[LoraLayer], mode: str, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[int], object]:
-    """A call on the copy of that number."""
-    if not layers[0].grad:
-        inputs = [(x.detach(), dy) for x, dy in inputs]
+def _figure(point: Point) -> str:
+    if point.metric != "time":
+        return f"{point.provider} {point.p50:g}"
+    share = "" if point.share_of_floor is None else f" ({point.share_of_floor:.2f})"
+    return f"{point.provider} {point.p50:.4g} ms{share}"
 
-    def forward(serial: int) -> object:
-        return layers[serial % len(layers)].forward(inputs[serial % len(inputs)][0])
 
-    def both(serial: int) -> object:
-        return layers[serial % len(layers)].both(*inputs[serial % len(inputs)])
-
-    return forward if mode == "forward" else both
+__all__ = ["PRESETS", "SUMMARY", "Plan", "add_arguments", "make_plan", "measure", "run", "share_of_floor"]

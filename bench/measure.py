@@ -4,25 +4,36 @@ On a shared machine the same call takes 10% more or less from one minute to the 
 something only beside its rivals' from the same moment. Each round calls every candidate once, in a new
 random order, each on the next copy of the inputs; the median over rounds is reported with the 20th and
 80th percentile.
+
+On a CUDA device the time is between two events. Where launches are hidden (training modes) the device is held back
+until the call is queued, so the time is that of its kernels; where they are not (decoding), every call starts on an
+idle device and the time includes what Python takes to issue it.
 """
 
+import functools
 import gc
 import platform
 import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy
 import torch
 import torch.nn.functional as F
+
+from bench.cuda import head_start
+from bench.floors import Rates
+from bench.operands import error_line
 
 _DEFAULT_CACHE = 32 << 20
 _CACHE_SIZE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _MAX_COPIES = 16
 _MAX_ROUNDS = 200
 _WARM_UP = 2
+_HEAD_START, _LEAST_HEAD_START_S = 1.5, 50e-6  # a spin of so many times what issuing took in the warm-up, and more
+T = TypeVar("T")
 
 
 class Spread(NamedTuple):
@@ -51,46 +62,88 @@ def interleave(
     budget_s: float,
     min_rounds: int,
     max_rounds: int = _MAX_ROUNDS,
+    hide_launches: bool = True,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, Spread]:
     """Time candidates in turn: rounds of one call each until the budget is spent.
 
     Args:
-        candidates: name -> function of the copy to work on, a number that grows by one with every call made.
+        candidates: name -> function of the copy to work on, a number that grows by one with every call made. Where it
+            has a method `before`, that is called first with the same number, and not timed.
         budget_s: seconds for all rounds together; `min_rounds` are made even where they take longer.
+        hide_launches: on a CUDA device, time kernels alone.
+        failures: takes name -> error of those that raise, which are then left out; without it their error is raised.
     Returns:
         name -> milliseconds a call.
     """
+    live = dict(candidates)
+    issue_s: dict[str, float] = {}
     serial = 0
+
+    def attempt(name: str, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except Exception as error:
+            if failures is None:
+                raise
+            failures[name] = error_line(error)
+            del live[name]
+            return None
+
     for _ in range(_WARM_UP):
         started = time.perf_counter()
-        for call in candidates.values():
-            call(serial)
+        for name in list(live):
+            issue_s[name] = attempt(name, functools.partial(_warm_up, live[name], serial, device)) or 0.0
             serial += 1
-        _synchronize(device)
-    a_round = time.perf_counter() - started
+        a_round = time.perf_counter() - started
     rounds = max(min_rounds, min(max_rounds, int(budget_s / a_round)))
 
     order = random.Random(0)
-    names = list(candidates)
+    names = list(live)
     timers: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
-    gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             order.shuffle(names)
             for name in names:
-                timers[name].append(_timed(candidates[name], serial, device))
+                if name not in live:
+                    continue
+                spin = _HEAD_START * issue_s[name] + _LEAST_HEAD_START_S if hide_launches else 0.0
+                timer = attempt(name, functools.partial(_timed, live[name], serial, device, spin))
+                timers[name] += [timer] if timer else []
                 serial += 1
             _synchronize(device)
     finally:
         gc.enable()
-    return {name: spread([read() for read in timers[name]]) for name in candidates}
+    return {name: spread([read() for read in timers[name]]) for name in candidates if name in live}
 
 
-def _timed(call: Callable[[int], object], serial: int, device: torch.device) -> Callable[[], float]:
+def _warm_up(call: Callable[[int], object], serial: int, device: torch.device) -> float:
+    """Make the call; returns the seconds the CPU takes to issue it."""
+    _before(call, serial)
+    _synchronize(device)
+    began = time.perf_counter()
+    call(serial)
+    issued = time.perf_counter() - began
+    _synchronize(device)
+    return issued
+
+
+def _before(call: Callable[[int], object], serial: int) -> None:
+    before = getattr(call, "before", None)
+    if before is not None:
+        before(serial)
+
+
+def _timed(call: Callable[[int], object], serial: int, device: torch.device, spin_s: float) -> Callable[[], float]:
     """Make the call; returns a function that gives its milliseconds once the device is synchronized."""
+    _before(call, serial)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if spin_s:
+            head_start(spin_s)
+        else:
+            _synchronize(device)
         start.record()
         call(serial)
         end.record()
@@ -153,10 +206,20 @@ class Machine(NamedTuple):
         m, k, n = self.matmul_shape
         return 2 * m * k * n / self.matmul.p50 / 1e9
 
+    @property
+    def rates(self) -> Rates:
+        """The two as floors take them."""
+        return Rates(self.gb_per_s * 1e9, self.tflop_per_s * 1e12)
 
-def measure_machine(device: torch.device, size: int = 4096, budget_s: float = 3.0) -> Machine:
-    """Copy [4 size, size] and multiply [size / 4, size] by [size, size], both bf16."""
-    rows, m = 4 * size, size // 4
+
+def measure_machine(device: torch.device, size: int | None = None, budget_s: float = 3.0) -> Machine:
+    """Copy [4 size, size] and multiply [M, size] by [size, size], both bf16.
+
+    On a CPU size is 4096 and M a quarter of it; on a CUDA device both are 8192, far past its cache.
+    """
+    on_cuda = device.type == "cuda"
+    size = size or (8192 if on_cuda else 4096)
+    rows, m = 4 * size, size if on_cuda else size // 4
     source = torch.randn(rows, size, dtype=torch.float32, device=device).bfloat16()
     target = torch.empty_like(source)
     x, weight = source[:m], source[m : m + size]

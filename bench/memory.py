@@ -29,7 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.providers import LoraLayer, Problem, Provider, draw_inputs, find_providers, make_operands
+from bench.layers import LoraLayer, Provider
+from bench.operands import Problem, draw_inputs, make_operands, missing
+from bench.providers import find_providers
 
 _PR_SET_THP_DISABLE = 41
 CALLS = 7  # a call needs the same each time; the least leaves out pages that threads and allocator took once
@@ -156,7 +158,8 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         (provider,) = find_providers([request["provider"]])
-        for package in ("fastlora.linear", *provider.needs(request["kernel"])):
+        quantizer = ("bitsandbytes",) if request["kernel"] != "bf16_linear" and not missing("bitsandbytes") else ()
+        for package in ("fastlora.linear", *quantizer, *provider.needs(request["kernel"])):
             importlib.import_module(package)
         child = os.fork()
         if child == 0:

@@ -1,14 +1,21 @@
 """The benchmark CSV: one row a measured point, appended to, never overwritten.
 
-    metric        unit   p50 holds
-    time          ms     median of the calls; p20 and p80 beside it
-    peak_memory   MB     most memory held during one call, above what was held before it (1 MB = 1e6 bytes)
-    error         limit  worst error of y and the gradients, in units of the error allowed; above 1 is wrong, and
-                         such a provider has no other row
+    metric        unit       p50 holds
+    time          ms         median of the calls; p20 and p80 beside it. On a CUDA device the modes forward,
+                             backward and both are the kernels alone, their launches hidden; `decode` starts each call
+                             on an idle device, launches and Python included
+    peak_memory   MB         most memory held during one call, above what was held before it (1 MB = 1e6 bytes)
+    error         limit      worst error of the result and the gradients, in units of the error allowed; above 1 is
+                             wrong, and such a provider has no other row
+    launches      launches   kernels, copies and fills that one call puts on a CUDA device
+    tokens_per_s  tokens/s   tokens of a whole training step
 
-`share_of_floor` is the floor's time over this row's: 1 is as fast as the bare bf16 product of the same
-shape. Rows of kernel `copy` and `matmul` hold the machine's own speed: a copy of M x K values (bytes
-moved: 4 M K) and a bf16 product (FLOP: 2 M N K).
+A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: the kernels alone, in order. One called
+predicted-NAME was computed, not measured, and stands in a file of its own.
+
+`share_of_floor` is the floor's time over this row's; `bench.floors` says what the floor is. Rows of `nf4_dequantize`
+have M = 0, and R = 0 where nothing is merged. Rows of kernel `copy` and `matmul` hold the machine's own speed: a copy
+of M x K values (bytes moved: 4 M K) and a bf16 product (FLOP: 2 M N K).
 """
 
 import csv
@@ -26,7 +33,9 @@ HEADER = (
     "device,torch,triton,commit,timestamp"
 )
 COLUMNS = HEADER.split(",")
-UNITS = {"time": "ms", "peak_memory": "MB", "error": "limit"}
+UNITS = {"time": "ms", "peak_memory": "MB", "error": "limit", "launches": "launches", "tokens_per_s": "tokens/s"}
+GRAPH = "-graph"
+PREDICTED = "predicted-"
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Recorder:
         self._facts = {
             "device": device,
             "torch": torch.__version__,
-            "triton": _triton_version(),
-            "commit": _commit(),
+            "triton": triton_version(),
+            "commit": commit(),
         }
         if path.exists() and path.stat().st_size:
             text = path.read_text()
@@ -86,14 +95,23 @@ class Recorder:
 
     def write(self, points: Iterable[Point]) -> None:
         """Append the points in one write."""
-        stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        for point in points:
-            row = asdict(point) | {"unit": point.unit} | self._facts | {"timestamp": stamp}
-            writer.writerow({name: _cell(row[name]) for name in COLUMNS})
         with self.path.open("a") as file:
-            file.write(text.getvalue())
+            file.write(lines(points, self._facts | {"timestamp": timestamp()}))
+
+
+def lines(points: Iterable[Point], facts: dict[str, str]) -> str:
+    """The points as lines of the CSV; `facts` fills the columns that a point does not have."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    for point in points:
+        row = asdict(point) | {"unit": point.unit} | facts
+        writer.writerow({name: _cell(row[name]) for name in COLUMNS})
+    return text.getvalue()
+
+
+def timestamp() -> str:
+    """Now, as the CSV has it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _cell(value: object) -> str:
@@ -102,7 +120,7 @@ def _cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _triton_version() -> str:
+def triton_version() -> str:
     try:
         import triton
     except ImportError:
@@ -110,7 +128,7 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short hash of the source measured, with `-dirty` where files differ from it; `unknown` outside a repository."""
     root = Path(__file__).parent
     try:

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for every architecture, with no GPU, and read the machine code.
+"""Compile every Triton kernel for every architecture, with no GPU, and read the machine code, the CUDA library's too.
 
 Registers, bytes spilled, shared memory, whether tensor cores are used, and, for the kernels that
 expand NF4, thread instructions per weight: marginal between two tile sizes, so that prologue and
@@ -12,8 +12,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may use
 TENSOR_CORE = re.compile(r"^(HMMA|IMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|QMMA)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)")
-_IDLE = ("NOP", "BRA", "EXIT")
+_PLACED = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)([^;]*);")  # address, name, operands
+IDLE = ("NOP", "BRA", "EXIT")
 RANKS = (16, 64)
 
 
@@ -39,6 +42,8 @@ class Specimen:
     weights: int = 0  # NF4 weights a program expands; 0 where it expands none
     twin: dict[str, Any] = field(default_factory=dict)  # constants of the larger tile that the marginal count needs
     uses_tensor_cores: bool = True
+    main_loop: bool = False  # count the loop around the product instead of the difference to a twin
+    archs: tuple[int, ...] = ARCHITECTURES  # where launches use it
 
 
 @dataclass(frozen=True)
@@ -57,29 +62,55 @@ class Row:
 def _nf4_specimens() -> Iterator[Specimen]:
     from fastlora.kernels import nf4
 
-    pointers = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32"}
-    pointers |= {"offset_ptr": "*fp32", "code_ptr": "*fp32"}
-    sizes = {"scaling": "fp32", "N": "i32", "K": "i32", "R": "i32", "stride_ar": "i32", "stride_bn": "i32"}
-    sizes |= {"stride_on": "i32"}
-    shared = {"stride_ak": 1, "stride_br": 1, "BLOCKSIZE": 64, "NESTED": True}
-    variants = [("nf4_dequantize", {"MERGE": False, "ALIGNED": True}, 16, "*bf16")]
-    variants += [("nf4_dequantize_any", {"MERGE": False, "ALIGNED": False}, 16, "*bf16")]
-    variants += [(f"nf4_dequantize_merge_r{r}", {"MERGE": True, "ALIGNED": True}, r, "*bf16") for r in (16, 32)]
-    variants += [("nf4_dequantize_merge_r16_fp32", {"MERGE": True, "ALIGNED": True}, 16, "*fp32")]
-    for name, flags, r, adapter in variants:
-        constants = shared | flags | {"PRECISION": "tf32x3", "BLOCK_R": min(nf4.MERGE_BLOCK_R, r)}
-        constants |= {"BLOCK_N": nf4.BLOCK_N, "BLOCK_K": nf4.BLOCK_K}
-        yield Specimen(
-            name,
-            nf4._nf4_dequantize_kernel,
-            pointers | {"lora_a_ptr": adapter, "lora_b_ptr": adapter, "out_ptr": "*bf16"} | sizes,
-            constants,
-            nf4.NUM_WARPS,
-            {"enable_fp_fusion": False},
-            weights=nf4.BLOCK_N * nf4.BLOCK_K,
-            twin={"BLOCK_N": 2 * nf4.BLOCK_N},
-            uses_tensor_cores=flags["MERGE"],
-        )
+    plain = _nf4_specimen("nf4_dequantize", nf4.FLAT, counted=True)
+    yield plain
+    yield replace(plain, name="nf4_dequantize_gather", constants=plain.constants | {"LOOKUP": "gather"})
+    for out in ("fp16", "fp32"):
+        yield _nf4_specimen(f"nf4_dequantize_to_{out}", nf4.FLAT, types={"out_ptr": f"*{out}"})
+    yield _nf4_specimen("nf4_dequantize_any", nf4.SMALL, {"ALIGNED": False, "EVEN": False})
+    yield _nf4_specimen("nf4_dequantize_extend", nf4.tile("none", 16, True), {"EXTEND": True})
+    fp32 = {"lora_a_ptr": "*fp32", "lora_b_ptr": "*fp32"}
+    for r, how, counted in ((16, "narrow", True), (32, "narrow", False), (16, "split", True), (64, "split", False)):
+        cut = nf4.tile(how, r, True)
+        flags = {"MERGE": True, "PRECISION": how, "WHOLE_R": r <= cut.block_r}
+        name = f"nf4_dequantize_merge_r{r}" + ("_fp32" if how == "split" else "")
+        merged = _nf4_specimen(name, cut, flags, fp32 if how == "split" else {}, counted)
+        yield merged
+        if name == "nf4_dequantize_merge_r16":
+            for suffix, change in (("gather", {"LOOKUP": "gather"}), ("row_scale", {"ROW_SCALE": True})):
+                yield replace(merged, name=f"{name}_{suffix}", constants=merged.constants | change, weights=0)
+
+
+def _nf4_specimen(
+    name: str, cut: Any, flags: Mapping[str, Any] = {}, types: Mapping[str, str] = {}, counted: bool = False
+) -> Specimen:
+    """A launch of the dequantize kernel: nested scales, aligned and even shapes, unless `flags` say otherwise."""
+    from fastlora.kernels import nf4
+
+    kinds = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32"}
+    kinds |= {"offset_ptr": "*fp32", "code_ptr": "*fp32", "row_scale_ptr": "*fp32", "out_ptr": "*bf16"}
+    kinds |= {"lora_a_ptr": "*bf16", "lora_b_ptr": "*bf16", "scaling": "fp32", "K": "i32", "R": "i32"}
+    kinds |= {"stride_ar": "i32", "stride_bn": "i32", "stride_on": "i32"}
+    constants: dict[str, Any] = {"stride_ak": 1, "stride_br": 1, "BLOCKSIZE": 64}
+    constants |= {"NESTED": True, "ALIGNED": True, "EVEN": True}
+    constants |= {"MERGE": False, "EXTEND": False, "ROW_SCALE": False, "LOOKUP": "shfl", "PRECISION": "none"}
+    constants |= {"INTERPRETED": False, "WHOLE_R": True, "STEPS": cut.steps, "BLOCK_R": cut.block_r}
+    constants |= {"BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
+    if cut == nf4.FLAT:
+        constants["N"] = 1
+    else:
+        kinds["N"] = "i32"
+    return Specimen(
+        name,
+        nf4._nf4_dequantize_kernel,
+        kinds | dict(types),
+        constants | dict(flags),
+        cut.warps,
+        {"enable_fp_fusion": False},
+        weights=cut.block_n * cut.block_k * cut.steps if counted else 0,
+        twin={"BLOCK_K": 2 * cut.block_k} if cut == nf4.FLAT else {"STEPS": 2 * cut.steps},
+        uses_tensor_cores="merge" in name,
+    )
 
 
 def _lora_specimens() -> Iterator[Specimen]:
@@ -121,8 +152,11 @@ def _lora_specimens() -> Iterator[Specimen]:
                 "lora_x" + suffix,
                 lora._lora_x_kernel,
                 {"x_ptr": "*bf16", "g_ptr": "*fp32", **seed, "da_ptr": "*fp32", "M": "i32", "K": "i32", "R": "i32"}
-                | {"m_per_split": "i32", "threshold": "i32", "keep_scale": "fp32", "stride_xm": "i32"},
-                drops | precision | {"stride_xk": 1, "BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": block_r},
+                | {"m_per_split": "i32", "threshold": "i32", "keep_scale": "fp32"}
+                | {"stride_xm": "i32", "stride_dr": "i32"},
+                drops
+                | precision
+                | {"stride_xk": 1, "stride_dk": 1, "BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": block_r},
                 warps,
             )
             yield Specimen(
@@ -153,9 +187,107 @@ def _lora_specimens() -> Iterator[Specimen]:
                 )  # fmt: skip
 
 
+def _fused_specimens() -> Iterator[Specimen]:
+    """Few tokens, with the sum split, and as many as a tile takes; adapters of both widths; each as launches cut it."""
+    from fastlora.kernels import fused
+
+    launches: tuple[tuple[str, int, str, dict[str, bool]], ...] = (
+        ("linear", 16, "fp32", {"SPLIT": True}),
+        ("linear", 128, "bf16", {"HAS_BIAS": True}),
+        ("linear_t", 16, "bf16", {}),
+        ("linear_t", 128, "fp32", {}),
+        ("linear_t", 64, "fp32", {"DROPOUT": True}),
+    )
+    for archs in ((80, 86, 89, 120), (90, 100)):
+        for op, m, adapter, flags in launches:
+            yield _fused_specimen(op, m, adapter, flags, archs)
+    types = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    types |= dict.fromkeys(("size", "N", "splits"), "i32")
+    constants = {"HAS_BIAS": True, "BLOCK": fused.SUM_BLOCK}
+    yield Specimen("nf4_fused_sum", fused._sum_splits_kernel, types, constants, 4, uses_tensor_cores=False)
+
+
+def _fused_specimen(op: str, m: int, adapter: str, flags: Mapping[str, Any], archs: tuple[int, ...]) -> Specimen:
+    """A launch of the fused product for m tokens: nested scales and even shapes."""
+    from fastlora.kernels import fused
+    from fastlora.kernels.fused_config import uses_mma_sync
+
+    transposed, capability = op == "linear_t", (archs[0] // 10, archs[0] % 10)
+    cut = fused.default_config(op, m, 4096, 4096, capability)
+    rows, columns = (cut.block_k, cut.block_n) if transposed else (cut.block_n, cut.block_k)
+    types = {"x_ptr": "*bf16", "codes_ptr": "*u8", "absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32"}
+    if cut.tma:
+        types |= {"x_ptr": f"tensordesc<bf16[{cut.block_m}, {cut.block_k}]>"}
+        types |= {"codes_ptr": f"tensordesc<i32[{rows}, {columns // 8}]>"}
+    types |= {"offset_ptr": "*fp32", "code_ptr": "*fp32", "h_ptr": "*fp32", "b_ptr": f"*{adapter}", "seed_ptr": "*i64"}
+    types |= {"bias_ptr": "*bf16", "out_ptr": "*fp32" if "SPLIT" in flags else "*bf16", "scaling": "fp32"}
+    types |= dict.fromkeys(("M", "N", "K", "R", "row_words", "per_split", "threshold", "stride_xm"), "i32")
+    types |= {"stride_br" if transposed else "stride_bn": "i32"}
+    constants: dict[str, Any] = {"TRANSPOSED": transposed, "BLOCKSIZE": 64}
+    constants |= {"stride_bn" if transposed else "stride_br": 1}
+    constants |= {"NESTED": True, "LOOKUP": "shfl", "TMA": cut.tma}
+    constants |= {"MMA_SYNC": uses_mma_sync(capability, cut.block_m), "LORA": True, "INTERPRETED": False}
+    constants |= {"EVEN_SUM": True, "EVEN_OUT": True}
+    constants |= {"FP32_ADAPTERS": adapter == "fp32", "DROPOUT": False, "HAS_BIAS": False, "SPLIT": False}
+    constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
+    options = {"num_stages": cut.stages, "enable_fp_fusion": False}
+    name = f"nf4_{op}_m{m}" + ("_fp32" if adapter == "fp32" else "") + ("_dropout" if "DROPOUT" in flags else "")
+    return Specimen(
+        name, fused._nf4_fused_kernel, types, constants | dict(flags), cut.warps, options,
+        weights=rows * columns, main_loop=True, archs=archs,
+    )  # fmt: skip
+
+
+def _decode_specimens() -> Iterator[Specimen]:
+    from fastlora.kernels import decode
+
+    kinds = {"x_ptr": "*bf16", "codes_ptr": "*u8", "absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32"}
+    kinds |= {"offset_ptr": "*fp32", "code_ptr": "*fp32", "base_ptr": "*fp32", "h_ptr": "*fp32", "M": "i32"}
+    kinds |= dict.fromkeys(("N", "K", "R", "k_per_split", "k_per_h", "stride_xm", "stride_ar"), "i32")
+    kinds |= dict.fromkeys(("splits", "h_splits", "h_programs"), "i32")
+    constants = {"stride_ak": 1, "BLOCKSIZE": 64, "NESTED": True, "LOOKUP": "shfl", "EVEN": True, "DTYPE": "bf16"}
+    constants |= {"INTERPRETED": False, "BLOCK_HK": decode.BLOCK_HK}
+    for tokens, (block_n, block_k) in decode.TILE.items():
+        for adapter, how, block_r in (("bf16", "narrow", 16), ("fp32", "split", decode.MAX_BLOCK_R)):
+            yield Specimen(
+                f"decode_m{tokens}" + ("_fp32" if adapter == "fp32" else ""),
+                decode._decode_kernel,
+                kinds | {"a_ptr": f"*{adapter}"},
+                constants | {"MODE": how, "TOKENS": tokens, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": block_r},
+                decode.NUM_WARPS,
+                {"num_stages": decode.NUM_STAGES},
+                weights=block_n * block_k,
+                main_loop=True,
+            )
+    sizes = dict.fromkeys(("M", "N", "R", "splits", "h_splits", "stride_bn"), "i32")
+    pointers = {"base_ptr": "*fp32", "h_ptr": "*fp32", "b_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    blocks = {"BLOCK_N": decode.SUM_BLOCK_N, "BLOCK_R": decode.SUM_BLOCK_R}
+    for tokens in (1, 16):
+        yield Specimen(
+            f"decode_sum_m{tokens}",
+            decode._decode_sum_kernel,
+            pointers | sizes | {"scaling": "fp32"},
+            {"stride_br": 1, "HAS_BIAS": True, "TOKENS": tokens, **blocks},
+            decode.NUM_WARPS,
+            uses_tensor_cores=False,
+        )
+
+
 def specimens() -> list[Specimen]:
     """Every Triton kernel of the package, in the variants that launches use."""
-    return [*_nf4_specimens(), *_lora_specimens()]
+    return [*_nf4_specimens(), *_fused_specimens(), *_lora_specimens(), *_decode_specimens()]
+
+
+def _compiled_rows(archs: list[int], kernel: str) -> Iterator[Row]:
+    """Rows of the CUDA library, if it has been built, of the kernels whose name contains `kernel`."""
+    from bench import fatbin
+    from fastlora import cuda_native
+
+    loaded, text = cuda_native.status()
+    if loaded:
+        yield from (row for row in fatbin.rows(*cuda_native.static_facts(), archs) if kernel in row.kernel)
+    else:
+        print(f"no rows of the CUDA library: {text}")
 
 
 def _compile(specimen: Specimen, arch: int, constants: dict[str, Any]) -> Any:
@@ -164,11 +296,12 @@ def _compile(specimen: Specimen, arch: int, constants: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     names = specimen.kernel.arg_names
-    aligned = ("R", "threshold", "M")  # sizes that need not be multiples of 16
+    unaligned = {"R", "threshold", "M", "splits", "h_splits", "h_programs"}  # need not be multiples of 16
+    unaligned |= {param.name for param in specimen.kernel.params if param.do_not_specialize_on_alignment}
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in specimen.types.items()
-        if kind.startswith("*") or (kind == "i32" and name not in aligned)
+        if (kind.startswith("*") or kind == "i32") and name not in unaligned
     }
     source = ASTSource(
         fn=specimen.kernel,
@@ -180,19 +313,39 @@ def _compile(specimen: Specimen, arch: int, constants: dict[str, Any]) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _cuobjdump(cubin: bytes, flag: str) -> str:
+def cuobjdump_tool() -> Path:
+    """The disassembler that comes with Triton."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _cuobjdump(cubin: bytes, flag: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([cuobjdump_tool(), flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _instructions(cubin: bytes) -> list[str]:
     names = _INSTRUCTION.findall(_cuobjdump(cubin, "-sass"))
-    return [name for name in names if name.split(".")[0] not in _IDLE]
+    return [name for name in names if name.split(".")[0] not in IDLE]
+
+
+def main_loop(cubin: bytes) -> list[str]:
+    """Instructions of the shortest loop that looks levels up, with the tensor cores in it where any has them.
+
+    A loop is what lies between the target of a backward branch and the branch.
+    """
+    found = _PLACED.findall(_cuobjdump(cubin, "-sass"))
+    code = [(int(at, 16), name, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in found]
+    loops = []
+    for at, name, target in code:
+        if name.startswith("BRA") and target and int(target[1], 16) < at:
+            body = [other for place, other, _ in code if int(target[1], 16) <= place <= at and other != "NOP"]
+            if any(other.startswith("SHFL") for other in body):
+                loops.append(body)
+    return min([body for body in loops if any(map(TENSOR_CORE.match, body))] or loops, key=len, default=[])
 
 
 def inspect(specimen: Specimen, arch: int) -> Row:
@@ -202,7 +355,9 @@ def inspect(specimen: Specimen, arch: int) -> Row:
     usage = _cuobjdump(cubin, "-res-usage")
     instructions = _instructions(cubin)
     per_weight = None
-    if specimen.weights:
+    if specimen.main_loop:
+        per_weight = round(len(main_loop(cubin)) * specimen.warps * 32 / specimen.weights, 2)
+    elif specimen.weights:
         twin = _instructions(_compile(specimen, arch, specimen.constants | specimen.twin).asm["cubin"])
         per_weight = round((len(twin) - len(instructions)) * specimen.warps * 32 / specimen.weights, 2)
     return Row(
@@ -221,6 +376,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/static.csv"), help="CSV to write anew")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled side by side (all cores)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -233,11 +389,17 @@ def run(arguments: argparse.Namespace) -> int:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         print(" ".join(f"{name:>15}" for name in names))
-        for specimen in specimens():
-            if arguments.kernel not in specimen.name:
-                continue
-            for arch in arguments.arch:
-                row = asdict(inspect(specimen, arch))
-                writer.writerow(row)
-                print(" ".join(f"{value!s:>15}" for value in row.values()), flush=True)
+        chosen = [specimen for specimen in specimens() if arguments.kernel in specimen.name]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            pairs = [pair for pair in product(chosen, arguments.arch) if pair[1] in pair[0].archs]
+            for found in pool.map(lambda pair: inspect(*pair), pairs):
+                _report(found, writer)
+        for found in _compiled_rows(arguments.arch, arguments.kernel):
+            _report(found, writer)
     return 0
+
+
+def _report(found: Row, writer: "csv.DictWriter[str]") -> None:
+    row = asdict(found)
+    writer.writerow(row)
+    print(" ".join(f"{value!s:>15}" for value in row.values()), flush=True)

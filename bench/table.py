@@ -1,9 +1,9 @@
 """What a run found, for a reader: one line a shape, and whether the aims are met."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from bench.record import Point
+from bench.record import GRAPH, Point
 
 PRECISIONS = ("fp32", "bf16")
 AIM_LARGE_M, AIM_SPEEDUP = 1024, 1.2
@@ -17,10 +17,13 @@ class Case(NamedTuple):
     K: int
     N: int
     M: int
+    R: int
+    dropout: float
     mode: str
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.K}x{self.N} M={self.M} {self.mode}"
+        dropout = f" p={self.dropout:g}" if self.dropout else ""
+        return f"{self.kernel} {self.K}x{self.N} M={self.M} r={self.R}{dropout} {self.mode}"
 
 
 class Ratio(NamedTuple):
@@ -38,25 +41,31 @@ def _cases(points: Iterable[Point], metric: str) -> dict[Case, dict[str, Point]]
     cases: dict[Case, dict[str, Point]] = {}
     for point in points:
         if point.metric == metric:
-            cases.setdefault(Case(point.kernel, point.K, point.N, point.M, point.mode), {})[point.provider] = point
+            case = Case(point.kernel, point.K, point.N, point.M, point.R, point.dropout, point.mode)
+            cases.setdefault(case, {})[point.provider] = point
     return cases
 
 
 def show(points: list[Point]) -> None:
-    """Print the table: milliseconds, fastlora's speed over peft's, the share of the floor, peak memory."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print the table: milliseconds (decode: eager/replayed), speed over peft, share of the floor, peak memory."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("no table, for rich is not installed: every row is above, and in the CSV")
+        return
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=180)
+        console = Console(width=220)
     timed, held, judged = (_cases(points, metric) for metric in ("time", "peak_memory", "error"))
     in_order = sorted(points, key=lambda point: point.metric != "time")
-    providers = list(dict.fromkeys(point.provider for point in in_order))
-    wrong = {(case[:4], name) for case, found in judged.items() for name, point in found.items() if point.p50 > 1}
+    providers = list(dict.fromkeys(point.provider.removesuffix(GRAPH) for point in in_order))
+    wrong = {(case[:5], name) for case, found in judged.items() for name, point in found.items() if point.p50 > 1}
     grid = Table(title="milliseconds (median), LoRA linear; peak memory in MB", title_justify="left")
-    grid.add_column("kernel KxN mode", no_wrap=True)
-    grid.add_column("M", justify="right")
+    grid.add_column("kernel KxN", no_wrap=True)
+    for name in ("mode", "M", "r", "p"):
+        grid.add_column(name, justify="right")
     for name in providers:
         grid.add_column(name.replace("-", "\n"), justify="right")
     for precision in PRECISIONS:
@@ -65,9 +74,9 @@ def show(points: list[Point]) -> None:
     grid.add_column("MB peft\nfp32/bf16", justify="right")
     grid.add_column("MB ours\nfp32/bf16", justify="right")
     for case, found in timed.items():
-        cells = [f"{case.kernel} {case.K}x{case.N} {case.mode}", str(case.M)]
+        cells = [f"{case.kernel} {case.K}x{case.N}", case.mode, str(case.M), str(case.R), f"{case.dropout:g}"]
         for name in providers:
-            cells.append(_ms(found.get(name)) if (case[:4], name) not in wrong else "[red]wrong[/red]")
+            cells.append(_ms(found, name) if (case[:5], name) not in wrong else "[red]wrong[/red]")
         cells += [_speedup(found, precision) for precision in PRECISIONS]
         cells.append(_pair(found, "fastlora", lambda point: f"{point.share_of_floor or float('nan'):.2f}"))
         for package in ("peft", "fastlora"):
@@ -76,8 +85,9 @@ def show(points: list[Point]) -> None:
     console.print(grid)
 
 
-def _ms(point: Point | None) -> str:
-    return f"{point.p50:.3g}" if point else "-"
+def _ms(found: dict[str, Point], name: str) -> str:
+    points = [found.get(name), *([found[name + GRAPH]] if name + GRAPH in found else [])]
+    return "/".join(f"{point.p50:.3g}" if point else "-" for point in points)
 
 
 def _speedup(found: dict[str, Point], precision: str) -> str:
@@ -85,7 +95,7 @@ def _speedup(found: dict[str, Point], precision: str) -> str:
     return f"{peft.p50 / ours.p50:.2f}" if ours and peft else "-"
 
 
-def _pair(found: dict[str, Point], package: str, text) -> str:
+def _pair(found: dict[str, Point], package: str, text: Callable[[Point], str]) -> str:
     points = [found.get(f"{package}-{precision}") for precision in PRECISIONS]
     return "/".join(text(point) if point else "-" for point in points)
 

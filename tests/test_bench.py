@@ -10,9 +10,11 @@ import torch
 
 from bench import kernels, memory, providers, table
 from bench.accuracy import Judge, share_of_limit
-from bench.cli import main
+from bench.cli import COMMANDS, main
+from bench.layers import BareProduct, Expansion, LoraLayer, Provider
 from bench.measure import interleave, measure_machine, spread
-from bench.providers import LoraLayer, Operands, Problem, Provider, draw_inputs, find_providers, make_operands
+from bench.operands import DEQUANTIZE, SCALING, Operands, Problem, draw_inputs, make_operands
+from bench.providers import find_providers
 from bench.record import HEADER, Point, Recorder
 from fastlora import reference
 
@@ -36,7 +38,7 @@ def scaled_provider(factor: float) -> Provider:
 
     def build(operands: Operands) -> list[LoraLayer]:
         a, b = operands.lora_a.clone().requires_grad_(), operands.lora_b.clone().requires_grad_()
-        scaling = providers.SCALING * factor
+        scaling = SCALING * factor
         return [LoraLayer(lambda x, w=w: reference.lora_linear(x, w, a, b, scaling), a, b) for w in operands.dense]
 
     return Provider("scaled", build, torch.float32)
@@ -56,17 +58,20 @@ def raising_provider() -> Provider:
 def test_every_provider_mode_and_metric_has_its_row(tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    rows = run_bench(tmp_path / "new" / "kernels.csv", "--m", "20")
-    found = {(r["kernel"], r["provider"], r["mode"], r["metric"], r["M"]) for r in rows}
-    expected = {("copy", "torch", "forward", "time", "256"), ("matmul", "torch", "forward", "time", "16")}
-    for kernel in providers.KERNELS:
-        for provider in find_providers():
-            if kernel not in provider.kernels:
-                continue
-            for metric in ("time", "peak_memory"):
-                expected |= {(kernel, provider.name, mode, metric, "20") for mode in provider.modes}
-            if provider.adapter_dtype is not None:
-                expected.add((kernel, provider.name, provider.modes[-1], "error", "20"))
+    rows = run_bench(tmp_path / "new" / "kernels.csv", "--m", "16", "--no-memory")
+    found = {(r["kernel"], r["provider"], r["mode"], r["metric"], r["M"], r["R"]) for r in rows}
+    expected = {("copy", "torch", "forward", "time", "256", "0"), ("matmul", "torch", "forward", "time", "16", "0")}
+    linear, expansion = ("nf4_linear", "bf16_linear"), DEQUANTIZE
+    for name in ("torch", "peft-fp32", "peft-bf16", "peft-eval", "fastlora-fp32", "fastlora-bf16"):
+        modes = {"torch": ("forward", "both", "decode"), "peft-eval": ("forward", "decode")}.get(name)
+        modes = modes or ("forward", "both", *(["decode"] if name.startswith("fastlora") else []))
+        for kernel in linear:
+            expected |= {(kernel, name, mode, "time", "16", "4") for mode in modes}
+            if name != "torch":
+                expected.add((kernel, name, "both" if "both" in modes else "forward", "error", "16", "4"))
+    expected |= {("nf4_linear", "bitsandbytes", "decode", metric, "16", "4") for metric in ("time", "error")}
+    for name, r in (("bitsandbytes", "0"), ("fastlora-bf16", "0"), ("fastlora-fp32", "4"), ("fastlora-bf16", "4")):
+        expected |= {(expansion, name, "forward", metric, "0", r) for metric in ("time", "error")}
     assert found == expected
     assert len(rows) == len(expected)
     for row in rows:
@@ -79,6 +84,21 @@ def test_every_provider_mode_and_metric_has_its_row(tmp_path, capsys):
     assert "GB/s" in shown
     assert "every provider within tolerance: yes" in shown
     assert "no shape slower than peft + bitsandbytes: not measured" not in shown
+
+
+@pytest.mark.slow
+def test_peak_memory_has_rows_where_a_call_may_hold_much(tmp_path):
+    if reason := memory.unavailable(CPU):
+        pytest.skip(reason)
+    rows = run_bench(
+        tmp_path / "k.csv", "--m", "16", "--providers", "fastlora-fp32", "--kernels", "nf4_linear", DEQUANTIZE
+    )
+    held = {(r["kernel"], r["mode"], r["M"], r["R"]) for r in rows if r["metric"] == "peak_memory"}
+    assert held == {
+        ("nf4_linear", "forward", "16", "4"),
+        ("nf4_linear", "both", "16", "4"),
+        (DEQUANTIZE, "forward", "0", "4"),
+    }
 
 
 def test_the_columns_are_those_of_the_house():
@@ -95,7 +115,7 @@ def test_share_of_floor_is_the_floors_time_over_ones_own(tmp_path):
     timed = {
         (r["provider"], r["mode"], r["M"]): r for r in rows if r["metric"] == "time" and r["kernel"] == "bf16_linear"
     }
-    assert len(timed) == 8
+    assert len(timed) == 12
     for (provider, mode, m), row in timed.items():
         expected = float(timed["torch", mode, m]["p50"]) / float(row["p50"])
         assert float(row["share_of_floor"]) == pytest.approx(expected, rel=1e-4)
@@ -128,6 +148,51 @@ def test_a_right_provider_passes_the_check_that_a_wrong_one_fails():
         share, wrong = judge.judge(provider, provider.build(operands)[0])
         assert (share <= 1) == right
         assert (wrong == "") == right
+
+
+@pytest.mark.parametrize("r", [0, 8])
+def test_an_expansion_must_be_rounded_once_from_the_exact_weight(r):
+    operands = make_operands(Problem(DEQUANTIZE, 128, 96, r, CPU))
+    judge = Judge(operands, *draw_inputs(operands.problem, 0, grad=True))
+    (ours,) = find_providers(["fastlora-bf16"])
+    assert judge.judge(ours, ours.build(operands)[0])[1] == ""
+    exact = operands.exact_weight.addmm(operands.lora_b.double(), operands.lora_a.double(), alpha=SCALING)
+    for expand, right in (
+        (lambda: exact.bfloat16(), True),
+        (lambda: exact.bfloat16() * torch.tensor(1.01, dtype=torch.bfloat16), False),
+        (lambda: exact.half().bfloat16().roll(1), False),
+        (lambda: (exact.float() * (1 + 2**-9)).bfloat16(), False),
+    ):
+        worst, wrong = judge.judge(ours, Expansion(expand, operands.lora_a, operands.lora_b))
+        assert (wrong == "") == right
+        assert (worst <= 1) == right
+
+
+def test_a_product_without_lora_is_judged_as_one():
+    operands = make_operands(Problem("nf4_linear", 128, 96, 8, CPU))
+    judge = Judge(operands, *draw_inputs(operands.problem, 16, grad=True))
+    plain = Provider("plain", lambda operands: [BareProduct(operands.dense[0])], None, modes=("decode",))
+    assert judge.judge(plain, plain.build(operands)[0])[1] == ""
+    a, b = operands.lora_a.bfloat16(), operands.lora_b.bfloat16()
+    with_lora = LoraLayer(lambda x: reference.lora_linear(x, operands.dense[0], a, b, SCALING), a, b)
+    assert "x W^T" in judge.judge(plain, with_lora)[1]
+
+
+def test_what_decoding_computes_is_judged_too():
+    operands = make_operands(Problem("bf16_linear", 128, 96, 8, CPU))
+    judge = Judge(operands, *draw_inputs(operands.problem, 16, grad=True))
+
+    class WrongWhenDecoding(LoraLayer):
+        def decode(self, x: torch.Tensor) -> torch.Tensor:
+            return super().decode(x) * 1.02
+
+    provider = scaled_provider(1.0)
+    layer = provider.build(operands)[0]
+    assert judge.judge(provider, layer)[1] == ""
+    layer.__class__ = WrongWhenDecoding
+    worst, wrong = judge.judge(provider, layer)
+    assert worst > 1
+    assert wrong.startswith("decoded y")
 
 
 def test_share_of_limit_is_infinite_for_what_has_no_error():
@@ -203,7 +268,7 @@ def test_peak_memory_counts_what_a_call_holds():
         pytest.skip(reason)
     m, k, n = 512, 1024, 2048
     floor, ours = find_providers(["torch", "fastlora-fp32"])
-    problem = Problem("bf16_linear", k, n, 16, CPU)
+    problem = Problem("bf16_linear", k, n, 64, CPU)  # gradients of A and B well above what a reading is off
     with memory.CpuMemory() as server:
         bare = server.peak(floor, problem, m, ("forward", "both"))
         again = server.peak(floor, problem, m, ("forward", "both"))
@@ -220,7 +285,7 @@ def test_peak_memory_counts_scratch_kept_between_calls():
         pytest.skip(reason)
     scratch: list[torch.Tensor] = []
 
-    class Keeper(providers.BareProduct):
+    class Keeper(BareProduct):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             scratch[:] = scratch or [torch.ones(3_000_000, dtype=torch.uint8)]
             return super().forward(x)
@@ -247,7 +312,7 @@ def test_the_verdict_tells_the_truth():
     slow = [point("peft-fp32", 10), point("fastlora-fp32", 9), point("peft-bf16", 10), point("fastlora-bf16", 20)]
     slower, large, held, right = table.verdict(slow)
     assert slower.startswith(
-        "no shape slower than peft + bitsandbytes: no, 1 of 2: 0.50 at nf4_linear 4096x4096 M=1024 both, bf16"
+        "no shape slower than peft + bitsandbytes: no, 1 of 2: 0.50 at nf4_linear 4096x4096 M=1024 r=16 both, bf16"
     )
     assert "no, 2 of 2" in large
     assert "not measured" in held
@@ -269,16 +334,34 @@ def test_an_unknown_subcommand_lists_those_there_are(capsys):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
-        assert "kernels" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert all(name in shown for name in COMMANDS)
+
+
+def test_a_subcommand_that_cannot_be_imported_leaves_the_others_alone(capsys, monkeypatch):
+    monkeypatch.setattr("bench.cli.COMMANDS", ("kernels", "absent"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["absent"])
+    assert stopped.value.code == 2
+    assert "absent cannot run here: No module named 'bench.absent'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert kernels.SUMMARY.split(":")[0] in shown
+    assert "not here" in shown
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--models", "llama"], "there are llama-3-8b"),
+        (["--r", "8", "0"], "at least 1"),
+        (["--dropout", "0", "-0.1"], "[0, 1)"),
         (["--shapes", "4096"], "such as 4096x14336"),
         (["--shapes", "0x64"], "such as 4096x14336"),
         (["--m", "0"], "at least 1"),
-        (["--dropout", "1"], r"[0, 1)"),
+        (["--dropout", "1"], "[0, 1)"),
         (["--providers", "peft"], "there are torch, peft-fp32"),
     ],
 )
@@ -295,10 +378,3 @@ def test_cuda_without_a_device_is_a_clear_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_bench(tmp_path / "k.csv", "--device", "cuda")
     assert "finds no CUDA device" in capsys.readouterr().err
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_measured_with_events_and_the_allocator(tmp_path):
-    rows = run_bench(tmp_path / "k.csv", "--device", "cuda", "--shapes", "256x512", "--m", "16")
-    assert {row["metric"] for row in rows} == {"time", "peak_memory", "error"}
-    assert all(row["device"] == torch.cuda.get_device_name() for row in rows)

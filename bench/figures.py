@@ -1,0 +1,321 @@
+"""The pictures of a run, from its rows alone: speedup bars, the roofline, the share of the floor.
+
+Colours are those of Okabe and Ito, told apart by the colour-blind; each provider has a marker too. Lines and bars are
+named where they stand.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from bench.compare import FLOOR, OURS, Case, by_case, comparisons, in_order
+from bench.floors import BF16_BYTES, EXPAND_BYTES, PACKED_BYTES
+from bench.operands import DEQUANTIZE
+from bench.record import GRAPH, Point
+from bench.rows import gb_per_s, tflop_per_s
+
+
+class Look(NamedTuple):
+    """How a provider is drawn."""
+
+    color: str
+    marker: str
+
+
+LOOKS = {
+    "fastlora-bf16": Look("#0072B2", "o"),
+    "fastlora-fp32": Look("#56B4E9", "s"),
+    "torch": Look("#000000", "D"),
+    "peft-bf16": Look("#D55E00", "v"),
+    "peft-fp32": Look("#E69F00", "^"),
+    "peft-eval": Look("#8C564B", "<"),
+    "bitsandbytes": Look("#CC79A7", "X"),
+    "unsloth": Look("#009E73", "P"),
+    "lorafusion": Look("#7A6A00", "*"),
+    "compile": Look("#7F7F7F", "h"),
+}
+_OTHER = Look("#444444", ".")
+_LABEL_GAP = 0.065  # of an axis' height: the least between two names beside it
+_TITLES = {"nf4_linear": "NF4", "bf16_linear": "bf16", DEQUANTIZE: "NF4 expanded"}
+_MODES = {
+    "both": "forward + backward",
+    "forward": "forward",
+    "backward": "backward",
+    "decode": "decode, nothing recorded",
+}
+Panel = tuple[str, int, int]  # kernel, K, N
+
+
+def look(provider: str) -> Look:
+    """Colour and marker of a provider; a replayed graph has its provider's."""
+    return LOOKS.get(provider.removesuffix(GRAPH), _OTHER)
+
+
+def all_figures(points: Sequence[Point]) -> dict[str, Figure]:
+    """Name -> figure, of all that the rows have something for."""
+    figures: dict[str, Figure | None] = {}
+    for mode in ("both", "decode", "forward", "backward"):
+        figures[f"speedup_{mode}"] = speedup(points, mode)
+        figures[f"share_of_floor_{mode}"] = share_of_floor(points, mode)
+    figures["dequantize"] = dequantize(points)
+    figures["roofline"] = roofline(points)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def speedup(points: Iterable[Point], mode: str) -> Figure | None:
+    """Bars: each peer's time over ours, a panel a kernel, dropout and shape; None without such rows."""
+    found = [c for c in comparisons(points) if c.case.mode == mode and c.case.kernel != DEQUANTIZE]
+    rows = sorted(
+        {(c.case.kernel, c.case.dropout, c.case.R) for c in found}, key=lambda row: (row[0] != "nf4_linear", row)
+    )
+    shapes = sorted({(c.case.K, c.case.N) for c in found})
+    if not found:
+        return None
+    panels = {
+        (row, shape): [c for c in found if ((c.case.kernel, c.case.dropout, c.case.R), c.case[2:4]) == (row, shape)]
+        for row in rows
+        for shape in shapes
+    }
+    tallest = [max(_slots(panels[row, shape]) for shape in shapes) for row in rows]
+    heights = [0.19 * slots + 0.9 for slots in tallest]
+    figure = Figure(figsize=(4.6 * len(shapes) + 0.6, sum(heights) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(shapes), squeeze=False, height_ratios=heights)
+    for i, row in enumerate(rows):
+        for j, shape in enumerate(shapes):
+            _speedup_panel(grid[i][j], panels[row, shape])
+            kernel, dropout, r = row
+            p = f", p={dropout:g}" if dropout else ""
+            grid[i][j].set_title(f"{_TITLES[kernel]} {shape[0]} → {shape[1]}, r={r}{p}", fontsize=10, loc="left")
+    figure.suptitle(f"How many times as fast as each peer: {_MODES[mode]}", fontsize=12)
+    return figure
+
+
+def _slots(found: Sequence[Any]) -> int:
+    """Lines of text that a panel's bars take: one a bar, one a heading."""
+    return len(found) + len({c.case.M for c in found})
+
+
+def _speedup_panel(axes: Any, found: Sequence[Any]) -> None:
+    if not found:
+        axes.set_axis_off()
+        return
+    y, ticks, names = 0.0, [], []
+    for m in sorted({c.case.M for c in found}):
+        ticks.append(y)
+        names.append(f"M = {m}")
+        of_m = {c.peer: c for c in found if m == c.case.M}
+        for peer in in_order(of_m, list(LOOKS)):
+            y += 1
+            ticks.append(y)
+            names.append(peer)
+            value = of_m[peer].speedup
+            axes.barh(
+                y, value, height=0.78, color=look(peer).color, hatch="" if value >= 1 else "////", edgecolor="white"
+            )
+            axes.text(max(value, 1), y, f" {value:.2f}×", va="center", fontsize=8)
+        y += 1
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(ticks, names, fontsize=8)
+    for label in axes.get_yticklabels():
+        if label.get_text().startswith("M ="):
+            label.set_fontweight("bold")
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_ylim(y - 0.4, -0.6)
+    axes.set_xlim(0, max(1.2, *(c.speedup for c in found)) * 1.18)
+    axes.set_xlabel("peer's time over fastlora's; hatched: the peer is quicker", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def share_of_floor(points: Iterable[Point], mode: str) -> Figure | None:
+    """Lines: the floor's time over each provider's against M, at dropout 0; None without such rows."""
+    cases = {
+        case: timed
+        for case, timed in by_case(points).items()
+        if case.mode == mode and case.kernel != DEQUANTIZE and not case.dropout and _has_share(timed)
+    }
+    if not cases:
+        return None
+    return _line_panels(
+        cases,
+        lambda point: (point.M, point.share_of_floor),
+        f"Share of the floor: {_MODES[mode]}, no dropout",
+        ("tokens, M", "floor's time over the provider's"),
+        _finish_share,
+    )
+
+
+def _has_share(timed: dict[str, Point]) -> bool:
+    return any(point.share_of_floor is not None for point in timed.values())
+
+
+def _finish_share(axes: Any, ms: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ms, [str(m) for m in ms], fontsize=8)
+    axes.minorticks_off()
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, max(1.05, axes.get_ylim()[1]))
+
+
+def _line_panels(
+    cases: dict[Case, dict[str, Point]],
+    place: Callable[[Point], tuple[float, float | None]],
+    title: str,
+    labels: tuple[str, str],
+    finish: Callable[[Any, list[int]], None],
+) -> Figure:
+    """A panel a kernel, shape and rank; in each a line a provider, named at its right end."""
+    rows = sorted({(c.kernel, c.R) for c in cases}, key=lambda row: (row[0] != "nf4_linear", row))
+    shapes = sorted({(c.K, c.N) for c in cases})
+    figure = Figure(figsize=(4.8 * len(shapes) + 0.4, 3.7 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(shapes), squeeze=False)
+    for axes, ((kernel, r), (k, n)) in zip(grid.flat, itertools.product(rows, shapes), strict=True):
+        timed = [points for case, points in cases.items() if (case.kernel, case.R, case.K, case.N) == (kernel, r, k, n)]
+        if not timed:
+            axes.set_axis_off()
+            continue
+        ends = _draw_lines(axes, timed, place)
+        finish(axes, sorted({int(point.M) for points in timed for point in points.values()}))
+        _name_ends(axes, ends)
+        axes.set_title(f"{_TITLES[kernel]} {k} → {n}, r={r}", fontsize=10, loc="left")
+        axes.set_xlabel(labels[0], fontsize=9)
+        axes.set_ylabel(labels[1], fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _draw_lines(
+    axes: Any, timed: Sequence[dict[str, Point]], place: Callable[[Point], tuple[float, float | None]]
+) -> list[tuple[str, float, float]]:
+    ends = []
+    for provider in in_order((name for points in timed for name in points), list(LOOKS)):
+        placed = sorted(place(points[provider]) for points in timed if provider in points)
+        xy = [(x, y) for x, y in placed if y is not None]
+        if not xy:
+            continue
+        shown, replayed = look(provider), provider.endswith(GRAPH)
+        axes.plot(
+            *zip(*xy, strict=True),
+            color=shown.color,
+            marker=shown.marker,
+            markersize=5,
+            linewidth=2.2 if provider.startswith(OURS) else 1.3,
+            linestyle="--" if replayed else "-",
+            markerfacecolor="white" if replayed else shown.color,
+        )
+        ends.append((provider, *xy[-1]))
+    return ends
+
+
+def _name_ends(axes: Any, ends: list[tuple[str, float, float]]) -> None:
+    """Write each line's name beside its end, moved apart where two would overlap."""
+    axes.autoscale_view()
+    to_axes = axes.transData + axes.transAxes.inverted()
+    above = 1.0 + _LABEL_GAP
+    places = []
+    for height, name in sorted(((to_axes.transform((x, y))[1], name) for name, x, y in ends), reverse=True):
+        above = min(height, above - _LABEL_GAP)
+        places.append((name, above))
+    under = min(0.0, above)
+    for name, height in places:
+        shown, where = look(name), height - under
+        face = "none" if name.endswith(GRAPH) else shown.color
+        axes.plot(
+            1.02, where, marker=shown.marker, markersize=5, color=shown.color, markerfacecolor=face,
+            transform=axes.transAxes, clip_on=False,
+        )  # fmt: skip
+        axes.text(1.04, where, name, transform=axes.transAxes, fontsize=8, va="center", color=shown.color)
+
+
+def dequantize(points: Iterable[Point]) -> Figure | None:
+    """Bars: what share of the copy bandwidth the expansion of a weight reaches; None without such rows."""
+    cases = {case: timed for case, timed in by_case(points).items() if case.kernel == DEQUANTIZE}
+    bars = []
+    for case in sorted(cases):
+        how = f"merged, r={case.R}" if case.R else "plain"
+        for name in in_order(cases[case], list(LOOKS)):
+            share = cases[case][name].share_of_floor
+            if share is not None:
+                bars.append((f"{case.shape} {how}: {name}", share, look(name).color))
+    if not bars:
+        return None
+    figure = Figure(figsize=(8, 0.26 * len(bars) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names, shares, colors = zip(*bars, strict=True)
+    axes.barh(range(len(bars)), shares, color=colors, height=0.75)
+    for y, share in enumerate(shares):
+        axes.text(share, y, f" {share:.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlim(0, max(1.1, *shares) * 1.05)
+    axes.set_xlabel(f"share of the floor: {EXPAND_BYTES:.3f} bytes a weight at the measured copy bandwidth", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Expanding an NF4 weight to bf16", fontsize=12)
+    return figure
+
+
+def roofline(points: Sequence[Point]) -> Figure | None:
+    """FLOP a second against FLOP a byte that must move, under the measured roof; None without the roof or rows."""
+    copies, products = ([p for p in points if p.kernel == kernel] for kernel in ("copy", "matmul"))
+    cases = {
+        case: timed
+        for case, timed in by_case(points).items()
+        if case.mode in ("both", "decode") and case.kernel != DEQUANTIZE and not case.dropout
+    }
+    if not copies or not products or not cases:
+        return None
+    bytes_per_s, flop_per_s = gb_per_s(copies[-1]) * 1e9, tflop_per_s(products[-1]) * 1e12
+    kernels = sorted({case.kernel for case in cases}, reverse=True)
+    figure = Figure(figsize=(6.2 * len(kernels) + 0.4, 5.0), layout="constrained")
+    for axes, kernel in zip(figure.subplots(1, len(kernels), squeeze=False)[0], kernels, strict=True):
+        of_kernel = {case: timed for case, timed in cases.items() if case.kernel == kernel}
+        _roofline_panel(axes, of_kernel, bytes_per_s, flop_per_s)
+        axes.set_title(f"{_TITLES[kernel]} base", fontsize=10, loc="left")
+    figure.suptitle("Roofline: forward + backward, and decode (hollow: replayed from a CUDA graph)", fontsize=12)
+    return figure
+
+
+def _roofline_panel(axes: Any, cases: dict[Case, dict[str, Point]], bytes_per_s: float, flop_per_s: float) -> None:
+    ends: dict[str, tuple[float, float]] = {}
+    xs = []
+    for case, timed in cases.items():
+        passes = 2 if case.mode == "both" else 1
+        flop = passes * 2 * case.M * case.K * case.N
+        weight = (PACKED_BYTES if case.kernel == "nf4_linear" else BF16_BYTES) * case.K * case.N
+        x = flop / (passes * (weight + BF16_BYTES * case.M * (case.K + case.N)))
+        xs.append(x)
+        for name in in_order(timed, list(LOOKS)):
+            y = flop / timed[name].p50 / 1e9
+            shown = look(name)
+            face = "none" if name.endswith(GRAPH) else shown.color
+            axes.plot(
+                x, y, marker=shown.marker, markersize=6, color=shown.color, markerfacecolor=face, linestyle="none"
+            )
+            if x >= ends.get(name, (0.0, 0.0))[0]:
+                ends[name] = (x, y)
+    low, high = min(xs) / 2, max(xs) * 2
+    corner = flop_per_s / bytes_per_s
+    roof = [
+        (x, min(x * bytes_per_s, flop_per_s) / 1e12) for x in sorted({low, high, *([corner] * (low < corner < high))})
+    ]
+    axes.plot(*zip(*roof, strict=True), color="black", linewidth=1.5)
+    axes.set(xscale="log", yscale="log", xlim=(low, high))
+    axes.text(
+        0.98, 0.03, f"roof: {bytes_per_s / 1e9:.0f} GB/s, {flop_per_s / 1e12:.3g} TFLOP/s, measured",
+        transform=axes.transAxes, fontsize=8, ha="right",
+    )  # fmt: skip
+    axes.set_xlabel("FLOP per byte that must be moved", fontsize=9)
+    axes.set_ylabel("TFLOP/s of the products", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    _name_ends(axes, [(name, *end) for name, end in ends.items()])
+
+
+__all__ = ["FLOOR", "LOOKS", "all_figures", "dequantize", "look", "roofline", "share_of_floor", "speedup"]

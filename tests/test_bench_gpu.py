@@ -1,0 +1,200 @@
+"""`bench gpu`: phases in order, bounded, resumable, each with its log; and the whole of it rehearsed without a GPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, phases
+from bench.cli import main
+from bench.phases import Phase, Step
+
+
+def python(code: str, **options) -> Step:
+    return Step(("-c", code), program=sys.executable, **options)
+
+
+def phase(name: str, *codes: str, share: float = 1.0, **options) -> Phase:
+    return Phase(name, share, tuple(python(code) for code in codes), **options)
+
+
+def walk(out: Path, *chosen: Phase, seconds: float = 60.0, again: bool = False) -> dict[str, tuple[str, str]]:
+    return {o.phase: (o.status, o.note) for o in gpu.walk(list(chosen), out, seconds, again)}
+
+
+def test_a_phase_that_fails_does_not_stop_the_next_and_each_has_its_log(tmp_path):
+    found = walk(
+        tmp_path,
+        phase("one", "print('first'); raise SystemExit(3)", "print('second')"),
+        phase("two", "import sys; print('to out'); print('to err', file=sys.stderr)"),
+    )
+    assert found == {"one": ("failed", "second"), "two": ("ok", "to err")}
+    assert "first" in (tmp_path / "one.log").read_text()
+    assert set((tmp_path / "two.log").read_text().splitlines()[1:]) == {"to out", "to err"}
+    assert json.loads((tmp_path / "phases.json").read_text())["one"]["status"] == "failed"
+
+
+def test_what_succeeded_is_not_run_again_unless_asked_for(tmp_path):
+    mark = f"open({str(tmp_path / 'runs')!r}, 'a').write('x')"
+    failing = f"{mark}; raise SystemExit(1)"
+    for expected, again in (("xx", False), ("xxx", False), ("xxxxx", True)):
+        found = walk(tmp_path, phase("good", mark), phase("bad", failing), again=again)
+        assert {name: status for name, (status, _) in found.items()} == {"good": "ok", "bad": "failed"}
+        assert (tmp_path / "runs").read_text() == expected
+
+
+def test_time_that_runs_out_ends_the_process_with_its_children_and_keeps_what_it_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE_S", 0.5)
+    child = "import time; print('child', flush=True); time.sleep(600)"
+    parent = (
+        "import subprocess, sys, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); time.sleep(600)"
+    )
+    began = time.monotonic()
+    found = walk(tmp_path, phase("long", parent, "print('never')"), phase("next", "print('ran')"), seconds=8)
+    assert found == {"long": ("out of time", "child"), "next": ("ok", "ran")}
+    assert time.monotonic() - began < 9
+    pid = int((tmp_path / "long.log").read_text().splitlines()[-2])
+    assert "never" not in (tmp_path / "long.log").read_text()
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end(pid)
+
+
+def _wait_for_the_end(pid: int) -> None:
+    for _ in range(50):
+        os.kill(pid, 0)
+        if Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z":
+            raise ProcessLookupError  # ended; nobody has asked for its status yet
+        time.sleep(0.1)
+
+
+def test_a_process_that_is_left_behind_ends_with_its_phase(tmp_path):
+    child = "import time; time.sleep(600)"
+    parent = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid)"
+    assert walk(tmp_path, phase("one", parent))["one"][0] == "ok"
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end(int((tmp_path / "one.log").read_text().splitlines()[-1]))
+
+
+def test_ending_the_whole_ends_the_process_at_work(tmp_path):
+    sleeper = Phase("long", 1.0, (python("import os, time; print(os.getpid(), flush=True); time.sleep(600)"),))
+    code = (
+        "import sys; from bench import gpu; from bench.cli import main; from bench.phases import Phase, Step\n"
+        f"gpu.rehearsed = lambda out: [{sleeper!r}]\n"
+        f"sys.exit(main(['gpu', '--dry-run', '--out', {str(tmp_path)!r}]))"
+    ).replace(repr(sleeper.skip), "lambda: ''")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=phases.ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "long.log"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().split("\n")) > 2):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end(int(log.read_text().splitlines()[-1]))
+
+
+def test_what_a_phase_leaves_of_its_time_goes_to_the_others(tmp_path, monkeypatch):
+    limits = {}
+
+    def perform(phase: Phase, out: Path, limit_s: float) -> gpu.Outcome:
+        limits[phase.name] = limit_s
+        return gpu.Outcome(phase.name, "ok")
+
+    monkeypatch.setattr(gpu, "perform", perform)
+    walk(tmp_path, phase("a", share=1), phase("b", share=2), phase("c", share=1), seconds=400)
+    assert limits == pytest.approx({"a": 100, "b": 400 * 2 / 3, "c": 400}, rel=0.01)
+
+
+def test_a_phase_that_cannot_run_says_why_and_is_no_failure(tmp_path, capsys):
+    assert walk(tmp_path, phase("tests", "1/0", skip=lambda: "pytest is not installed here")) == {
+        "tests": ("skipped", "pytest is not installed here")
+    }
+    assert not gpu.Outcome("tests", "skipped").is_failure
+    assert gpu.Outcome("tests", "out of time").is_failure
+
+
+def test_what_is_kept_lies_with_the_results_however_the_phase_ends(tmp_path):
+    made, out = tmp_path / "choice.csv", tmp_path / "out"
+    out.mkdir()
+    walk(out, phase("tune", f"open({str(made)!r}, 'w').write('rows'); 1/0", keep=(made, tmp_path / "never")))
+    assert (out / "choice.csv").read_text() == "rows"
+    assert not (out / "never").exists()
+
+
+def test_a_program_that_is_not_there_is_a_failure(tmp_path):
+    found = walk(tmp_path, Phase("build", 1.0, (Step(("x",), program="/nowhere/nvcc"), python("print('on')"))))
+    assert found["build"] == ("failed", "on")
+
+
+def test_a_limit_reaches_the_command_line():
+    assert Step(("bench", "tune", "--budget", phases.SECONDS)).command(100)[-1] == "88"
+    assert Step(("bench", phases.SECONDS)).command(5) == [sys.executable, "-m", "bench", "1"]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 103, 121])
+def test_on_a_gpu_every_phase_and_every_option_is_known(tmp_path, arch):
+    from bench.static import ARCHITECTURES
+
+    known = phases.on_gpu(tmp_path, arch)
+    assert [p.name for p in known if not p.optional] == [p.name for p in phases.rehearsed(tmp_path)]
+    assert sum(p.share for p in known) > 0
+    for step in (step for p in known for step in p.steps if step.words[0] == "bench"):
+        words = step.command(60.0)[3:]
+        parse(words)
+        if "--arch" in words:
+            assert int(words[words.index("--arch") + 1]) in ARCHITECTURES
+
+
+def parse(words: list[str]) -> None:
+    """Read a subcommand's options as `python -m bench` does; unknown ones end the test."""
+    import argparse
+    import importlib
+
+    module = importlib.import_module(f"bench.{words[0]}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    parser.parse_args(words[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--dry-run", "--phases", "teste"], "no phase called 'teste'; there are install, build, tests"),
+        (["--dry-run", "--seconds", "0"], "--seconds must be above 0"),
+        pytest.param(
+            [], "finds no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+        ),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(tmp_path, capsys, options, says):
+    with pytest.raises(SystemExit):
+        main(["gpu", "--out", str(tmp_path / "out"), *options])
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_some_phases_alone(tmp_path, capsys):
+    assert main(["gpu", "--dry-run", "--out", str(tmp_path), "--phases", "install"]) == 0
+    shown = capsys.readouterr().out
+    assert "install    ok" in shown
+    assert "absent:" in (tmp_path / "install.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_is_rehearsed_without_a_gpu(tmp_path, capsys):
+    status = main(["gpu", "--dry-run", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    logs = "\n".join(log.read_text()[-1500:] for log in tmp_path.glob("*.log"))
+    assert status == 0, shown + logs
+    for name in ("kernels.csv", "static.csv", "choice.csv", "report.html"):
+        assert (tmp_path / name).stat().st_size > 0, logs
+    assert list((tmp_path / "plots").iterdir())
+    for known in phases.rehearsed(tmp_path):
+        assert f"\n{known.name:<10} ok" in shown
