@@ -35,7 +35,7 @@ def rows(library: Path, shared: dict[int, int], archs: Iterable[int]) -> Iterato
 
     Args:
         library: libfastlora_cuda.so.
-        shared: bytes of shared memory that a launch for up to so many tokens asks for.
+        shared: bytes of shared memory that a launch for up to so many tokens asks for; 0: the second kernel's.
         archs: 80, 86, ...; one that the library was not compiled for has no rows.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -58,7 +58,7 @@ def _rows_of(cubin: Path, shared: dict[int, int], arch: int) -> Iterator[Row]:
             arch=arch,
             registers=registers,
             spills=stack + local,
-            shared_bytes=static + (shared[tokens] if loop else 0),
+            shared_bytes=static + shared[tokens if loop else 0],
             sass_per_weight=round(len(loop) / WEIGHTS_A_LANE, 2) if loop else None,
             tensor_core=_PRODUCT in code[symbol],
         )

@@ -1,9 +1,9 @@
 // The C interface of libfastlora_cuda: raw device pointers, sizes and a stream, so that one build serves every torch.
 //
-// A call makes its device the thread's current one, works on the given stream, allocates nothing and waits for nothing, so
-// it can be captured in a CUDA graph. What it has to know of a device it asks once, at the first call there. Results: 0,
-// a negative number for arguments that the kernels cannot take, or a cudaError_t; fastlora_cuda_message() words them.
-// A dtype is 0 fp32, 1 bf16, 2 fp16.
+// A call makes its device the thread's current one, works on the given stream, allocates nothing and waits for nothing,
+// so it can be captured in a CUDA graph. What it has to know of a device it asks once, at the first call there.
+// Results: 0, a negative number for arguments that the kernels cannot take, or a cudaError_t; fastlora_cuda_message()
+// words them. A dtype is 0 fp32, 1 bf16, 2 fp16.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +26,11 @@ enum FastloraCudaStatus : int {
 
 namespace fastlora {
 
-// out [tokens, N] = x [tokens, K] Wᵀ + scaling * (x lora_aᵀ) lora_bᵀ + bias. 1 to 16 tokens; K a multiple of 64 and of the
-// blocksize; rank 0 for no adapters; codes, x, lora_a, lora_b and workspace at multiples of 16 bytes.
+// out [tokens, N] = x [tokens, K] Wᵀ + scaling * (x lora_aᵀ) lora_bᵀ + bias. 1 to 16 tokens; K a multiple of 64 and of
+// the blocksize; rank 0 for no adapters; codes, x, lora_a, lora_b and workspace at multiples of 16 bytes.
 struct CudaDecode {
   Nf4Weight weight;
-  const void* x;  // [tokens, K], bf16 or fp16
+  const void* x;         // [tokens, K], bf16 or fp16
   int64_t x_row_stride;  // in elements, a multiple of 8
   int64_t tokens;
   const void* lora_a;  // [rank, K], fp32 or of x's dtype
@@ -53,10 +53,10 @@ FASTLORA_EXPORT int fastlora_cuda_abi_version();
 FASTLORA_EXPORT const char* fastlora_cuda_architectures();
 // 0 where the kernels can run on a device.
 FASTLORA_EXPORT int fastlora_cuda_probe(int device);
-// Bytes of shared memory that a block of the first decode kernel takes.
+// Bytes of shared memory that a block of the first decode kernel takes; with 0 tokens, one of the second.
 FASTLORA_EXPORT int64_t fastlora_cuda_decode_shared(int64_t tokens);
 // Bytes, or a result as above if negative; a cudaError_t comes as 1000 less than its negative.
-FASTLORA_EXPORT int64_t fastlora_cuda_decode_workspace(int64_t tokens, int64_t rows, int64_t cols, int64_t log2_blocksize,
-                                                       int64_t rank, int x_dtype, int device);
+FASTLORA_EXPORT int64_t fastlora_cuda_decode_workspace(int64_t tokens, int64_t rows, int64_t cols,
+                                                       int64_t log2_blocksize, int64_t rank, int x_dtype, int device);
 FASTLORA_EXPORT int fastlora_cuda_decode(const fastlora::CudaDecode* arguments, void* stream);
 FASTLORA_EXPORT const char* fastlora_cuda_message(int status);

@@ -135,13 +135,13 @@ def usable(device: torch.device) -> tuple[bool, str]:
 
 
 def static_facts() -> tuple[Path, dict[int, int]]:
-    """The library's path, and the bytes of shared memory that a block takes for up to so many tokens.
+    """The library's path, and the bytes of shared memory that a block takes for up to so many tokens; 0: its sums.
 
     Raises:
         RuntimeError: the library is not loaded.
     """
     library = _loaded()
-    return _build.cuda_library_path(), {m: library.fastlora_cuda_decode_shared(m) for m in (2, 8, MAX_TOKENS)}
+    return _build.cuda_library_path(), {m: library.fastlora_cuda_decode_shared(m) for m in (0, 2, 8, MAX_TOKENS)}
 
 
 def build() -> Path:

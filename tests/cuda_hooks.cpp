@@ -33,7 +33,9 @@ HOOK void part(int count, int parts, int i, int* out) {
   out[1] = part.end;
 }
 
-HOOK int first_column_of(int is_short, int t, int h) { return is_short ? first_column<true>(t, h) : first_column<false>(t, h); }
+HOOK int first_column_of(int is_short, int t, int h) {
+  return is_short ? first_column<true>(t, h) : first_column<false>(t, h);
+}
 HOOK uint32_t table_offset_of(int byte, int lane) { return table_offset(byte, lane); }
 HOOK uint32_t slot_offset_of(int stage, int warp) { return slot_offset(stage, warp); }
 HOOK uint32_t code_offset_of(int row, int byte) { return code_offset(row, byte); }

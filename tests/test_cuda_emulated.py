@@ -136,7 +136,7 @@ def decode_copying(gpu, given):
 
 
 MUTATIONS = {
-    "a barrier left out": ("decode.h", "  sync_block();\n  if (at.warp == turn.warp)", "  if (at.warp == turn.warp)"),
+    "a barrier left out": ("block.h", "  sync_block();\n  if (at.warp == turn.warp)", "  if (at.warp == turn.warp)"),
     "a copy not waited for": ("decode.h", "wait_copies<kStages - 2>()", "wait_copies<kStages - 1>()"),
     "operands swapped": ("decode.h", "x[0], x[1], T{}", "x[1], x[0], T{}"),
     "a row beyond the last": ("decode.h", "+ 4 * i, p.shape.rows - 1)", "+ 4 * i, p.shape.rows)"),

@@ -83,8 +83,7 @@ bool misaligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 int decode(const CudaDecode& given, void* stream) {
   Choice choice;
   Problem problem = {};
-  if (const int status =
-          choose(given.tokens, given.weight, given.rank, given.x_dtype, choice, problem.shape)) {
+  if (const int status = choose(given.tokens, given.weight, given.rank, given.x_dtype, choice, problem.shape)) {
     return status;
   }
   if (given.adapter_dtype != 0 && given.adapter_dtype != given.x_dtype) return FASTLORA_CUDA_BAD_DTYPE;
@@ -111,8 +110,8 @@ int decode(const CudaDecode& given, void* stream) {
   problem.base = static_cast<float*>(given.workspace);
   problem.h = problem.base + problem.shape.base_floats(problem.plan);
   const uint32_t shared = shared_bytes(kTokens[choice.size]);
-  if (const int error = launch(choice.products(), problem.plan.blocks(), 32 * problem.plan.warps, shared, false, stream,
-                               problem)) {
+  if (const int error =
+          launch(choice.products(), problem.plan.blocks(), 32 * problem.plan.warps, shared, false, stream, problem)) {
     return error;
   }
   return launch(choice.epilogue(), ceil_div(problem.shape.rows, kEpilogueRows), kEpilogueThreads,
@@ -135,11 +134,11 @@ FASTLORA_EXPORT int fastlora_cuda_probe(int device) {
 }
 
 FASTLORA_EXPORT int64_t fastlora_cuda_decode_shared(int64_t tokens) {
-  return gpu::shared_bytes(static_cast<int>(tokens));
+  return tokens == 0 ? gpu::epilogue_shared_bytes() : gpu::shared_bytes(static_cast<int>(tokens));
 }
 
-FASTLORA_EXPORT int64_t fastlora_cuda_decode_workspace(int64_t tokens, int64_t rows, int64_t cols, int64_t log2_blocksize,
-                                                       int64_t rank, int x_dtype, int device) {
+FASTLORA_EXPORT int64_t fastlora_cuda_decode_workspace(int64_t tokens, int64_t rows, int64_t cols,
+                                                       int64_t log2_blocksize, int64_t rank, int x_dtype, int device) {
   Nf4Weight weight = {};
   weight.rows = rows;
   weight.cols = cols;

@@ -1,61 +1,24 @@
 // y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias for 1 to 16 tokens, W in NF4 as it lies in memory: the first of two kernels.
 //
-// It reads every packed byte once. A tile of W is the left operand of the tensor cores' product, the tokens its eight (or
-// twice eight) columns: a byte, which is two weights, costs one byte permutation and one load from a table of pairs, and
-// the product comes almost free. Levels are 16-bit, times a factor that keeps them near (layout.h); the scale, in fp32,
-// multiplies the sum over its block. Before the tiles some blocks of threads multiply a piece of A the same way, in tf32,
-// fp32 adapters in two parts. All sums go to a workspace in fp32:
+// It reads every packed byte once. A tile of W is the left operand of the tensor cores' product, the tokens its eight
+// (or twice eight) columns: a byte, which is two weights, costs one byte permutation and one load from a table of
+// pairs, and the product comes almost free. Levels are 16-bit, times a factor that keeps them near (layout.h); the
+// scale, in fp32, multiplies the sum over its block. Before the tiles some blocks of threads make pieces of h
+// (shrink.h). All sums go to a workspace in fp32:
 //
 //     base [ranges, tokens, rows]    h [ranges * lora_parts, tokens, rank]    rows and rank padded to 16
 //
-// The second kernel, epilogue.h, adds them up. Where scales serve 32 columns (kShort), halves of 64 columns have their own.
+// The second kernel, epilogue.h, adds them up. Where scales serve 32 columns (kShort), each half of a block of 64 has
+// its own.
 #pragma once
 
+#include "block.h"
 #include "device.h"
 #include "layout.h"
+#include "shrink.h"
 
 namespace fastlora {
 namespace gpu {
-
-// Where a lane stands: its warp's chunk, its place in the product's fragments, and what follows for shared memory.
-template <int kTokens, bool kShort>
-struct Lane {
-  int warp;
-  int lane;
-  int g;  // lane / 4: its row in either half of a tile, its token
-  int t;  // lane % 4: its columns
-  int range;
-  int group;
-  int k_begin;     // first column of the warp's chunk
-  int blocks;      // blocks of 64 columns of the chunk that W has: 0 to 4
-  uint32_t copy;   // in a slot: where the codes that it copies of row lane / 8 go
-  uint32_t codes;  // in a slot: the first codes that it takes, row g, block 0
-  uint32_t sum;    // in the sums: row g, token 2t
-
-  FASTLORA_DEVICE explicit Lane(const Problem& p) {
-    warp = same_in_warp(thread_index() / 32);
-    lane = thread_index() % 32;
-    g = lane / 4;
-    t = lane % 4;
-    range = block_index() / p.plan.groups;
-    group = block_index() % p.plan.groups;
-    const Part chunks = part_of(p.shape.chunks(), p.plan.ranges, range);
-    k_begin = (chunks.begin + warp) * kChunk;
-    const int left = chunks.begin + warp < chunks.end ? (p.shape.cols - k_begin) / kBlock : 0;
-    blocks = least(left, kBlocks);
-    copy = code_offset(lane / 8, lane % 8 * 16);
-    codes = code_offset(g, first_column<kShort>(t, 0) / 2);
-    sum = kSumsOffset + warp * groups_of(kTokens) * kSumsBytes + sum_offset(g, 2 * t);
-  }
-};
-
-// Zeroes the sums, some of which belong to no warp.
-template <int kTokens>
-FASTLORA_DEVICE void clear_sums() {
-  for (uint32_t i = thread_index() * 16; i < 2 * sums_bytes(kTokens); i += thread_count() * 16) {
-    store_shared(kSumsOffset + i, uint4{0, 0, 0, 0});
-  }
-}
 
 // Fills the table of pairs and the levels of nested scales.
 template <class T, int kTokens, bool kShort>
@@ -90,8 +53,8 @@ FASTLORA_DEVICE void copy_codes(const Problem& p, const Lane<kTokens, kShort>& a
   commit_copies();
 }
 
-// The scales of block t of a tile's rows g and g + 8, as they lie in memory. Two scales of 32 columns share their second
-// level: the first of them is even.
+// The scales of block t of a tile's rows g and g + 8, as they lie in memory. Two scales of 32 columns share their
+// second level: the first of them is even.
 template <bool kShort>
 struct RawScales {
   static constexpr int kEach = kShort ? 2 : 1;
@@ -142,17 +105,16 @@ FASTLORA_DEVICE Scales<kShort> decode_scales(const Problem& p, const RawScales<k
   return scales;
 }
 
-// Right operands of a chunk: x of token g, zero beyond the last token and the last column. Up to two tokens leave columns
-// to spare, which then tell the blocks apart: column g is token g % 2 in block g / 2 and zero in the others, so that the
-// sums of block t come to lane t of a row, the one that has its scale.
+// Right operands of a chunk: x of token g, zero beyond the last token and the last column. Up to two tokens leave
+// columns to spare, which then tell the blocks apart: column g is token g % 2 in block g / 2 and zero in the others, so
+// that the sums of block t come to lane t of a row, the one that has its scale.
 template <int kTokens>
 struct Fragments {
   uint32_t x[groups_of(kTokens)][kBlocks][8];
 };
 
 template <int kTokens, bool kShort>
-FASTLORA_DEVICE void load_fragments(const Problem& p, const Lane<kTokens, kShort>& at,
-                                    Fragments<kTokens>& fragments) {
+FASTLORA_DEVICE void load_fragments(const Problem& p, const Lane<kTokens, kShort>& at, Fragments<kTokens>& fragments) {
 #pragma unroll
   for (int group = 0; group < groups_of(kTokens); ++group) {
     const int token = kTokens == 2 ? at.g % 2 : group * 8 + at.g;
@@ -248,137 +210,9 @@ FASTLORA_DEVICE void multiply_tile(const Lane<kTokens, kShort>& at, uint32_t slo
   }
 }
 
-// Which of the two buffers of sums comes next, and which warp adds up.
-template <int kTokens>
-struct Turn {
-  uint32_t buffer = 0;
-  int warp = 0;
-
-  FASTLORA_DEVICE void next(int warps) {
-    buffer ^= sums_bytes(kTokens);
-    warp = warp + 1 < warps ? warp + 1 : 0;
-  }
-};
-
-// Adds up the warps' sums of one tile, and with two tokens the blocks', and writes 16 columns of `out` [tokens, stride].
-// Buffers take turns, so one barrier a call is enough.
-template <int kTokens, bool kShort>
-FASTLORA_DEVICE void publish(const Problem& p, const Lane<kTokens, kShort>& at, Turn<kTokens>& turn,
-                             const float (&total)[groups_of(kTokens)][4], float* out, int stride) {
-#pragma unroll
-  for (int group = 0; group < groups_of(kTokens); ++group) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t mine = ((turn.buffer + at.sum) ^ sum_offset(0, i % 2)) + sum_offset(i / 2 * 8, 0);
-      store_shared(mine + group * kSumsBytes, total[group][i]);
-    }
-  }
-  sync_block();
-  if (at.warp == turn.warp) {
-    const int quad = at.lane / 8, token = at.lane % 8 ^ (quad & 1);
-#pragma unroll 1
-    for (int group = 0; group < groups_of(kTokens); ++group) {
-      const uint32_t first = turn.buffer + kSumsOffset + group * kSumsBytes + at.lane * 16;
-      float4 sum = load_shared<float4>(first);
-#pragma unroll
-      for (int warp = 1; warp < kMaxWarps; ++warp) {
-        const float4 one = load_shared<float4>(first + warp * groups_of(kTokens) * kSumsBytes);
-        sum = {sum.x + one.x, sum.y + one.y, sum.z + one.z, sum.w + one.w};
-      }
-      if (kTokens == 2) {
-#pragma unroll
-        for (int apart = 2; apart < 8; apart *= 2) {
-          sum.x += shuffle_xor(sum.x, apart);
-          sum.y += shuffle_xor(sum.y, apart);
-          sum.z += shuffle_xor(sum.z, apart);
-          sum.w += shuffle_xor(sum.w, apart);
-        }
-      }
-      if (group * 8 + token < p.shape.tokens) {
-        store_global(reinterpret_cast<float4*>(out + (group * 8 + token) * stride + quad * 4), sum);
-      }
-    }
-  }
-  turn.next(p.plan.warps);
-}
-
-// 16 neighbouring values of a row of A or x, as fp32: in memory either fp32 or T.
-struct Sixteen {
-  float value[16];
-};
-
-template <class T>
-FASTLORA_DEVICE Sixteen load_sixteen(const void* row, int column, bool fp32) {
-  Sixteen out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (fp32) {
-      const float4 four = load_constant(reinterpret_cast<const float4*>(static_cast<const float*>(row) + column) + i);
-      out.value[4 * i] = four.x;
-      out.value[4 * i + 1] = four.y;
-      out.value[4 * i + 2] = four.z;
-      out.value[4 * i + 3] = four.w;
-    } else {
-      const uint2 four = load_constant(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(row) + column) + i);
-      out.value[4 * i] = widen(static_cast<uint16_t>(four.x), T{});
-      out.value[4 * i + 1] = widen(static_cast<uint16_t>(four.x >> 16), T{});
-      out.value[4 * i + 2] = widen(static_cast<uint16_t>(four.y), T{});
-      out.value[4 * i + 3] = widen(static_cast<uint16_t>(four.y >> 16), T{});
-    }
-  }
-  return out;
-}
-
-// total += 16 rows of A times x over 64 columns.
 template <class T, int kTokens, bool kShort>
-FASTLORA_DEVICE void multiply_lora(const Problem& p, const Lane<kTokens, kShort>& at, int r_begin, int k_begin,
-                                   float (&total)[groups_of(kTokens)][4]) {
-  const int column = k_begin + at.t * 16;
-  const int size = p.adapters_fp32 ? 4 : 2;
-  Sixteen a[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = least(r_begin + at.g + 8 * i, p.shape.rank - 1);
-    const uint8_t* first = static_cast<const uint8_t*>(p.lora_a) + int64_t{row} * p.shape.cols * size;
-    a[i] = load_sixteen<T>(first, column, p.adapters_fp32);
-  }
-#pragma unroll
-  for (int group = 0; group < groups_of(kTokens); ++group) {
-    const int token = group * 8 + at.g;
-    Sixteen x = {};
-    if (token < p.shape.tokens) x = load_sixteen<T>(p.x + token * p.x_stride, column, false);
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-      const float whole[4] = {a[0].value[i], a[1].value[i], a[0].value[i + 1], a[1].value[i + 1]};
-      float upper[4], lower[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        upper[j] = float_from_bits(bits_from_float(whole[j]) & 0xffffe000u);
-        lower[j] = whole[j] - upper[j];
-      }
-      multiply_tf32(total[group], upper, x.value[i], x.value[i + 1]);
-      if (p.adapters_fp32) multiply_tf32(total[group], lower, x.value[i], x.value[i + 1]);
-    }
-  }
-}
-
-// This block's share of h: pieces of 16 ranks by part of the warps' chunks. The blocks with the fewest tiles begin.
-template <class T, int kTokens, bool kShort>
-FASTLORA_DEVICE void share_of_h(const Problem& p, const Lane<kTokens, kShort>& at, Turn<kTokens>& turn) {
-  const int parts = p.plan.lora_parts, blocks = kBlocks / parts, rank = p.shape.padded_rank();
-  for (int piece = p.plan.groups - 1 - at.group; piece < rank / kTileRows * parts; piece += p.plan.groups) {
-    const int part = piece % parts, r_begin = piece / parts * kTileRows;
-    float total[groups_of(kTokens)][4] = {};
-    for (int block = part * blocks; block < least((part + 1) * blocks, at.blocks); ++block) {
-      multiply_lora<T>(p, at, r_begin, at.k_begin + block * kBlock, total);
-    }
-    const int64_t split = at.range * parts + part;
-    publish(p, at, turn, total, p.h + split * p.shape.tokens * rank + r_begin, rank);
-  }
-}
-
-template <class T, int kTokens, bool kShort>
-FASTLORA_KERNEL(kMaxThreads, blocks_each(kTokens, kShort)) decode_products(const Problem p) {
+FASTLORA_KERNEL(kMaxThreads, blocks_each(kTokens, kShort))
+decode_products(const Problem p) {
   const Lane<kTokens, kShort> at(p);
   const Part tiles = part_of(p.shape.tiles(), p.plan.groups, at.group);
   uint32_t slot[kStages];

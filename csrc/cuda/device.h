@@ -1,5 +1,5 @@
-// What the kernels ask of a GPU, in one place: device instructions here, the same names on the CPU in emulate.h, so that
-// the very code that runs on a GPU is tested without one. Shared memory is addressed in bytes from its beginning.
+// What the kernels ask of a GPU, in one place: device instructions here, the same names on the CPU in emulate.h, so
+// that the very code that runs on a GPU is tested without one. Shared memory is addressed in bytes from its beginning.
 #pragma once
 
 #include <cstdint>
@@ -84,8 +84,8 @@ FASTLORA_DEVICE void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t 
 FASTLORA_DEVICE void multiply_tf32(float (&acc)[4], const float (&a)[4], float b0, float b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
 
 FASTLORA_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
@@ -107,8 +107,8 @@ FASTLORA_DEVICE float widen(uint16_t bits, Half) {
   return value;
 }
 
-// Programmatic dependent launch: the next kernel may start once every block has said so, and waits, before it reads what
-// this one wrote, until all of it is there. Before sm_90 kernels follow one another anyway.
+// Programmatic dependent launch: the next kernel may start once every block has said so, and waits, before it reads
+// what this one wrote, until all of it is there. Before sm_90 kernels follow one another anyway.
 FASTLORA_DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,10 +1,10 @@
 // A GPU on the CPU, for tests: what device.h and launch.h ask of one, by the rules of the PTX manual.
 //
-// A kernel's blocks run one after the other. Every thread of a block is a context of its own, which runs until a warp or
-// the block has to come together; which one goes on next is drawn by lot, so code that lacks a barrier gives wrong sums in
-// some draw. Asynchronous copies land at once or only when waited for, again by lot. Fresh shared memory is NaN. An access
-// outside shared memory or outside the memory that the test has named, a misaligned one, a write to what may only be read,
-// lanes that do not come together: each ends the launch with a message.
+// A kernel's blocks run one after the other. Every thread of a block is a context of its own, which runs until a warp
+// or the block has to come together; which one goes on next is drawn by lot, so code that lacks a barrier gives wrong
+// sums in some draw. Asynchronous copies land at once or only when waited for, again by lot. Fresh shared memory is
+// NaN. An access outside shared memory or outside the memory that the test has named, a misaligned one, a write to what
+// may only be read, lanes that do not come together: each ends the launch with a message.
 //
 // Source: PTX ISA 8.5, sections 9.7.14.5.7 and 9.7.14.5.8 (layout of the fragments), 9.7.9.25 (cp.async).
 #pragma once
@@ -103,10 +103,10 @@ class Machine {
   void check(const void* address, size_t size, bool write, bool constant) {
     const uint8_t* first = static_cast<const uint8_t*>(address);
     if (reinterpret_cast<uintptr_t>(address) % size != 0) fail("misaligned global memory access");
-    for (const Span& span : memory) {
-      if (first < span.begin || first + size > span.end) continue;
-      if (write && !span.writable) fail("write to memory that may only be read");
-      if (constant && span.writable) fail("a constant load from memory that kernels write");
+    for (auto span = memory.rbegin(); span != memory.rend(); ++span) {  // the last named counts
+      if (first < span->begin || first + size > span->end) continue;
+      if (write && !span->writable) fail("write to memory that may only be read");
+      if (constant && span->writable) fail("a constant load from memory that kernels write");
       return;
     }
     fail("access outside the memory that was named");
@@ -315,9 +315,7 @@ void store_global(V* address, V value) {
   *address = value;
 }
 
-inline void copy_async(uint32_t offset, const uint8_t* source) {
-  emulated::Machine::get().copy_async(offset, source);
-}
+inline void copy_async(uint32_t offset, const uint8_t* source) { emulated::Machine::get().copy_async(offset, source); }
 inline void commit_copies() { emulated::Machine::get().commit_copies(); }
 template <int pending>
 void wait_copies() {
@@ -332,8 +330,9 @@ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 }
 inline void multiply_tf32(float (&acc)[4], const float (&a)[4], float b0, float b1) {
   emulated::Machine& machine = emulated::Machine::get();
-  const emulated::Exchange* all = machine.meet_warp(
-      {emulated::kMultiplyTf32, {bits_of(a[0]), bits_of(a[1]), bits_of(a[2]), bits_of(a[3]), bits_of(b0), bits_of(b1)}});
+  const emulated::Exchange* all =
+      machine.meet_warp({emulated::kMultiplyTf32,
+                         {bits_of(a[0]), bits_of(a[1]), bits_of(a[2]), bits_of(a[3]), bits_of(b0), bits_of(b1)}});
   const int lane = machine.thread % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;

@@ -35,7 +35,8 @@ FASTLORA_DEVICE float4 load_b(const Problem& p, int row, int rank) {
   float4 b = {0.0f, 0.0f, 0.0f, 0.0f};
   const int64_t first = int64_t{row} * p.shape.rank + rank;
   if (rank + 4 <= p.shape.rank && p.shape.rank % 4 == 0) {
-    if (p.adapters_fp32) return load_constant(reinterpret_cast<const float4*>(static_cast<const float*>(p.lora_b) + first));
+    if (p.adapters_fp32)
+      return load_constant(reinterpret_cast<const float4*>(static_cast<const float*>(p.lora_b) + first));
     const uint2 four = load_constant(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.lora_b) + first));
     b.x = widen(static_cast<uint16_t>(four.x), T{});
     b.y = widen(static_cast<uint16_t>(four.x >> 16), T{});
@@ -50,8 +51,8 @@ FASTLORA_DEVICE float4 load_b(const Problem& p, int row, int rank) {
   return b;
 }
 
-// Adds up the splits of h for kRanks ranks, into shared memory [tokens, kRanks], zero beyond the last rank. Where there are
-// fewer sums than threads, up to eight lanes share one.
+// Adds up the splits of h for kRanks ranks, into shared memory [tokens, kRanks], zero beyond the last rank. Where there
+// are fewer sums than threads, up to eight lanes share one.
 FASTLORA_DEVICE void sum_h(const Problem& p, int r_begin) {
   const int rank = p.shape.padded_rank(), ranks = least(kRanks, rank - r_begin), splits = p.plan.h_splits();
   const int count = p.shape.tokens * ranks;
@@ -88,7 +89,8 @@ FASTLORA_DEVICE void add_update(const Problem& p, int r_begin, const float4 (&b)
 }
 
 template <class T, int kTokens>
-FASTLORA_KERNEL(kEpilogueThreads, 1) decode_epilogue(const Problem p) {
+FASTLORA_KERNEL(kEpilogueThreads, 1)
+decode_epilogue(const Problem p) {
   constexpr int kMine = (kTokens + 3) / 4, kEarly = 4;  // tokens a lane finishes; ranges it reads while h is added up
   const int t = thread_index() % 4, tokens = p.shape.tokens;
   const int n = block_index() * kEpilogueRows + thread_index() / 4, row = least(n, p.shape.rows - 1);

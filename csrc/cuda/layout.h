@@ -1,10 +1,10 @@
 // How the decode product is cut up: which block of threads takes which part, and where things lie in shared memory.
 //
-// A tile is 16 rows of W, a chunk 256 columns: 128 bytes of codes a row. A warp keeps one chunk of x in registers and walks
-// down the tiles; the warps of a block take neighbouring chunks and add their sums up once a tile. The columns are
-// cut into `ranges`, one for each of `groups` blocks' worth of tiles:
+// A tile is 16 rows of W, a chunk 256 columns: 128 bytes of codes a row. A warp keeps one chunk of x in registers and
+// walks down the tiles; the warps of a block take neighbouring chunks and add their sums up once a tile. The columns
+// are cut into `ranges`, one for each of `groups` blocks' worth of tiles:
 //
-//     block = range * groups + group,   chunks [range * chunks / ranges, ...),   tiles group, see tiles_of()
+//     block = range * groups + group,   chunks part_of(chunks, ranges, range),   tiles part_of(tiles, groups, group)
 //
 // Shared memory comes in lines of 256 bytes. Line e of the first 256 holds the pair of levels that byte e of the codes
 // stands for, 32 times over in its first half: lane l reads word l, so no two lanes meet in a bank, and the address
@@ -37,9 +37,9 @@ constexpr uint32_t kCode2Offset = kTableBytes + kSlotBytes;
 constexpr uint32_t kSumsOffset = kCode2Offset + 256 * sizeof(float);
 constexpr uint32_t kSumsBytes = kTileRows * 8 * sizeof(float);  // a warp's tile for eight tokens
 
-// The 16 levels are multiplied by this before they are rounded to 16 bits, and the sums divided by it at the end. Of all
-// factors in [1, 2) these bring the rounded levels of normally distributed weights nearest to the true ones, without
-// bias: the rms error is 0.58 (bf16) and 0.42 (fp16) of that of rounding each weight.
+// The 16 levels are multiplied by this before they are rounded to 16 bits, and the sums divided by it at the end. Of
+// all factors in [1, 2) these bring the rounded levels of normally distributed weights nearest to the true ones,
+// without bias: the rms error is 0.58 (bf16) and 0.42 (fp16) of that of rounding each weight.
 struct Bf16 {};
 struct Half {};
 template <class T>
@@ -59,9 +59,10 @@ FASTLORA_HD constexpr int groups_of(int tokens) { return tokens > 8 ? 2 : 1; }
 FASTLORA_HD constexpr uint32_t sums_bytes(int tokens) { return kMaxWarps * groups_of(tokens) * kSumsBytes; }
 FASTLORA_HD constexpr uint32_t shared_bytes(int tokens) { return kSumsOffset + 2 * sums_bytes(tokens); }
 
-// Blocks of threads that registers must leave room for on a multiprocessor; shared memory has room for two on these.
+// Blocks of threads that registers must leave room for on a multiprocessor; from Hopper on, shared memory may have room
+// for two.
 FASTLORA_HD constexpr int blocks_each([[maybe_unused]] int tokens, [[maybe_unused]] bool is_short) {
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return tokens <= 8 && !is_short ? 2 : 1;
 #else
   return 1;
@@ -76,8 +77,8 @@ FASTLORA_HD constexpr uint32_t slot_offset(int stage, int warp) {
   return beyond < 0 ? slot * kSlotSpan + kLine / 2 : kTableBytes + beyond / 2 * kSlotSpan + beyond % 2 * (kLine / 2);
 }
 
-// Byte `byte` of a row's 128 in its slot. Sixteen bytes stay together; they trade places by row, so that eight rows' equal
-// columns lie in different banks. As the places differ by bits flipped, so do offsets of bytes that differ in bits.
+// Byte `byte` of a row's 128 in its slot. Sixteen bytes stay together; they trade places by row, so that eight rows'
+// equal columns lie in different banks. Trading flips bits of the offset: a bit flipped in `byte` is flipped there.
 FASTLORA_HD constexpr uint32_t code_row_flips(int row) { return (row % 4 * 2 + row / 4 % 2) * 16; }
 FASTLORA_HD constexpr uint32_t code_offset(int row, int byte) { return row * kLine + (byte ^ code_row_flips(row)); }
 
@@ -88,7 +89,7 @@ FASTLORA_HD constexpr int first_column(int t, int h) {
   return kShort ? 32 * h + 8 * t : 16 * t + 8 * h;
 }
 
-// Where a warp's sum for a row and a token of eight lies among its 128: rows in quads, so that a lane adds up four at once.
+// Where a warp's sum for a row and a token of eight lies among its 128: a lane adds up four rows at once.
 FASTLORA_HD constexpr uint32_t sum_offset(int row, int token) {
   return (row / 4 * 8 + (token ^ (row / 4 & 1))) * 16 + row % 4 * 4;
 }
