@@ -10,7 +10,7 @@ Bytes: 0.516 a weight for each tile of tokens, the activation once for each tile
 Dequantizing through memory moves 2.5 bytes a weight before the product reads two more.
 
 A step of the loop takes int32 words of eight codes (bitsandbytes' layout as it is), looks the sixteen levels
-up, scales and rounds them, and puts the 16-bit tile into shared memory for the tensor cores: 5 to 7
+up, scales and rounds them, and puts the 16-bit tile into shared memory for the tensor cores: 5 to 8
 machine instructions a weight with everything in the loop (`python -m bench static`). Both directions read the
 same tile; dx sums over its rows. The lookup is PTX's `shfl`: lane i of each half warp holds level i. Words,
 activation and scales are loaded stages ahead.
@@ -35,6 +35,7 @@ import triton.language as tl
 from fastlora.kernels.fused_config import Config as Config
 from fastlora.kernels.fused_config import accumulators, default_config, split_sum, uses_mma_sync
 from fastlora.kernels.fused_config import candidates as candidates
+from fastlora.kernels.fused_tile import block_indices, expand_words, level_table, load_words, tile_corner
 from fastlora.kernels.lora import Dropout, _interpreted, _keep, _top
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -44,131 +45,6 @@ BLOCK_R = tl.constexpr(16)  # ranks of a step
 MAX_R = 256
 SUM_BLOCK = 1024
 NO_DROPOUT = Dropout()
-
-
-@triton.jit
-def _levels(code_ptr, LOOKUP: tl.constexpr):
-    """The table `_level` reads: with "shfl" one level a lane, a value that Triton takes for a scalar."""
-    if LOOKUP == "shfl":
-        table = tl.inline_asm_elementwise(
-            """{
-            .reg .u32 lane;
-            .reg .u64 address;
-            mov.u32 lane, %laneid;
-            and.b32 lane, lane, 15;
-            mad.wide.u32 address, lane, 4, $1;
-            ld.global.nc.f32 $0, [address];
-            }""",
-            "=f,l",
-            [code_ptr],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        table = tl.load(code_ptr + tl.arange(0, 16))
-    return table
-
-
-@triton.jit
-def _level(table, index, LOOKUP: tl.constexpr):
-    """table[index & 15] for index [ROWS, COLUMNS]."""
-    if LOOKUP == "shfl":
-        # 0x100f: segments of sixteen lanes, so that only the lowest four bits of the index count.
-        level = tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 0x100f, 0xffffffff;",
-            "=f,f,r",
-            [table, index],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        flat = tl.reshape(index & 15, (index.shape[0] * index.shape[1],))
-        level = tl.reshape(tl.gather(table, flat, 0), index.shape)
-    return level
-
-
-@triton.jit
-def _column(table, words, scale, SHIFT: tl.constexpr, LOOKUP: tl.constexpr, DTYPE: tl.constexpr):
-    return (_level(table, words >> SHIFT, LOOKUP) * scale).to(DTYPE)
-
-
-@triton.jit
-def _expand(
-    table, words, scale, LOOKUP: tl.constexpr, DTYPE: tl.constexpr, MMA_SYNC: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Words [ROWS, COLUMNS / 8] to weights [ROWS, COLUMNS]; a byte's high nibble comes first."""
-    BLOCKS: tl.constexpr = scale.shape[1]
-    scale = tl.broadcast_to(scale[:, :, None], (ROWS, BLOCKS, COLUMNS // 8 // BLOCKS))
-    scale = tl.reshape(scale, (ROWS, COLUMNS // 8))
-    c0 = _column(table, words, scale, 4, LOOKUP, DTYPE)
-    c1 = _column(table, words, scale, 0, LOOKUP, DTYPE)
-    c2 = _column(table, words, scale, 12, LOOKUP, DTYPE)
-    c3 = _column(table, words, scale, 8, LOOKUP, DTYPE)
-    c4 = _column(table, words, scale, 20, LOOKUP, DTYPE)
-    c5 = _column(table, words, scale, 16, LOOKUP, DTYPE)
-    c6 = _column(table, words, scale, 28, LOOKUP, DTYPE)
-    c7 = _column(table, words, scale, 24, LOOKUP, DTYPE)
-    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
-    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
-    w = tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
-    if LOOKUP == "shfl":
-        # A fence for Triton. mma.sync: it must not take the width of the scales' codes for the operand's (hence impure,
-        # which tcgen05's pipeline does not allow). wgmma: it must not give shared memory the shape before the reshape.
-        w = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=not MMA_SYNC, pack=2)
-    return w
-
-
-@triton.jit
-def _corner(n_start, start, TRANSPOSED: tl.constexpr):
-    """Where in W the tile begins that meets outputs from n_start on at step `start` of the sum: (row, column)."""
-    if TRANSPOSED:
-        row_start, column_start = start, n_start
-    else:
-        row_start, column_start = n_start, start
-    return row_start, column_start
-
-
-@triton.jit
-def _rows(row_start, N, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    """Row indices of a tile, int64; beyond N the last one."""
-    rows = row_start + tl.arange(0, ROWS).to(tl.int64)
-    if not EVEN:
-        rows = tl.minimum(rows, N - 1)
-    return rows
-
-
-@triton.jit
-def _words(
-    words_ptr, corner, N, row_words, TMA: tl.constexpr,
-    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Words [ROWS, COLUMNS / 8] of eight codes; beyond N and K any."""
-    row_start, column_start = corner
-    if TMA:
-        words = words_ptr.load([row_start, column_start // 8])
-    else:
-        column = tl.multiple_of(column_start // 8, COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-        if not EVEN_COLUMNS:
-            column = tl.minimum(column, row_words - 1)
-        words = tl.load(words_ptr + _rows(row_start, N, EVEN_ROWS, ROWS)[:, None] * row_words + column[None, :])
-    return words
-
-
-@triton.jit
-def _blocks(
-    corner, N, K, BLOCKSIZE: tl.constexpr,
-    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Indices [ROWS, blocks in a row] of the tile's scales; beyond N and K those of others."""
-    row_start, column_start = corner
-    BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE if COLUMNS > BLOCKSIZE else 1
-    column = column_start // BLOCKSIZE + tl.arange(0, BLOCKS)
-    if not EVEN_COLUMNS:
-        column = tl.minimum(column, K // BLOCKSIZE - 1)
-    return _rows(row_start, N, EVEN_ROWS, ROWS)[:, None] * (K // BLOCKSIZE) + column[None, :]
 
 
 @triton.jit
@@ -258,7 +134,7 @@ def _nf4_fused_kernel(
             offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
             keep = _keep(seed_ptr, offs_m, n_start, columns, threshold, BLOCK_M, BLOCK_N)
             acc = tl.where(keep, acc, 0.0)
-    table = _levels(code_ptr, LOOKUP)
+    table = level_table(code_ptr, LOOKUP)
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
@@ -267,23 +143,23 @@ def _nf4_fused_kernel(
         words_ptr = codes_ptr.to(tl.pointer_type(tl.int32))
     begin, end = split * per_split, tl.minimum(split * per_split + per_split, length)
     last = begin + (end - begin - 1) // BLOCK_K * BLOCK_K
-    corner = _corner(n_start, begin, TRANSPOSED)
-    block = _blocks(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+    corner = tile_corner(n_start, begin, TRANSPOSED)
+    block = block_indices(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
     if NESTED:
         level = tl.load(absmax_ptr + block)
     for start in range(begin, end, BLOCK_K):
         x = _activation(x_ptr, m_start, start, M, length, stride_xm, TMA, EVEN_SUM, BLOCK_M, BLOCK_K)
-        corner = _corner(n_start, start, TRANSPOSED)
-        words = _words(words_ptr, corner, N, row_words, TMA, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
-        block = _blocks(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+        corner = tile_corner(n_start, start, TRANSPOSED)
+        words = load_words(words_ptr, corner, N, row_words, TMA, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+        block = block_indices(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
         if NESTED:
             scale = tl.load(code2_ptr + level.to(tl.int32)) * tl.load(absmax2_ptr + block // NESTED_BLOCKSIZE) + offset
-            corner = _corner(n_start, tl.minimum(start + BLOCK_K, last), TRANSPOSED)
-            block = _blocks(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
+            corner = tile_corner(n_start, tl.minimum(start + BLOCK_K, last), TRANSPOSED)
+            block = block_indices(corner, N, K, BLOCKSIZE, EVEN_ROWS, EVEN_COLUMNS, ROWS, COLUMNS)
             level = tl.load(absmax_ptr + block)  # of the next step: single bytes cannot be copied asynchronously
         else:
             scale = tl.load(absmax_ptr + block)
-        w = _expand(table, words, scale, LOOKUP, x.dtype, MMA_SYNC, ROWS, COLUMNS)
+        w = expand_words(table, words, scale, LOOKUP, x.dtype, MMA_SYNC, ROWS, COLUMNS)
         if TRANSPOSED:
             acc = tl.dot(x, w, acc)
         else:

@@ -3,6 +3,7 @@
 `python -m bench tune` times the candidates on a GPU and writes the winners to `choice.csv`.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -74,6 +75,7 @@ def candidates(op: str, m: int, n: int, k: int, capability: tuple[int, int]) -> 
     return [config for config in dict.fromkeys(found) if shared_bytes(config) <= limit and accumulators(config) <= 128]
 
 
+@functools.lru_cache(4096)
 def split_sum(tiles: int, steps: int, config: Config, processors: int) -> int:
     """Parts to cut a sum of `steps` steps into, so that tiles x parts fill the chip: the least cost by a model.
 

@@ -260,5 +260,6 @@ def test_the_loop_expands_each_weight_once():
     assert len(lines) == 10
     for name, arch, lookups, instructions, right_product in lines:
         assert float(lookups) == 1, f"{name} on sm_{arch}: {lookups} lookups a weight"
-        assert float(instructions) <= 8, f"{name} on sm_{arch}: {instructions} instructions a weight"
+        limit = 6 if "_m16" in name else 8.5  # where one weight meets 64 tokens, up to one more is mma.sync itself
+        assert float(instructions) <= limit, f"{name} on sm_{arch}: {instructions} instructions a weight"
         assert right_product == "True", f"{name} on sm_{arch}: wgmma where it should not be, or none where it should"
