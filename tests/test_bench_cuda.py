@@ -180,8 +180,10 @@ def test_pytest_benchmark_runs_the_cases_and_compares_two_runs(tmp_path):
     case = "test_kernel[nf4_dequantize-0-0-forward-fastlora-bf16]"
     shared = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     shared += ["-k", "nf4_dequantize-0-0-forward-fastlora", f"--benchmark-storage={tmp_path}"]
+    # under xdist pytest-benchmark times nothing, and a worker's environment says xdist
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     for options in (["--benchmark-save=before"], ["--benchmark-compare=0001", "--benchmark-columns=median"]):
-        done = subprocess.run([*shared, *options], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*shared, *options], cwd=ROOT, env=alone, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert f"{case} (0001_before)" in done.stdout
     assert f"{case} (NOW)" in done.stdout
