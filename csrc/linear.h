@@ -20,12 +20,14 @@ struct LoraLinear {
   const void* lora_a;     // [rank, K], contiguous
   const void* lora_b;     // [N, rank], contiguous
   int64_t rank;           // 0 for no adapters
-  int32_t adapter_dtype;  // of A and B and of their gradients: 0 fp32, 1 bf16
+  Dropout dropout;        // threshold below 0 for none
   float scaling;
-  const Dropout* dropout;  // null for none
+  int32_t adapter_dtype;  // of A and B and of their gradients: 0 fp32, 1 bf16
 
   int64_t n() const { return nf4.rows; }
   int64_t k() const { return nf4.cols; }
+  bool drops() const { return rank != 0 && dropout.threshold >= 0; }
+  float kept() const { return drops() ? dropout.kept() : 1.0f; }
 };
 
 }  // namespace fastlora

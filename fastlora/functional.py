@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-from fastlora import dispatch, torch_path
+from fastlora import dispatch, fused_path, torch_path
 from fastlora.dispatch import Backend, backend
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
-from fastlora.operands import Base, Lora, Needs
+from fastlora.operands import Base, Lora, Needs, refuse_second_derivative
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 _OPERANDS = (
@@ -130,32 +130,32 @@ def _call(
     dropout_p: float,
     save_h: bool,
 ) -> Tensor:
-    n = weight.shape[0]
-    parts: tuple[Tensor | None, ...] = (weight, None, None, None, None) if isinstance(weight, Tensor) else ()
+    n, k = weight.shape
+    parts: tuple[Any, Any, Any, Any, Any] = (weight, None, None, None, None)
     blocksize = 0
     if isinstance(weight, NF4Weight):
         parts, blocksize = weight.tensors(), weight.blocksize
-    inputs: tuple[Any, ...] = (x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h)
     if _seen_by_others(x, lora_a):
         _refuse_func_gradients()
-        return torch.ops.fastlora.lora_linear(*inputs)[0]
-    if lora_a is not None and lora_b is not None and isinstance(weight, Tensor):
-        lora = Lora(lora_a, lora_b, scaling, dropout_p, seed)
-        if _is_small(x, weight, lora):
-            return torch_path.few_rows(x, weight, lora, bias)
+        return torch.ops.fastlora.lora_linear(
+            x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h
+        )[0]
+    base = Base(*parts, n, k, blocksize)
+    lora = Lora(lora_a, lora_b, scaling, dropout_p, seed) if lora_a is not None and lora_b is not None else None
+    if fused_path.serves(x, base, lora, bias):
+        return fused_path.linear(x, base, lora, bias)
+    if lora is not None and not base.is_nf4 and _is_small(x, seed):
+        return torch_path.few_rows(x, base.weight, lora, bias)
+    inputs = (x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h)
     return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
 
 
-def _is_small(x: Tensor, weight: Tensor, lora: Lora) -> bool:
+def _is_small(x: Tensor, seed: Tensor | None) -> bool:
     """Whether `torch_path.few_rows` is the quickest way to multiply x with a dense weight."""
     if os.environ.get("FASTLORA_BACKEND"):
         return False
-    if not x.is_contiguous() or not 0 < x.numel() <= torch_path.FEW_ROWS * x.shape[-1] or x.is_cuda:
-        return False
-    if lora.seed is not None or torch.is_autocast_enabled(x.device.type):
-        return False
-    base = Base(weight, None, None, None, None, weight.shape[0], weight.shape[1], 0)
-    return not torch_path.fuses(x.view(-1, x.shape[-1]), base, lora)
+    rows_fit = x.is_contiguous() and 0 < x.numel() <= torch_path.FEW_ROWS * x.shape[-1]
+    return rows_fit and seed is None and not x.is_cuda and not torch.is_autocast_enabled(x.device.type)
 
 
 def _seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
@@ -328,8 +328,7 @@ def _autograd(ctx: Any, dy: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, 
 
 
 def _gradients(ctx: Any, dy: Tensor, operator: Callable[..., Any]) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("lora_linear has no second derivative: call backward or grad without create_graph=True")
+    refuse_second_derivative()
     x, h, *base_tensors, lora_a, lora_b, seed = ctx.saved_tensors
     n, k, blocksize = ctx.base_facts
     needs = ctx.needs_input_grad

@@ -13,7 +13,8 @@ The arithmetic is fp32 from the 4-bit codes to the one rounding at the end:
     gemv         y = x Wᵀ                                   [M, K] @ [K, N], the expanded W never in memory
     gemv_t       dx = dy W                                  [M, N] @ [N, K], likewise
 
-`native_lora` has the low-rank products and the mask of dropout, `native_linear` whole LoRA linears in bf16.
+`native_lora` has the low-rank products and the mask of dropout, `native_linear` whole LoRA linears in bf16,
+`native_quantize` the way from a weight to its codes.
 
 Two environment variables: `FASTLORA_CPU_ISA` (portable, avx2, avx512, avx512bf16) forces an instruction set; `CXX`
 chooses the compiler `build()` uses. `python -m fastlora.native` compiles the library into the installed package.
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from fastlora import _build
 
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,6 +87,8 @@ def _declare(library: ctypes.CDLL) -> None:
     product = (pointer, pointer, integer, long, pointer, integer, integer, integer)
     library.fastlora_nf4_gemv.argtypes = product
     library.fastlora_nf4_gemv_t.argtypes = product
+    library.fastlora_nf4_quantize.argtypes = (pointer, integer, long, long, pointer, pointer, integer, integer)
+    library.fastlora_nf4_quantize_scales.argtypes = (pointer, long, number, pointer, pointer, pointer, integer)
     library.fastlora_lora_shrink.argtypes = (
         pointer, pointer, pointer, long, long, long, number, pointer, integer, integer,
     )  # fmt: skip
@@ -92,8 +96,10 @@ def _declare(library: ctypes.CDLL) -> None:
         pointer, pointer, pointer, long, number, pointer, long, long, integer, integer,
     )  # fmt: skip
     library.fastlora_dropout_mask.argtypes = (pointer, long, long, pointer, integer, integer, integer)
-    library.fastlora_linear.argtypes = (*(pointer,) * 5, integer, integer)
-    library.fastlora_linear_backward.argtypes = (*(pointer,) * 7, integer, integer)
+    library.fastlora_linear.argtypes = (pointer, pointer, long, long, pointer, pointer, pointer, integer, integer)
+    library.fastlora_linear_backward.argtypes = (
+        pointer, pointer, long, long, pointer, long, pointer, pointer, pointer, pointer, integer, integer,
+    )  # fmt: skip
 
 
 def isas() -> tuple[str, ...]:
@@ -364,7 +370,7 @@ def weight_of(
     Raises:
         ValueError: a tensor is not as `nf4_dequantize` asks for.
     """
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize is {blocksize}, expected a power of two from 32 to 4096")
     blocks = -(-N * K // blocksize)
     require("codes", codes, (torch.uint8,), (N * K + 1) // 2)

@@ -9,39 +9,26 @@ multiplied in bf16, an NF4 weight rounded to it as by `nf4_dequantize`. bf16 ada
 dy B rounded to bf16 for their second factors; fp32 adapters in bf16 parts that keep 24 bits (16 where the result is
 bf16).
 
+For a few tokens these calls are not much longer than the time it takes to make them: operands are packed by `struct`
+and checked by one expression each, and only a refusal looks at what was wrong.
+
 Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
 
-import ctypes
-from typing import NamedTuple
+import struct
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastlora.native import ISAS, Weight, check, chosen_isa, loaded, pointer_of, require, require_matrix, weight_of
-from fastlora.native_lora import Activations, Dropout, activations_of, dropout_of
+from fastlora.native import ISAS, check, chosen_isa, loaded, weight_of
+from fastlora.native_lora import dropout_of
 
 MAX_RANK = 512
 FEW_TOKENS = 16  # what is left to this code where the processor has AMX, which torch uses
 
-_BF16 = (torch.bfloat16,)
 _ADAPTER_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-class _LoraLinear(ctypes.Structure):
-    """fastlora::LoraLinear of csrc/linear.h."""
-
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("weight_stride", ctypes.c_int64),
-        ("nf4", Weight),
-        ("lora_a", ctypes.c_void_p),
-        ("lora_b", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("adapter_dtype", ctypes.c_int32),
-        ("scaling", ctypes.c_float),
-        ("dropout", ctypes.POINTER(Dropout)),
-    )
+_OPERANDS = struct.Struct("@Pq 5P3q PPq Qi4x fi")  # fastlora::LoraLinear of csrc/linear.h
 
 
 class Packed(NamedTuple):
@@ -81,7 +68,7 @@ def supports(m: int, n: int, k: int, rank: int, packed: bool) -> bool:
         RuntimeError: the library is not loaded.
     """
     library = loaded()
-    if chosen_isa(library) != ISAS.index("avx512bf16") or rank > MAX_RANK or n % 2 or k % (32 if packed else 2):
+    if rank > MAX_RANK or n % 2 or k % (32 if packed else 2) or ISAS[chosen_isa(library)] != "avx512bf16":
         return False
     return m <= FEW_TOKENS or not library.fastlora_linear_is_for_few_tokens()
 
@@ -102,27 +89,22 @@ def linear(
         RuntimeError: the library is not loaded, or the processor lacks AVX512_BF16; see `supports`.
     """
     library = loaded()
-    operands, (N, K, R) = _operands(weight, update)
-    activations = _activations("x", x, K)
-    _require_shape("out", out, (x.shape[0], N), _BF16)
+    operands, N, K, R = _operands(weight, update)
+    M = _require_rows("x", x, K)
+    _require("out", out, (M, N), torch.bfloat16)
     if bias is not None:
-        require("bias", bias, _BF16, N)
+        _require("bias", bias, (N,), torch.bfloat16)
     if h is not None:
-        _require_shape("h", h, (x.shape[0], R), (torch.float32,))
+        _require("h", h, (M, R), torch.float32)
     isa = chosen_isa(library)
-    if out.numel() == 0:
+    if M == 0 or N == 0:
         return
     check(
         library.fastlora_linear(
-            ctypes.byref(operands),
-            ctypes.byref(activations),
-            pointer_of(bias),
-            out.data_ptr(),
-            pointer_of(h),
-            isa,
-            torch.get_num_threads(),
+            operands, x.data_ptr(), M, x.stride(0), None if bias is None else bias.data_ptr(), out.data_ptr(),
+            None if h is None else h.data_ptr(), isa, torch.get_num_threads(),
         )
-    )
+    )  # fmt: skip
 
 
 def linear_backward(
@@ -147,84 +129,82 @@ def linear_backward(
         RuntimeError: the library is not loaded, or the processor lacks AVX512_BF16; see `supports`.
     """
     library = loaded()
-    operands, (N, K, R) = _operands(weight, update)
-    gradients = _activations("dy", dy, N)
-    M = dy.shape[0]
+    operands, N, K, R = _operands(weight, update)
+    M = _require_rows("dy", dy, N)
     if dx is not None:
-        _require_shape("dx", dx, (M, K), _BF16)
-    activations = None
-    for name, out, shape in (("da", da, (R, K)), ("db", db, (N, R))):
-        if out is None:
-            continue
-        if update is None:
-            raise ValueError(f"{name} is asked for, but there is no update: pass one")
-        _require_shape(name, out, shape, (update.lora_a.dtype,))
+        _require("dx", dx, (M, K), torch.bfloat16)
     if da is not None:
-        if x is None or x.shape[0] != M:
+        _require("da", da, (R, K), None if update is None else update.lora_a.dtype)
+        if x is None or _require_rows("x", x, K) != M:
             raise ValueError(f"da needs x of [{M}, {K}]; got {None if x is None else list(x.shape)}")
-        activations = _activations("x", x, K)
     if db is not None:
+        _require("db", db, (N, R), None if update is None else update.lora_a.dtype)
         if h is None:
             raise ValueError("db needs h, as linear() gives it")
-        _require_shape("h", h, (M, R), (torch.float32,))
+        _require("h", h, (M, R), torch.float32)
     isa = chosen_isa(library)
-    if N == 0 or K == 0 or M == 0:
-        for out in (dx, da, db):
-            if out is not None:
-                out.zero_()
-        return
     check(
         library.fastlora_linear_backward(
-            ctypes.byref(operands),
-            ctypes.byref(gradients),
-            None if activations is None else ctypes.byref(activations),
-            pointer_of(h),
-            pointer_of(dx),
-            pointer_of(da),
-            pointer_of(db),
-            isa,
-            torch.get_num_threads(),
+            operands, dy.data_ptr(), M, dy.stride(0), None if da is None or x is None else x.data_ptr(),
+            0 if x is None else x.stride(0), None if db is None or h is None else h.data_ptr(),
+            None if dx is None else dx.data_ptr(), None if da is None else da.data_ptr(),
+            None if db is None else db.data_ptr(), isa, torch.get_num_threads(),
         )
-    )
+    )  # fmt: skip
 
 
-def _operands(weight: Tensor | Packed, update: Update | None) -> tuple[_LoraLinear, tuple[int, int, int]]:
-    """The operands as the library takes them, and (N, K, R)."""
+def _operands(weight: Tensor | Packed, update: Update | None) -> tuple[bytes, int, int, int]:
+    """The operands as the library takes them, N, K and R. They borrow the tensors."""
     if isinstance(weight, Packed):
-        N, K = weight.n, weight.k
-        pointer, stride, nf4 = None, 0, weight_of(*weight[:5], weight.blocksize, N, K)
+        N, K, granule = weight.n, weight.k, 32
+        nf4 = weight_of(*weight)
+        base = (
+            0,
+            0,
+            nf4.codes,
+            nf4.absmax,
+            nf4.absmax2 or 0,
+            nf4.code2 or 0,
+            nf4.offset or 0,
+            N,
+            K,
+            nf4.log2_blocksize,
+        )
     else:
-        require_matrix("weight", weight, _BF16, strided=True)
-        N, K = weight.shape
-        if weight.stride(1) != 1 and K > 1:
-            raise ValueError(f"weight has strides {list(weight.stride())}, its columns must be next to one another")
-        pointer, stride, nf4 = weight.data_ptr(), weight.stride(0), Weight(None, None, None, None, None, N, K, 0)
-    if N % 2 or K % (32 if isinstance(weight, Packed) else 2):
+        if not (weight.dtype is torch.bfloat16 and weight.dim() == 2 and weight.is_cpu and weight.stride(1) == 1):
+            _refuse("weight", weight, "[N, K] in torch.bfloat16 on the CPU, columns next to one another")
+        (N, K), granule = weight.shape, 2
+        base = (weight.data_ptr(), weight.stride(0), 0, 0, 0, 0, 0, N, K, 0)
+    if N % 2 or K % granule:
         raise ValueError(f"a weight of [{N}, {K}]: N must be even, and K, over NF4 a multiple of 32")
     if update is None:
-        return _LoraLinear(pointer, stride, nf4, None, None, 0, 1, 0.0, None), (N, K, 0)
+        return _OPERANDS.pack(*base, 0, 0, 0, 0, -1, 0.0, 1), N, K, 0
     lora_a, lora_b, scaling, seed, p = update
-    require_matrix("lora_a", lora_a, tuple(_ADAPTER_DTYPES))
-    R = lora_a.shape[0]
-    _require_shape("lora_a", lora_a, (R, K), (lora_a.dtype,))
-    _require_shape("lora_b", lora_b, (N, R), (lora_a.dtype,))
-    if not 1 <= R <= MAX_RANK:
-        raise ValueError(f"lora_a has {R} rows, expected 1 to {MAX_RANK}")
+    R, dtype = lora_a.shape[0], lora_a.dtype
+    if dtype not in _ADAPTER_DTYPES or not 1 <= R <= MAX_RANK:
+        _refuse("lora_a", lora_a, f"[R, {K}] in torch.float32 or torch.bfloat16, R from 1 to {MAX_RANK}")
+    _require("lora_a", lora_a, (R, K), dtype)
+    _require("lora_b", lora_b, (N, R), dtype)
     dropout = dropout_of(seed, p)
-    operands = _LoraLinear(
-        pointer, stride, nf4, lora_a.data_ptr(), lora_b.data_ptr(), R, _ADAPTER_DTYPES[lora_a.dtype], scaling,
-        None if dropout is None else ctypes.pointer(dropout),
-    )  # fmt: skip
-    return operands, (N, K, R)
+    seed, threshold = (0, -1) if dropout is None else (dropout.seed, dropout.threshold)
+    adapters = (lora_a.data_ptr(), lora_b.data_ptr(), R, seed, threshold, scaling, _ADAPTER_DTYPES[dtype])
+    return _OPERANDS.pack(*base, *adapters), N, K, R
 
 
-def _activations(name: str, x: Tensor, columns: int) -> Activations:
-    if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != columns:
-        raise ValueError(f"{name} is {list(x.shape)} {x.dtype}, expected [M, {columns}] in torch.bfloat16")
-    return activations_of(x)
+def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    if not (tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu and tensor.is_contiguous()):
+        _refuse(name, tensor, f"{list(shape)} in {dtype}, contiguous, on the CPU")
 
 
-def _require_shape(name: str, tensor: Tensor, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> None:
-    require(name, tensor, dtypes)
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+def _require_rows(name: str, x: Tensor, columns: int) -> int:
+    """The number of rows of an activation."""
+    if not (x.dtype is torch.bfloat16 and x.dim() == 2 and x.is_cpu and x.shape[1] == columns and x.stride(1) == 1):
+        _refuse(name, x, f"[M, {columns}] in torch.bfloat16 on the CPU, columns next to one another")
+    return x.shape[0]
+
+
+def _refuse(name: str, tensor: Tensor, expected: str) -> NoReturn:
+    raise ValueError(
+        f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device} with strides {list(tensor.stride())}, "
+        f"expected {expected}"
+    )

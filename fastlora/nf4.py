@@ -10,6 +10,7 @@ Nothing here needs bitsandbytes but reading and writing its own objects.
 Source: arXiv:2305.14314, section 3; arXiv:2110.02861 (the 8-bit levels).
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import dispatch, reference
+from fastlora import dispatch, native_quantize, reference
 from fastlora.reference import NESTED_BLOCKSIZE, NF4_CODE
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -247,19 +248,8 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
     if w.ndim != 2 or w.numel() == 0:
         raise ValueError(f"quantize takes a weight [N, K] with at least one value; got shape {list(w.shape)}")
     flat = w.detach().contiguous().view(-1)
-    codes = torch.empty(-(flat.numel() // -2), dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(-(flat.numel() // -blocksize), dtype=torch.float32, device=w.device)
-    for start in range(0, flat.numel(), _QUANTIZE_CHUNK):
-        part = flat[start : start + _QUANTIZE_CHUNK].float()
-        part_absmax = _block_absmax(part, blocksize)
-        absmax[start // blocksize :][: part_absmax.numel()] = part_absmax
-        levels = _nearest_levels(
-            part, part_absmax, blocksize, torch.tensor(NF4_CODE, dtype=torch.float32, device=w.device)
-        )
-        if levels.numel() % 2:
-            # bitsandbytes pads an odd weight with the value zero
-            levels = torch.cat((levels, levels.new_full((1,), NF4_CODE.index(0.0))))
-        codes[start // 2 :][: levels.numel() // 2] = (levels[::2] << 4) | levels[1::2]
+    in_cpp = dispatch.backend(w.device).name == "cpp"
+    codes, absmax = (_encode_with_cpp if in_cpp else _encode)(flat, blocksize)
     if not torch.isfinite(absmax).all():
         bad = int(torch.isfinite(flat).logical_not().nonzero()[0])
         row, column = divmod(bad, w.shape[1])
@@ -268,15 +258,58 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
     if not double_quant:
         return NF4Weight(codes, absmax, shape, w.dtype, blocksize)
     offset = absmax.mean()
+    levels, absmax2 = (_encode_scales_with_cpp if in_cpp else _encode_scales)(absmax, offset)
+    return NF4Weight(codes, levels, shape, w.dtype, blocksize, absmax2, dynamic_code(w.device), offset)
+
+
+def _encode(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Codes, two a byte, and absmax of a flat weight."""
+    codes = torch.empty(-(flat.numel() // -2), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(flat.numel() // -blocksize), dtype=torch.float32, device=flat.device)
+    code = dispatch.level_table(flat.device)
+    for start in range(0, flat.numel(), _QUANTIZE_CHUNK):
+        part = flat[start : start + _QUANTIZE_CHUNK].float()
+        part_absmax = _block_absmax(part, blocksize)
+        absmax[start // blocksize :][: part_absmax.numel()] = part_absmax
+        levels = _nearest_levels(part, part_absmax, blocksize, code)
+        if levels.numel() % 2:
+            # bitsandbytes pads an odd weight with the value zero
+            levels = torch.cat((levels, levels.new_full((1,), NF4_CODE.index(0.0))))
+        codes[start // 2 :][: levels.numel() // 2] = (levels[::2] << 4) | levels[1::2]
+    return codes, absmax
+
+
+def _encode_with_cpp(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(-(flat.numel() // -2), dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(flat.numel() // -blocksize), dtype=torch.float32, device="cpu")
+    native_quantize.nf4_quantize(flat, blocksize, codes, absmax)
+    return codes, absmax
+
+
+def _encode_scales(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit levels of scales less their offset, and the second-level scales."""
+    on_cpu = absmax.device.type == "cpu"
     centred = absmax - offset
-    code2 = dynamic_code(w.device)
     absmax2 = _block_absmax(centred, NESTED_BLOCKSIZE)
-    levels = _nearest_levels(centred, absmax2, NESTED_BLOCKSIZE, code2, grid=w.device.type == "cpu")
-    if (
-        w.device.type == "cpu"
-    ):  # scales all alike: bitsandbytes divides 0 by 0 and ends at level 0; the value is the same
+    levels = _nearest_levels(centred, absmax2, NESTED_BLOCKSIZE, dynamic_code(absmax.device), grid=on_cpu)
+    if on_cpu:  # scales all alike: bitsandbytes divides 0 by 0 and ends at level 0; the value is the same
         levels[(absmax2 == 0).repeat_interleave(NESTED_BLOCKSIZE)[: levels.numel()]] = 0
-    return NF4Weight(codes, levels, shape, w.dtype, blocksize, absmax2, code2, offset)
+    return levels, absmax2
+
+
+def _encode_scales_with_cpp(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    levels = torch.empty_like(absmax, dtype=torch.uint8)
+    absmax2 = absmax.new_empty(-(absmax.numel() // -NESTED_BLOCKSIZE))
+    native_quantize.quantize_scales(absmax, offset.item(), _level_of_step(), levels, absmax2)
+    return levels, absmax2
+
+
+@functools.cache
+def _level_of_step() -> Tensor:
+    """The 8-bit level nearest to each of the steps over [-1, 1] that bitsandbytes rounds to: [65536], uint8."""
+    code = dynamic_code()
+    steps = torch.arange(native_quantize.TABLE_STEPS, dtype=torch.float32, device="cpu") / 32767.5 - 1
+    return torch.bucketize(steps, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
 def dynamic_code(device: torch.device | str = "cpu") -> Tensor:

@@ -72,3 +72,13 @@ class Needs(NamedTuple):
     x: bool
     lora_a: bool
     lora_b: bool
+
+
+def refuse_second_derivative() -> None:
+    """Called in a backward pass; it is written in kernels that autograd cannot follow.
+
+    Raises:
+        RuntimeError: autograd is recording it.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("lora_linear has no second derivative: call backward or grad without create_graph=True")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import native, native_linear, native_lora, reference
+from fastlora import fused_path, native, native_lora, reference
 from fastlora.dispatch import backend
 from fastlora.operands import Base, Gradients, Lora, Needs
 
@@ -33,8 +33,8 @@ def forward(
     x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
-    if fuses(x, base, lora):
-        return _fused_forward(_rows(x), base, lora, bias, save_h)
+    if fused_path.takes(x, base, lora):
+        return fused_path.forward(x, base, lora, bias, save_h)
     if lora is None:
         return _base_product(x, base, bias), None
     merges = _merges(x, base, lora)
@@ -49,8 +49,8 @@ def forward(
 
 def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs) -> Gradients:
     """Gradients of everything but a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
-    if fuses(dy, base, lora):
-        return _fused_backward(_rows(dy), x, h, base, lora, needs)
+    if fused_path.takes(dy, base, lora):
+        return fused_path.backward(dy, x, h, base, lora, needs)
     if lora is None:
         return Gradients(_base_product_t(dy, base) if needs.x else None, None, None)
     merges = _merges(dy, base, lora)
@@ -87,55 +87,6 @@ def few_rows(x: Tensor, weight: Tensor, lora: Lora, bias: Tensor | None) -> Tens
     right = lora.b.t().to(lora.dtype)
     update = h @ right if bias is None else torch.addmm(bias.to(lora.dtype), h, right)
     return torch.addmm(update.to(x.dtype), rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
-
-
-def fuses(x: Tensor, base: Base, lora: Lora | None) -> bool:
-    """Whether one C++ call computes the whole linear, forward as well as backward. x: [M, K], or dy [M, N]."""
-    if x.dtype != torch.bfloat16 or not _has_cpp(x) or not (base.is_nf4 or base.weight.stride(1) == 1):
-        return False
-    return native_linear.supports(x.shape[0], base.n, base.k, 0 if lora is None else lora.a.shape[0], base.is_nf4)
-
-
-def _fused_operands(base: Base, lora: Lora | None) -> tuple[Tensor | native_linear.Packed, native_linear.Update | None]:
-    weight: Tensor | native_linear.Packed = base.weight
-    if base.absmax is not None:
-        weight = native_linear.Packed(
-            base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, base.n, base.k
-        )
-    if lora is None:
-        return weight, None
-    a, b = (t.to(lora.dtype).contiguous() for t in (lora.a, lora.b))
-    return weight, native_linear.Update(a, b, lora.scaling, _seed(lora), lora.dropout_p)
-
-
-def _fused_forward(
-    x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
-) -> tuple[Tensor, Tensor | None]:
-    weight, update = _fused_operands(base, lora)
-    y = torch.empty(x.shape[0], base.n, dtype=x.dtype, device="cpu")
-    h = None
-    if update is not None and save_h:
-        h = torch.empty(x.shape[0], update.lora_a.shape[0], dtype=torch.float32, device="cpu")
-    native_linear.linear(x, weight, update, bias if bias is None else bias.contiguous(), y, h)
-    return y, h
-
-
-def _fused_backward(
-    dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs
-) -> Gradients:
-    weight, update = _fused_operands(base, lora)
-    dx, da, db = None, None, None
-    if needs.x:
-        dx = torch.empty(dy.shape[0], base.k, dtype=dy.dtype, device="cpu")
-    if update is not None and needs.lora_a:
-        da = torch.empty_like(update.lora_a)
-    if update is not None and needs.lora_b:
-        db = torch.empty_like(update.lora_b)
-    native_linear.linear_backward(dy, x if x is None else _rows(x), h, weight, update, dx, da, db)
-    if lora is not None:
-        da = da.to(lora.a.dtype) if da is not None else None
-        db = db.to(lora.b.dtype) if db is not None else None
-    return Gradients(dx, da, db)
 
 
 def _merges(x: Tensor, base: Base, lora: Lora) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import functional, nf4, peft_swap, reference, torch_path
+from fastlora import functional, fused_path, nf4, peft_swap, reference, torch_path
 from fastlora.linear import is_linear4bit
 from fastlora.nf4 import NF4Weight
 from tests.numerics import assert_as_accurate
@@ -230,12 +230,12 @@ def _with(**changes):
 
 
 def _mutant_backward(change):
-    real = torch_path.backward
+    """A path's backward with its gradients changed."""
 
-    def backward(dy, x, h, base, lora, needs):
-        return change(real(dy, x, h, base, lora, needs), dy, base, lora)
+    def of(real):
+        return lambda dy, x, h, base, lora, needs: change(real(dy, x, h, base, lora, needs), dy, base, lora)
 
-    return backward
+    return of
 
 
 def _ignoring(reason):
@@ -243,14 +243,15 @@ def _ignoring(reason):
     return lambda *args: "" if real(*args) == reason else real(*args)
 
 
+PATHS = (torch_path, fused_path)  # that a backward on the CPU may take
 FAULTS = {
     "missing scale": ("plain", functional, "lora_linear", lambda: _with(scaling=1.0)),
     "dx without LoRA": (
-        "plain", torch_path, "backward",
+        "plain", PATHS, "backward",
         lambda: _mutant_backward(lambda grads, dy, base, lora: grads._replace(x=dy @ base.dense(dy.dtype))),
     ),
     "unscaled dA": (
-        "plain", torch_path, "backward",
+        "plain", PATHS, "backward",
         lambda: _mutant_backward(lambda grads, dy, base, lora: grads._replace(lora_a=grads.lora_a / lora.scaling)),
     ),
     "first adapter only": (
@@ -268,6 +269,9 @@ FAULTS = {
 def test_a_planted_fault_is_caught(fault, dtypes, monkeypatch):
     option, module, name, mutant = FAULTS[fault]
     check(OPTIONS[option], "dense", DTYPES[dtypes])
-    monkeypatch.setattr(module, name, mutant())
+    for each in module if isinstance(module, tuple) else (module,):
+        real = getattr(each, name)
+        made = mutant()
+        monkeypatch.setattr(each, name, made(real) if module is PATHS else made)
     with pytest.raises(AssertionError):
         check(OPTIONS[option], "dense", DTYPES[dtypes])

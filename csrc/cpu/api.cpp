@@ -1,5 +1,6 @@
 // The C entry points: choose the instruction set, prepare what the jobs share, hand the jobs out.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -182,6 +183,35 @@ int fastlora_nf4_gemv_t(const Nf4Weight* weight, const void* x, int x_dtype, int
                      Output{out, static_cast<Dtype>(out_dtype)}, *kernels, kernels->gemv_t, threads);
 }
 
+int fastlora_nf4_quantize(const void* w, int dtype, int64_t numel, int64_t log2_blocksize, uint8_t* codes,
+                          float* absmax, int isa, int threads) {
+  const Kernels* kernels = kernels_for(isa);
+  if (kernels == nullptr) return FASTLORA_NO_ISA;
+  const Quantize quantize{w, static_cast<Dtype>(dtype), numel, log2_blocksize, codes, absmax};
+  const int64_t blocks = ceil_div(numel, int64_t{1} << log2_blocksize), step = kFlatJob >> log2_blocksize;
+  parallel_for(ceil_div(blocks, step), static_cast<int>(std::min<int64_t>(threads, 1 + (numel >> 16))),
+               [&](int64_t index) { kernels->quantize(quantize, index * step, std::min(blocks, (index + 1) * step)); });
+  return FASTLORA_OK;
+}
+
+int fastlora_nf4_quantize_scales(const float* absmax, int64_t blocks, float offset, const uint8_t* table,
+                                 uint8_t* levels, float* absmax2, int threads) {
+  const int64_t groups = ceil_div(blocks, kBlocksPerScale2);
+  parallel_for(groups, static_cast<int>(std::min<int64_t>(threads, 1 + (blocks >> 14))), [&](int64_t group) {
+    const int64_t begin = group * kBlocksPerScale2, end = std::min(blocks, begin + kBlocksPerScale2);
+    float largest = 0.0f;
+    for (int64_t b = begin; b < end; ++b) largest = std::max(largest, std::fabs(absmax[b] - offset));
+    absmax2[group] = largest;
+    const float inverse = 1.0f / std::max(largest, 1e-38f);
+    for (int64_t b = begin; b < end; ++b) {
+      const float scaled = std::clamp((absmax[b] - offset) * inverse, -1.0f, 1.0f);
+      const int step = static_cast<int>((scaled + 1.0f) * 32767.5f + 0.5f);
+      levels[b] = largest == 0.0f ? 0 : table[step];
+    }
+  });
+  return FASTLORA_OK;
+}
+
 int fastlora_lora_shrink(const Activations* x, const Dropout* dropout, const float* a, int64_t rank,
                          int64_t a_row_stride, int64_t a_col_stride, float scaling, float* out, int isa, int threads) {
   const Kernels* kernels = kernels_for(isa);
@@ -239,16 +269,19 @@ int fastlora_dropout_mask(const Dropout* dropout, int64_t rows, int64_t cols, vo
   return FASTLORA_OK;
 }
 
-int fastlora_linear(const LoraLinear* linear, const Activations* x, const void* bias, void* y, float* h, int isa,
-                    int threads) {
+int fastlora_linear(const LoraLinear* linear, const void* x, int64_t tokens, int64_t x_stride, const void* bias,
+                    void* y, float* h, int isa, int threads) {
   if (isa != 3 || isa > best_isa()) return FASTLORA_NO_ISA;
-  return linear_forward(*linear, *x, bias, y, h, threads) ? FASTLORA_OK : FASTLORA_NO_MEMORY;
+  const Activations rows{x, tokens, linear->k(), x_stride, static_cast<int32_t>(Dtype::kBf16)};
+  return linear_forward(*linear, rows, bias, y, h, threads) ? FASTLORA_OK : FASTLORA_NO_MEMORY;
 }
 
-int fastlora_linear_backward(const LoraLinear* linear, const Activations* dy, const Activations* x, const float* h,
-                             void* dx, void* da, void* db, int isa, int threads) {
+int fastlora_linear_backward(const LoraLinear* linear, const void* dy, int64_t tokens, int64_t dy_stride, const void* x,
+                             int64_t x_stride, const float* h, void* dx, void* da, void* db, int isa, int threads) {
   if (isa != 3 || isa > best_isa()) return FASTLORA_NO_ISA;
-  return linear_backward(*linear, *dy, x, h, dx, da, db, threads) ? FASTLORA_OK : FASTLORA_NO_MEMORY;
+  const int32_t dtype = static_cast<int32_t>(Dtype::kBf16);
+  const Activations gradients{dy, tokens, linear->n(), dy_stride, dtype}, rows{x, tokens, linear->k(), x_stride, dtype};
+  return linear_backward(*linear, gradients, rows, h, dx, da, db, threads) ? FASTLORA_OK : FASTLORA_NO_MEMORY;
 }
 
 int fastlora_linear_is_for_few_tokens() { return has_amx() ? 1 : 0; }

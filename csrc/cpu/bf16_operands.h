@@ -16,7 +16,7 @@ namespace fastlora {
 // `room` held before is lost.
 char* kept_room(int64_t bytes);
 // Likewise, of a fixed size, for one job.
-constexpr int64_t kJobRoom = 800 << 10;
+constexpr int64_t kJobRoom = 1 << 20;
 char* job_room();
 
 namespace {

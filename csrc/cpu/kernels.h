@@ -78,6 +78,16 @@ struct Outer {
   int64_t col_stride;
 };
 
+// Codes and scales of a flat weight.
+struct Quantize {
+  const void* w;
+  Dtype dtype;
+  int64_t numel;
+  int64_t log2_blocksize;
+  uint8_t* codes;
+  float* absmax;
+};
+
 // A rectangle of the result.
 struct Tile {
   int64_t row_begin;
@@ -92,6 +102,7 @@ struct Kernels {
   void (*merge)(const Nf4Weight&, const Adapter&, const Output&, int64_t row_begin, int64_t row_end);
   void (*gemv)(const Nf4Weight&, const Product&, int64_t row_begin, int64_t row_end);
   void (*gemv_t)(const Nf4Weight&, const Product&, int64_t col_begin, int64_t col_end);
+  void (*quantize)(const Quantize&, int64_t block_begin, int64_t block_end);
   void (*lora_shrink)(const Shrink&, const Tile&);
   void (*lora_outer)(const Outer&, const Tile&);
   // Columns [begin, end) of one row of the mask, begin % 8 == 0; `counter` is that of the row's first group.

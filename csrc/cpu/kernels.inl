@@ -286,5 +286,8 @@ void widen(const void* x, Dtype dtype, int64_t count, float* out) {
 }
 
 #include "lora.inl"
+#include "quantize.inl"
 
-constexpr Kernels kernels() { return {widen, dequantize, merge, gemv, gemv_t, lora_shrink, lora_outer, dropout_mask}; }
+constexpr Kernels kernels() {
+  return {widen, dequantize, merge, gemv, gemv_t, quantize, lora_shrink, lora_outer, dropout_mask};
+}

@@ -20,7 +20,7 @@ bool has_amx();
 bool linear_forward(const LoraLinear& linear, const Activations& x, const void* bias, void* y, float* h, int threads);
 
 // dx [M, K], da [rank, K] and db [N, rank], each where not null. x is read for da, h for db.
-bool linear_backward(const LoraLinear& linear, const Activations& dy, const Activations* x, const float* h, void* dx,
+bool linear_backward(const LoraLinear& linear, const Activations& dy, const Activations& x, const float* h, void* dx,
                      void* da, void* db, int threads);
 
 }  // namespace fastlora

@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t kTokenBlock = 512;  // tokens of dx in one job
 // Columns of dx in one job, and rows of W in panels at a time. For few tokens the weight is all there is to read, and
 // long stretches of its rows are read the quickest.
-constexpr int64_t kColumns = 256, kSomeColumns = 512, kFewColumns = 2048;
-constexpr int64_t kDepth = 512, kSomeDepth = 128, kFewDepth = 32;
+constexpr int64_t kColumns = 256, kSomeColumns = 1024, kFewColumns = 2048;
+constexpr int64_t kDepth = 512, kSomeDepth = 256, kFewDepth = 32;
 constexpr int64_t kSomeTokens = 64, kFewTokens = 4;
 // The same for dA and dB, which contract tokens; and ranks whose sums a job holds.
 constexpr int64_t kOuterColumns = 256;
@@ -26,7 +26,7 @@ constexpr int64_t kDecodedRows = 16;
 struct Backward {
   const LoraLinear& linear;
   const Activations& dy;
-  const Activations* x;
+  const Activations& x;
   const float* h;
   Ranks ranks;
   int64_t tokens_stride;  // tokens, room for a panel
@@ -110,7 +110,7 @@ void add_update(const Backward& f, const Block& at, Pair* panels, float* c, int6
 // c = mask ∘ c.
 FASTLORA_BF16 void apply_mask(const Backward& f, const Block& at, float* mask, float* c, int64_t c_stride) {
   for (int64_t t = 0; t < at.tokens; ++t, c += c_stride) {
-    mask_row(*f.linear.dropout, at.token + t, f.linear.k(), at.col, at.cols, mask);
+    mask_row(f.linear.dropout, at.token + t, f.linear.k(), at.col, at.cols, mask);
     for (int64_t j = 0; j < at.cols; ++j) c[j] *= mask[j];
   }
 }
@@ -138,7 +138,7 @@ void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
   Bf16* decoded = reinterpret_cast<Bf16*>(panels + at.panel_stride() * (c_stride / kWide));
   std::memset(c, 0, sizeof(float) * at.tokens * c_stride);
   add_update(f, at, panels, c, c_stride);
-  if (f.linear.dropout != nullptr) apply_mask(f, at, reinterpret_cast<float*>(panels), c, c_stride);
+  if (f.linear.drops()) apply_mask(f, at, reinterpret_cast<float*>(panels), c, c_stride);
   for (int64_t row = 0; row < f.linear.n(); row += at.depth) {
     const int64_t rows = std::min(at.depth, f.linear.n() - row);
     pack_weight(f, at, row, rows, decoded, panels);
@@ -190,16 +190,15 @@ FASTLORA_BF16 void outer_sums(const Backward& f, const Activations& src, const D
 template <class T>
 void outer_block(const Backward& f, bool of_b, int64_t col, int64_t cols, T* out) {
   const LoraLinear& linear = f.linear;
-  const Dropout* dropout = of_b ? nullptr : linear.dropout;
+  const Dropout* dropout = of_b || !linear.drops() ? nullptr : &linear.dropout;
   float* c = reinterpret_cast<float*>(job_room());
   for (int64_t first = 0; first < f.ranks.rank; first += kOuterRanks) {
     const int64_t ranks = std::min(kOuterRanks, f.ranks.rank - first);
-    outer_sums(f, of_b ? f.dy : *f.x, dropout, of_b ? f.h_columns : f.g_columns, first, ranks, col, cols, c);
+    outer_sums(f, of_b ? f.dy : f.x, dropout, of_b ? f.h_columns : f.g_columns, first, ranks, col, cols, c);
     if (of_b) {
       store_columns(c, kOuterColumns, ranks, cols, linear.scaling, out + col * f.ranks.rank + first, f.ranks.rank);
     } else {
-      const float kept = dropout != nullptr ? dropout->kept() : 1.0f;
-      store_rows(c, kOuterColumns, ranks, cols, kept, out + first * linear.k() + col, linear.k());
+      store_rows(c, kOuterColumns, ranks, cols, linear.kept(), out + first * linear.k() + col, linear.k());
     }
   }
 }
@@ -229,7 +228,7 @@ int64_t depth_of_panels(int64_t tokens) {
 
 }  // namespace
 
-bool linear_backward(const LoraLinear& linear, const Activations& dy, const Activations* x, const float* h, void* dx,
+bool linear_backward(const LoraLinear& linear, const Activations& dy, const Activations& x, const float* h, void* dx,
                      void* da, void* db, int threads) {
   const Ranks ranks(linear);
   const int64_t K = linear.k(), N = linear.n(), M = dy.rows;

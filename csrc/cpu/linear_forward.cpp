@@ -64,11 +64,10 @@ void pack_a(const Forward& f, Bf16* split, int64_t col) {
 // h of one group of tokens, and what of it the update contracts with B.
 void finish_h(const Forward& f, int64_t group, int64_t count) {
   const int64_t first = group * kWide, extended = f.ranks.extended;
-  const float kept = f.linear.dropout != nullptr ? f.linear.dropout->kept() : 1.0f;
   float* values = reinterpret_cast<float*>(job_room());
   Bf16* parts = reinterpret_cast<Bf16*>(values + f.ranks.rank);
   for (int64_t t = first; t < first + count; ++t) {
-    join(f.ranks, f.sums + t * f.ranks.stride, kept, values);
+    join(f.ranks, f.sums + t * f.ranks.stride, f.linear.kept(), values);
     if (f.h != nullptr) std::memcpy(f.h + (f.begin + t) * f.ranks.rank, values, sizeof(float) * f.ranks.rank);
     for (int64_t r = 0; r < f.ranks.rank; ++r) values[r] *= f.linear.scaling;
     split_ranks(f.ranks, values, parts);
@@ -89,8 +88,8 @@ void take_in_tokens(const Forward& f, int64_t group) {
     const int64_t depth = std::min(kStep, f.linear.k() - col);
     Matrix x{matrix(f.x).at(f.begin + first, col), f.x.row_stride};
     if (!f.few()) pack_across(x.data, x.stride, count, depth, f.x_panel(group, col));
-    if (f.linear.dropout != nullptr) {
-      drop(*f.linear.dropout, f.x, f.begin + first, count, col, depth, mask, dropped, kStep + kWide);
+    if (f.linear.drops()) {
+      drop(f.linear.dropout, f.x, f.begin + first, count, col, depth, mask, dropped, kStep + kWide);
       x = {dropped, kStep + kWide};
     }
     const Pair* a = f.a_panels + col / 2 * f.ranks.stride;
