@@ -2,7 +2,7 @@
 
 Where the C++ library is live, it expands NF4 in one pass, multiplies a few rows with packed codes directly, and
 forms the low-rank products h, g, dA and dB, reading 16-bit activations once and never widening them in memory. Where it
-is not, torch's operators compute the same.
+is not, torch's operators compute the same. bf16 on a processor with AVX512_BF16 goes `fused_path`'s way instead.
 
 From about as many tokens as the weight has rows or columns, the update is merged into the expanding weight and costs
 no pass over activations. Below, and for dense weights or dropout, the update is written first and the base product is

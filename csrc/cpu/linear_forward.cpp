@@ -229,6 +229,7 @@ FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
 }  // namespace
 
 bool linear_forward(const LoraLinear& linear, const Activations& x, const void* bias, void* y, float* h, int threads) {
+  if (x.rows == 0) return true;
   const Ranks ranks(linear);
   const int64_t K = linear.k(), N = linear.n();
   const int64_t block = round_up(ceil_div(x.rows, ceil_div(x.rows, kTokenBlock)), kWide);
