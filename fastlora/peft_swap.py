@@ -30,6 +30,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from fastlora import dora, functional
+from fastlora.dispatch import Backend
 from fastlora.dora import KeptNorms
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
@@ -131,7 +132,9 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
     """
-    fused: list[Any] = [module for module in model.modules() if type(module) in _FUSED.values()]
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
+    if any(type(layer) not in _FUSED.values() for layer in fused):
+        raise ValueError("a fused layer has become a unit of FSDP of its own: call restore before the model is sharded")
     if not fused:
         raise ValueError(
             "no layer of this model is one of peft's with a fused forward: restore(model) undoes replace_linear(model)"
@@ -151,9 +154,15 @@ def report(model: nn.Module) -> Report:
 
 
 def _report_reason(layer: Any) -> str:
-    return standing_reason(layer) or (
-        "" if type(layer) in _FUSED.values() else "peft's own: call replace_linear(model)"
-    )
+    if not isinstance(layer, _Fused):
+        return standing_reason(layer) or "peft's own: call replace_linear(model)"
+    if _is_sharded(layer):  # gathered, as a rule, by the time that it is called
+        return layer.fastlora_calls.last_reason if layer.fastlora_calls.stepped_back else ""
+    return standing_reason(layer)
+
+
+def _is_sharded(layer: Any) -> bool:
+    return any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters())
 
 
 def _fuse(layer: Any) -> None:
@@ -183,7 +192,7 @@ def _watch_injections() -> None:
 
 def standing_reason(layer: Any) -> str:
     """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be."""
-    if type(layer) not in _FUSED and type(layer) not in _FUSED.values():
+    if type(layer) not in _FUSED and not isinstance(layer, _Fused):
         return f"peft's {type(layer).__name__} has no fused form"
     if "forward" in layer.__dict__:
         return "its forward has been replaced on the instance"
@@ -353,7 +362,8 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
         if name in found and isinstance(module.get_base_layer(), nn.Linear):
             base = module.get_base_layer()
             shape, rank = (base.out_features, base.in_features), next(iter(module.r.values()), 0)
-            kind, reason = f"{type(module).__bases__[-1].__name__}({type(base).__name__})", reasons[name]
+            plain = next((cls for cls in type(module).__mro__ if cls in _FUSED), type(module))
+            kind, reason = f"{plain.__name__}({type(base).__name__})", reasons[name]
             if reason:
                 rows.append(Row(name, type(module).__name__, shape, False, reason, r=rank))
                 continue
@@ -365,4 +375,5 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
         elif isinstance(module, nn.Linear) and not name.startswith(inside):
             shape = (module.out_features, module.in_features)
             rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
-    return Report(rows, backends[0].name, backends[0].reason)
+    first = backends[0] if backends else Backend("", "nothing")
+    return Report(rows, first.name, first.reason)

@@ -1,7 +1,5 @@
 """What peft, torch and optimizers do to adapters behind a fused layer's back: write, swap, copy, save."""
 
-import copy
-
 import pytest
 import torch
 
@@ -89,3 +87,14 @@ def test_writes_that_leave_no_trace_are_seen(write, use_dora):
     expected = 18 if write is not _step_of_bitsandbytes else 24
     check_same(models, expected)
     assert not torch.equal(logits(models[1]), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_of_a_model_in_which_nothing_is_fused_any_more():
+    _, fused = pair()
+    fused.add_adapter("other", peft.LoraConfig(r=2, target_modules=TARGETS, lora_bias=True))
+    fused.set_adapter("other")
+    report = fastlora.report(fused)
+    assert not report.replaced
+    assert "lora_bias" in {row.reason for row in report.rows}
+    assert report.summary().startswith("0 of 15 linear layers replaced")
