@@ -248,11 +248,17 @@ def _active(layer: Any) -> list[str]:
 
 
 def _one(layer: Any, name: str) -> tuple[Tensor, Tensor, float, float, bool]:
-    """A, B, scaling, dropout's p and whether it drops, of one adapter."""
+    """A, B, scaling, dropout's p and whether it drops, of one adapter.
+
+    A scaling in a tensor, as peft's hot-swap for compiled models has it, goes into B: read, it would be a constant.
+    """
     children = layer._modules
     lora_a, lora_b = (children[part]._modules[name]._parameters["weight"] for part in ("lora_A", "lora_B"))
     dropout = children["lora_dropout"]._modules[name]
-    return lora_a, lora_b, layer.scaling[name], getattr(dropout, "p", 0.0), dropout.training
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):
+        lora_b, scaling = lora_b * scaling.to(lora_b.device), 1.0
+    return lora_a, lora_b, scaling, getattr(dropout, "p", 0.0), dropout.training
 
 
 def _joined(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, float, float, bool]:
@@ -314,7 +320,8 @@ def _adapter_reason(layer: Any, name: str) -> str:
         return f"A is a {type(a).__name__}, B a {type(b).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity) or not _is_plain(dropout):
         return "the dropout layer is not nn.Dropout or has hooks"
-    if not isinstance(layer.scaling[name], (int, float)):
+    scaling = layer.scaling[name]
+    if not isinstance(scaling, (int, float)) and (type(scaling) is not Tensor or scaling.ndim > 0):
         return "scaling is not a number"
     if a.dtype != b.dtype:
         return "A and B differ in dtype"

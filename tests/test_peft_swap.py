@@ -235,7 +235,7 @@ def _double(module):
         step_back(_each(lambda m: _double(m.base_layer)), "the base layer is parametrized"),
         step_back(_each(lambda m: m.lora_A.to(torch.float64) and m.lora_B.double()), "dtypes: input torch.float32"),
         step_back(_each(lambda m: m.lora_dropout.update({"default": nn.AlphaDropout()})), "the dropout layer is not"),
-        step_back(_each(lambda m: m.scaling.update(default=torch.tensor(0.5))), "scaling is not a number"),
+        step_back(_each(lambda m: m.scaling.update(default=torch.tensor([0.5]))), "scaling is not a number"),
     ],
 )
 def test_it_steps_back_where_a_condition_does_not_hold(change, reason, base, options):
