@@ -76,6 +76,10 @@ class _Fused:
         y = dora.rescale(y, magnitude, self.fastlora_norms.of(weight, lora_a, lora_b, scaling), base.bias)
         return y if plain else y.to(x.dtype)
 
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _watch_injections()  # an unpickled model may be the first in its process
+
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()
         self.fastlora_norms.forget()
