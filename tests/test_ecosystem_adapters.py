@@ -1,5 +1,8 @@
 """What peft, torch and optimizers do to adapters behind a fused layer's back: write, swap, copy, save."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ import fastlora
 from tests.models import bnb_llama, llama, randomize, tokens
 
 peft = pytest.importorskip("peft")
+hotswap = pytest.importorskip("peft.utils.hotswap")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -98,3 +102,83 @@ def test_the_report_of_a_model_in_which_nothing_is_fused_any_more():
     assert not report.replaced
     assert "lora_bias" in {row.reason for row in report.rows}
     assert report.summary().startswith("0 of 15 linear layers replaced")
+
+
+def saved(directory, base=llama, seed=5, **options):
+    """The folder of an adapter of its own weights."""
+    model = plain(base, **options)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4 + 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("base", [llama, bnb_llama])
+def test_hot_swap(tmp_path, base):
+    """peft writes another adapter of another scaling into the same tensors, through `.data`."""
+    folders = [saved(tmp_path / str(seed), base, seed, lora_alpha=4 * seed) for seed in (1, 2)]
+    models = [each.train() for each in pair(base)]  # in eval mode bitsandbytes repacks weights, and loses precision
+    seen = []
+    for count, folder in enumerate([*folders, folders[0]]):
+        for model in models:
+            hotswap.hotswap_adapter(model, folder, adapter_name="default")
+        check_same(models, 12 * count + 6)
+        seen.append(logits(models[1]))
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.allclose(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("base", [llama, bnb_llama])
+def test_a_scaling_in_a_tensor(base):
+    """As peft's hot-swap prepares it: the same numbers and gradients, fused."""
+    models = [each.train() for each in pair(base)]
+    found = []
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.scaling["default"] = torch.tensor(0.75)
+        model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    check_same(models, 12)
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("base", "options"), [(llama, {"use_dora": True}), (bnb_llama, {"use_rslora": True})])
+def test_save_pretrained_and_from_pretrained(tmp_path, base, options):
+    """A fused model's files are peft's; a model loaded from them and fused gives the same bits."""
+    peft_model, fused = pair(base, **options)
+    peft_model.save_pretrained(tmp_path / "peft")
+    fused.save_pretrained(tmp_path / "fused")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
+    model = base()
+    if base is bnb_llama:
+        model.is_loaded_in_4bit = True
+    loaded = fastlora.replace_linear(peft.PeftModel.from_pretrained(model, tmp_path / "fused")).eval()
+    assert torch.equal(logits(loaded), logits(fused))
+    assert calls(loaded) == (6, 0)
+
+
+def test_a_copy_is_trained_apart():
+    _, model = pair()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    before = logits(model)
+    for other in copies:
+        optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=1.0)
+        other(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        assert not torch.equal(logits(other), before)
+        assert torch.equal(logits(model), before)
+
+
+def test_an_unpickled_model_fuses_later_layers_in_a_process_that_never_called_replace_linear(monkeypatch):
+    _, model = pair()
+    data = pickle.dumps(model)
+    inject = peft.tuners.lora.LoraModel.inject_adapter
+    monkeypatch.setattr(peft.tuners.lora.LoraModel, "inject_adapter", inject.__wrapped__)
+    other = pickle.loads(data)
+    other.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    assert len(fastlora.report(other).replaced) == 8
