@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from fastlora.layer_report import Report
     from fastlora.linear import LoRALinear, NF4Linear
     from fastlora.nf4 import NF4Weight, quantize
+    from fastlora.quantizer import FastLoRANF4Config
     from fastlora.replace import replace_linear, report, restore
 
 __version__ = "0.1.0"
 __all__ = [
+    "FastLoRANF4Config",
     "LoRALinear",
     "NF4Linear",
     "NF4Weight",
@@ -49,6 +51,7 @@ _HOMES = {
     "layer_report": ("Report",),
     "linear": ("LoRALinear", "NF4Linear"),
     "nf4": ("NF4Weight", "quantize"),
+    "quantizer": ("FastLoRANF4Config",),
     "replace": ("replace_linear", "report", "restore"),
 }
 
