@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import fastlora
-from tests.models import llama, randomize
+from tests.models import bnb_llama, llama, randomize
 
 STEPS, BATCH = 3, 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -29,6 +29,17 @@ def plain_peft(dtype=torch.float32, **options):
     """A PeftModel with an update that can be seen."""
     config = peft.LoraConfig(r=4, target_modules=TARGETS, **options)
     return randomize(peft.get_peft_model(llama().to(dtype), config)).train()
+
+
+def plain_qlora():
+    """A PeftModel over weights of bitsandbytes."""
+    model = bnb_llama()
+    model.is_loaded_in_4bit = True
+    return randomize(peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=32, target_modules=TARGETS))).train()
+
+
+def fused_qlora():
+    return fastlora.replace_linear(plain_qlora())
 
 
 def fused_peft(**options):
@@ -150,6 +161,7 @@ CASES = {
     "fsdp2, checkpointing": Case(fused_peft, {}, reentrant=False),
     "fsdp2, loaded by one": Case(fused_peft, {"cpu_ram_efficient_loading": True}),
     "fsdp2, dora": Case(lambda: fused_peft(use_dora=True), {}),
+    "fsdp2, qlora": Case(fused_qlora, {}),
     "fsdp2, own": Case(own, {}),
     "fsdp2, own nf4": Case(own_nf4, {}),
     "fsdp2, bf16": Case(fused_peft, {}, mixed_precision="bf16"),

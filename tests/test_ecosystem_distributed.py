@@ -15,6 +15,7 @@ from tests.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
+pytest.importorskip("bitsandbytes")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 processes = pytest.importorskip("tests.ecosystem_processes")
@@ -63,12 +64,15 @@ def test_two_processes_train_as_plain_peft_in_one(results, name):
     found = results[name]
     assert found["kind"].startswith("FSDP" if name.startswith("fsdp2") else "DistributedDataParallel")
     assert found["losses"][0] != found["losses"][-1]
+    if name.endswith("qlora"):
+        check(found, alone("qlora", processes.plain_qlora), alone("nf4, oracle", dequantized_peft))
+        return
     if name.endswith("own"):
         oracle = alone("own, oracle", lambda: processes.plain_peft(torch.float64, lora_alpha=32))
         check(found, alone("own", processes.own), oracle)
         return
     if name.endswith("own nf4"):
-        check(found, alone("own nf4", processes.own_nf4), alone("own nf4, oracle", dequantized_peft))
+        check(found, alone("own nf4", processes.own_nf4), alone("nf4, oracle", dequantized_peft))
         return
     use_dora = "dora" in name
     baseline = alone(f"peft {use_dora}", lambda: processes.plain_peft(use_dora=use_dora))
