@@ -164,7 +164,6 @@ CASES = {
     "fsdp2, qlora": Case(fused_qlora, {}),
     "fsdp2, own": Case(own, {}),
     "fsdp2, own nf4": Case(own_nf4, {}),
-    "fsdp2, loaded by one, own nf4": Case(own_nf4, {"cpu_ram_efficient_loading": True}),
     "fsdp2, bf16": Case(fused_peft, {}, mixed_precision="bf16"),
     "fsdp2, bf16, plain peft": Case(plain_peft, {}, mixed_precision="bf16"),
     "fsdp2, a unit for each fused layer": Case(fused_peft, {"transformer_cls_names_to_wrap": ["FusedLinear"]}),

@@ -123,3 +123,9 @@ def test_a_layer_that_fsdp_has_made_its_own_class_is_still_known():
     assert len(fastlora.report(model).replaced) == LAYERS
     with pytest.raises(ValueError, match="call restore before the model is sharded"):
         fastlora.restore(model)
+
+
+def test_nf4_weights_cannot_be_loaded_by_one_process_for_the_others():
+    """accelerate's cpu_ram_efficient_loading moves the model to the meta device and shares parameters, not buffers."""
+    with pytest.raises(RuntimeError, match="weight is NF4 on the meta device .* set cpu_ram_efficient_loading=False"):
+        processes.own_nf4().to("meta").state_dict()
