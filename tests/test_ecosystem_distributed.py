@@ -127,5 +127,5 @@ def test_a_layer_that_fsdp_has_made_its_own_class_is_still_known():
 
 def test_nf4_weights_cannot_be_loaded_by_one_process_for_the_others():
     """accelerate's cpu_ram_efficient_loading moves the model to the meta device and shares parameters, not buffers."""
-    with pytest.raises(RuntimeError, match="weight is NF4 on the meta device .* set cpu_ram_efficient_loading=False"):
+    with pytest.raises(RuntimeError, match=r"weight is NF4 on the meta device .* set cpu_ram_efficient_loading=False"):
         processes.own_nf4().to("meta").state_dict()
