@@ -29,6 +29,7 @@ from fastlora import replace
 from fastlora.linear import LoRALinear, NF4Linear
 from fastlora.survey import find_sites
 from fastlora.targets import LoRASettings, settings_from_config
+from fastlora.trainer_compat import forget_quantization
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -165,6 +166,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for attribute in ("fastlora_report", "fastlora_settings"):
         if hasattr(model, attribute):
             delattr(model, attribute)
+    forget_quantization(model)
     return model
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.linear import NF4Linear, is_linear4bit
+
 
 def admit_training(model: nn.Module) -> None:
     """Let transformers' Trainer take the adapted model: see the module's text."""
@@ -25,6 +27,17 @@ def let_inputs_require_grad(model: Any) -> None:
     checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
     if checkpointing and hasattr(model, "enable_input_require_grads") and not hasattr(model, "_require_grads_hook"):
         model.enable_input_require_grads()
+
+
+def forget_quantization(model: Any) -> None:
+    """Take the quantization out of the config of a model that has no quantized layer any more: it can be saved."""
+    for module in model.modules():
+        quantizer = vars(module).get("hf_quantizer")
+        if quantizer is None or any(isinstance(m, NF4Linear) or is_linear4bit(m) for m in module.modules()):
+            continue
+        quantizer.remove_quantization_config(module)
+        if "is_loaded_in_4bit" in vars(module):
+            module.is_loaded_in_4bit = False  # type: ignore[assignment]
 
 
 @functools.cache

@@ -168,3 +168,21 @@ def test_a_mixture_of_experts_keeps_its_experts(tmp_path, caplog):
     assert "not quantized: 2 expert weights are 3-d parameters" in caplog.text
     again = load(tmp_path / "nf4", loaded)
     assert torch.equal(again(tokens()).logits, loaded(tokens()).logits)
+
+
+@pytest.mark.parametrize("how", ["fastlora", "bitsandbytes"])
+def test_a_merged_model_is_saved_as_a_plain_one(tmp_path, how):
+    """No layer is quantized any more, and the config must not say so."""
+    if how == "fastlora":
+        config = fastlora.FastLoRANF4Config()
+    else:
+        pytest.importorskip("bitsandbytes")
+        config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = load(tmp_path / "dense", llama(), quantization_config=config)
+    model = randomize(fastlora.replace_linear(loaded, r=4)).train()
+    expected = model(tokens()).logits
+    merged = fastlora.merge(model)
+    assert not getattr(merged, "is_quantized", False)
+    again = load(tmp_path / "merged", merged)
+    assert {type(module).__name__ for module in again.modules() if "Linear" in type(module).__name__} == {"Linear"}
+    torch.testing.assert_close(again(tokens()).logits, expected, rtol=1e-3, atol=1e-4)
