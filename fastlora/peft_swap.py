@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastlora import dora, functional
+from fastlora import dora, experts, functional
 from fastlora.dora import KeptNorms
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
@@ -99,6 +99,29 @@ if is_bnb_4bit_available():
         """peft's `lora.Linear4bit` with a fused forward."""
 
     _FUSED[peft_bnb.Linear4bit] = FusedLinear4bit
+
+
+if experts.ParamWrapper is not None:
+
+    class FusedParamWrapper(experts.ParamWrapper):  # type: ignore[misc]
+        """peft's `lora.ParamWrapper` over a stack of experts, which does not form W + B A."""
+
+        fastlora_calls: Calls
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """The experts' output, fused where the conditions hold, else by peft's forward."""
+            wrappers = experts.chain(self)
+            reason = experts.step_back_reason(wrappers, x, args, kwargs)
+            if not torch.compiler.is_compiling():
+                for wrapper in wrappers[: 1 if reason else None]:
+                    count(wrapper.fastlora_calls, reason)
+            if reason:
+                return super().forward(x, *args, **kwargs)
+            base = wrappers[-1].base_layer
+            routing = experts.routing_of(base, x, args, kwargs)
+            return experts.forward(base, experts.updates_of(wrappers), x, *(routing or ()))
+
+    _FUSED[experts.ParamWrapper] = FusedParamWrapper
 
 
 def speed_up(model: nn.Module) -> Report:
@@ -187,6 +210,8 @@ def standing_reason(layer: Any) -> str:
         return f"peft's {type(layer).__name__} has no fused form"
     if "forward" in layer.__dict__:
         return "its forward has been replaced on the instance"
+    if experts.is_wrapper(layer):
+        return experts.standing_reason(layer)
     base = layer.base_layer
     reason = _base_reason(base)
     if reason:
@@ -362,6 +387,9 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
             rows.append(
                 Row(name, kind, shape, True, said, backends[-1].name, rank, is_linear4bit(base), module.fastlora_calls)
             )
+        elif name in found and experts.is_wrapper(module):
+            backends.append(functional.backend(module.get_param().device))
+            rows.append(experts.row(name, module, reasons[name], backends[-1].name))
         elif isinstance(module, nn.Linear) and not name.startswith(inside):
             shape = (module.out_features, module.in_features)
             rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
