@@ -10,6 +10,10 @@ all experts' adapters in two matrices:
 `forward` sorts the pairs of token and expert by expert, runs both projections as `grouped_lora_linear`, and adds the
 weighted results up, each token's in the order of its choices: what transformers' "grouped_mm" computes, so the result
 does not depend on atomics.
+
+A stack may be packed in NF4 by `bitsandbytes.nn.parametrize.replace_parameter_4bit`, after peft has wrapped it (before,
+peft does not find it); `quantize_experts` does that. Then QLoRA reads the packed codes of the experts that have
+tokens, where peft would expand the stack.
 """
 
 import inspect
@@ -22,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from fastlora.grouped import grouped_lora_linear
 from fastlora.layer_report import Row
-from fastlora.nf4 import FLOAT_DTYPES
+from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
 
 # None in a peft that has no target_parameters yet.
 ParamWrapper: Any = getattr(peft_layer, "ParamWrapper", None)
@@ -43,6 +47,11 @@ class Update(NamedTuple):
 def is_wrapper(layer: Any) -> bool:
     """Whether a layer is peft's wrapper around a parameter."""
     return ParamWrapper is not None and isinstance(layer, ParamWrapper)
+
+
+def is_packed(layer: Any) -> bool:
+    """Whether the parameter of one of peft's wrappers is packed: peft can then neither form W + B A nor merge it."""
+    return parametrize.is_parametrized(layer.get_base_layer(), layer.parameter_name)
 
 
 def chain(layer: Any) -> list[Any]:
@@ -115,11 +124,11 @@ def updates_of(wrappers: list[Any]) -> dict[str, Update]:
     return found
 
 
-def forward(experts: Any, updates: dict[str, Update], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def forward(experts: Any, count: int, updates: dict[str, Update], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """What the module computes with its weights adapted.
 
     Args:
-        experts: a module with transformers' interface of experts.
+        experts: a module with transformers' interface of experts. count: how many it has.
         updates: adapters by parameter name; a projection without any runs as it is.
         x: [T, H]. chosen: [T, k], indices of experts. weights: [T, k].
     Returns:
@@ -129,7 +138,7 @@ def forward(experts: Any, updates: dict[str, Update], x: Tensor, chosen: Tensor,
     flat = chosen.reshape(-1)
     by_expert, order = torch.sort(flat, stable=True)
     up, down = _projections(experts)
-    steps = torch.arange(getattr(experts, up).shape[0], device=flat.device, dtype=flat.dtype)
+    steps = torch.arange(count, device=flat.device, dtype=flat.dtype)
     offsets = torch.searchsorted(by_expert, steps, right=True).to(torch.int32)
     rows = x[order // choices]  # [T k, H]
     rows = _project(experts, up, updates, rows, offsets)
@@ -140,6 +149,49 @@ def forward(experts: Any, updates: dict[str, Update], x: Tensor, chosen: Tensor,
     weighted = rows * weights.reshape(-1)[order].unsqueeze(-1)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return weighted[place].view(tokens, choices, -1).sum(dim=1).to(x.dtype)
+
+
+def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool = True) -> nn.Module:
+    """Pack every stack of experts that peft has wrapped in NF4, for QLoRA over mixtures of experts.
+
+    peft's merging methods then raise, for packed weights take no sum; save the adapter and merge it into the model as
+    it was loaded.
+
+    Args:
+        model: with adapters on 3-D parameters (`LoraConfig(target_parameters=...)`).
+        blocksize: values a scale serves. double_quant: whether the scales are quantized too.
+    Returns:
+        the same model.
+    Raises:
+        ValueError: no such parameter, or a shape or layout that the packed path cannot take. Nothing is changed.
+        ImportError: bitsandbytes is not installed.
+    """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    wrappers: list[Any] = [module for module in model.modules() if is_wrapper(module)]
+    if not wrappers:
+        raise ValueError(
+            "no adapters on stacks of experts: wrap the model first, with peft.LoraConfig(target_parameters=[...])"
+        )
+    for wrapper in wrappers:
+        experts, name = wrapper.get_base_layer(), wrapper.parameter_name
+        reason = standing_reason(wrapper) or _packing_reason(experts, name, blocksize)
+        if reason:
+            raise ValueError(f"{name} of {type(experts).__name__} cannot be packed in NF4: {reason}")
+    for wrapper in wrappers:
+        replace_parameter_4bit(
+            wrapper.get_base_layer(), wrapper.parameter_name, double_quant, quant_type="nf4", blocksize=blocksize
+        )
+    return model
+
+
+def _packing_reason(experts: Any, name: str, blocksize: int) -> str:
+    if parametrize.is_parametrized(experts, name):
+        return "it is parametrized already"
+    if experts.is_transposed:
+        return "its experts are kept as [in, out], which the packed path does not read"
+    rows, columns = getattr(experts, name).shape[1:]
+    return f"blocks of {blocksize} would cross from expert to expert" if rows * columns % blocksize else ""
 
 
 def row(name: str, layer: Any, reason: str, path: str) -> Row:
@@ -156,10 +208,18 @@ def _projections(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
+def _stack(experts: Any, name: str) -> Tensor | NF4Weight:
+    """The weights of a projection: [E, N, K], or packed [E N, K]."""
+    if parametrize.is_parametrized(experts, name):
+        packed = experts.parametrizations[name]
+        return NF4Weight.from_quant_state(packed.original, packed[0].quant_state)
+    weight: Tensor = getattr(experts, name)
+    return weight.transpose(1, 2) if experts.is_transposed else weight
+
+
 def _project(experts: Any, name: str, updates: dict[str, Update], rows: Tensor, offsets: Tensor) -> Tensor:
-    weight = getattr(experts, name)
+    weight = _stack(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    weight = weight.transpose(1, 2) if experts.is_transposed else weight  # [E, N, K]
     a, b, scaling = updates.get(name) or (None, None, 0.0)
     return grouped_lora_linear(rows.to(weight.dtype), weight, a, b, scaling, offsets, bias)
 
@@ -194,17 +254,31 @@ def _wrapper_reason(wrapper: Any) -> str:
 def _experts_reason(experts: Any) -> str:
     if not _is_plain(experts):
         return "the experts have hooks or a forward of their own"
-    if parametrize.is_parametrized(experts):
-        return "the experts are parametrized"
     for name in _projections(experts):
+        if parametrize.is_parametrized(experts, name):
+            reason = _parametrized_reason(experts, name)
+            if reason:
+                return reason
+            continue
         weight = getattr(experts, name)
         if type(weight) not in _PLAIN or weight.dtype not in FLOAT_DTYPES:
             return f"{name} is a {type(weight).__name__} in {weight.dtype}"
     return ""
 
 
+def _parametrized_reason(experts: Any, name: str) -> str:
+    """Why a parametrized stack cannot be read: only what bitsandbytes packed in NF4 can."""
+    found = experts.parametrizations[name]
+    if len(found) != 1 or type(found[0]).__name__ != "Bnb4bitParametrization":
+        return f"{name} is parametrized"
+    state = found[0].quant_state
+    if state.quant_type != "nf4" or state.dtype not in FLOAT_DTYPES or experts.is_transposed:
+        return f"{name} is {state.quant_type} of {state.dtype}{', transposed' if experts.is_transposed else ''}"
+    return "" if state.shape[1:].numel() % state.blocksize == 0 else f"blocks of {name} cross from expert to expert"
+
+
 def _dtype_reason(x: Tensor, experts: Any, wrappers: list[Any]) -> str:
-    dtypes = {getattr(experts, name).dtype for name in _projections(experts)}
+    dtypes = {_stack(experts, name).dtype for name in _projections(experts)}
     adapters = {wrapper.lora_A[name].weight.dtype for wrapper in wrappers for name in _active(wrapper)}
     autocast = torch.is_autocast_enabled(x.device.type)
     if dtypes != {x.dtype} and not autocast:
@@ -216,5 +290,7 @@ def _dtype_reason(x: Tensor, experts: Any, wrappers: list[Any]) -> str:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # bitsandbytes' own keep its expanded stacks for the length of a call: there are none here.
+    others = [hook for hook in hooks if getattr(hook, "__module__", "") != "bitsandbytes.nn.parametrize"]
+    return not (others or module._backward_hooks or module._backward_pre_hooks) and "forward" not in module.__dict__

@@ -9,6 +9,7 @@ and rounds the update to the weight's dtype. Here LoRA costs what it reads of x,
     segments   `functional.lora_linear` for each expert that has rows; their numbers come to the host
     grouped    torch's grouped_mm, thrice: x W, x A and h B. Nothing comes to the host, torch.compile sees no break
 
+Over an NF4 stack only the experts that have rows are read, each by the kernels of a linear over NF4.
 The second serves bf16 on CUDA from sm_80 on and inside torch.compile, the first everything else.
 """
 
@@ -17,19 +18,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora import functional
+from fastlora.nf4 import NF4Weight
 
 _ALIGNED = 8  # bf16 numbers in the 16 bytes to which grouped_mm wants rows aligned
 
 
 def grouped_lora_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    offsets: Tensor, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y[s] = x[s] W[e]ᵀ + scaling · x[s] A[e]ᵀ B[e]ᵀ + bias[e], e being the expert of row s.
 
     Args:
         x: [S, K], bf16, fp16 or fp32, sorted by expert.
-        weight: [E, N, K], dtype of x; any strides, so that a stack kept as [E, K, N] is passed transposed.
+        weight: [E, N, K], dtype of x; any strides, so that a stack kept as [E, K, N] is passed transposed. Or an
+            `NF4Weight` [E N, K], expert by expert.
         lora_a: [E, R, K]. lora_b: [E, N, R]. fp32, or dtype of x; both None for no update.
         scaling: factor of the update.
         offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S.
@@ -40,28 +43,36 @@ def grouped_lora_linear(
         ValueError: operands that do not fit together.
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
-    if _takes_grouped_mm(x, weight):
+    if isinstance(weight, Tensor) and _takes_grouped_mm(x, weight):
         return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
     return _segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
 
 def _check(
-    x: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, offsets: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    offsets: Tensor,
+    bias: Tensor | None,
 ) -> None:
-    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2]:
-        raise ValueError(f"x must be [S, K] and weight [E, N, K]; got {list(x.shape)} and {list(weight.shape)}")
-    experts, n, k = weight.shape
+    experts = offsets.numel()
+    if offsets.ndim != 1 or offsets.dtype != torch.int32 or not experts:
+        raise ValueError(f"offsets must be [E] in int32; got {list(offsets.shape)} in {offsets.dtype}")
+    packed = isinstance(weight, NF4Weight)
+    n, k = weight.shape[-2] // (experts if packed else 1), weight.shape[-1]
+    if x.ndim != 2 or x.shape[1] != k or tuple(weight.shape) != ((experts * n, k) if packed else (experts, n, k)):
+        wanted = f"an NF4 weight [{experts} N, K]" if packed else f"weight [{experts}, N, K]"
+        raise ValueError(f"x must be [S, K] and {wanted}; got {list(x.shape)} and {list(weight.shape)}")
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b go together: give both or neither")
     if lora_a is not None and lora_b is not None:
         rank = lora_a.shape[1] if lora_a.ndim == 3 else 0
         if rank == 0 or lora_a.shape != (experts, rank, k) or lora_b.shape != (experts, n, rank):
             raise ValueError(
-                f"for a weight {list(weight.shape)} lora_a must be [{experts}, R, {k}] and lora_b [{experts}, {n}, R]; "
+                f"for a stack {[experts, n, k]} lora_a must be [{experts}, R, {k}] and lora_b [{experts}, {n}, R]; "
                 f"got {list(lora_a.shape)} and {list(lora_b.shape)}"
             )
-    if offsets.shape != (experts,) or offsets.dtype != torch.int32:
-        raise ValueError(f"offsets must be [{experts}] in int32; got {list(offsets.shape)} in {offsets.dtype}")
     if bias is not None and bias.shape != (experts, n):
         raise ValueError(f"bias must be [{experts}, {n}]; got {list(bias.shape)}")
 
@@ -100,23 +111,35 @@ def _experts_of_rows(rows: int, offsets: Tensor) -> Tensor:
 
 
 def _segments(
-    x: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor,
-    bias: Tensor | None,
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    offsets: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     ends = offsets.tolist()
     # One node each in the graph: a slice per expert would make a whole gradient per expert.
-    weights, biases = weight.unbind(0), [None] * len(ends) if bias is None else bias.unbind(0)
+    weights = weight.unbind(0) if isinstance(weight, Tensor) else _Stack(weight, len(ends))
+    biases = [None] * len(ends) if bias is None else bias.unbind(0)
+    adapters = None
     if lora_a is not None and lora_b is not None:
         adapters = list(zip(lora_a.unbind(0), lora_b.contiguous().unbind(0), strict=True))
     results = []
     for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if begin == end:
             continue
-        rows = x[begin:end]
-        if lora_a is None:
-            results.append(F.linear(rows, weights[expert], biases[expert]))
+        rows, w, b = x[begin:end], weights[expert], biases[expert]
+        if adapters is not None:
+            results.append(functional.lora_linear(rows, w, *adapters[expert], scaling, b))
         else:
-            results.append(functional.lora_linear(rows, weights[expert], *adapters[expert], scaling, biases[expert]))
+            results.append(functional.nf4_linear(rows, w, b) if isinstance(w, NF4Weight) else F.linear(rows, w, b))
     if not results:
-        return x @ weights[0].t()
+        return x.new_zeros(0, weights[0].shape[0])
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+class _Stack:
+    """Experts of an NF4 stack, looked at one by one."""
+
+    def __init__(self, weight: NF4Weight, experts: int) -> None:
+        self.weight, self.n = weight, weight.shape[0] // experts
+
+    def __getitem__(self, expert: int) -> NF4Weight:
+        return self.weight.rows(expert * self.n, (expert + 1) * self.n)

@@ -116,10 +116,23 @@ if experts.ParamWrapper is not None:
                 for wrapper in wrappers[: 1 if reason else None]:
                     count(wrapper.fastlora_calls, reason)
             if reason:
+                if reason not in _EXPECTED and any(map(experts.is_packed, wrappers)):
+                    raise RuntimeError(
+                        f"peft computes no adapters over a packed stack, nor does fastlora here: {reason}"
+                    )
                 return super().forward(x, *args, **kwargs)
             base = wrappers[-1].base_layer
             routing = experts.routing_of(base, x, args, kwargs)
-            return experts.forward(base, experts.updates_of(wrappers), x, *(routing or ()))
+            return experts.forward(base, self.num_experts, experts.updates_of(wrappers), x, *(routing or ()))
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """As peft's; a packed stack takes no sum, and peft would lose the update without a word."""
+            if experts.is_packed(self):
+                raise ValueError(
+                    f"{self.parameter_name} is packed in 4 bits and cannot take an update: save the adapter, load the "
+                    "model without quantization, and merge there"
+                )
+            super().merge(safe_merge, adapter_names)
 
     _FUSED[experts.ParamWrapper] = FusedParamWrapper
 
@@ -388,7 +401,7 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
                 Row(name, kind, shape, True, said, backends[-1].name, rank, is_linear4bit(base), module.fastlora_calls)
             )
         elif name in found and experts.is_wrapper(module):
-            backends.append(functional.backend(module.get_param().device))
+            backends.append(functional.backend(next(module.parameters()).device))
             rows.append(experts.row(name, module, reasons[name], backends[-1].name))
         elif isinstance(module, nn.Linear) and not name.startswith(inside):
             shape = (module.out_features, module.in_features)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import grouped
+from fastlora import grouped, nf4
 from fastlora.grouped import grouped_lora_linear
 from tests.models import SIZES, randomize, tokens
 from tests.numerics import assert_as_accurate
@@ -168,6 +168,57 @@ def test_packing_is_pefts():
     torch.testing.assert_close(formed, layer.get_delta_weight("default"))
 
 
+def packed(layer, double_quant=True):
+    """A copy of the layer with its stacks packed, and one with the values that the packed stacks stand for."""
+    quantized, expanded = copy.deepcopy(layer), copy.deepcopy(layer)
+    experts.quantize_experts(quantized, double_quant=double_quant)
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(expanded.get_base_layer(), name).copy_(getattr(quantized.get_base_layer(), name))
+    return quantized, expanded
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_packed_stack_is_as_exact_as_peft_over_its_values(dtype, double_quant):
+    pytest.importorskip("bitsandbytes")
+    _, layer = stack(dtype=dtype)  # runs of scales cross from expert to expert in down_proj, not in gate_up_proj
+    quantized, expanded = packed(layer, double_quant)
+    oracle, baseline = results(exact(expanded), torch.float64), results(expanded, dtype)
+    fastlora.replace_linear(quantized)
+    ours = results(quantized, dtype)
+    assert quantized.fastlora_calls.fused == 1
+    assert ours.keys() == oracle.keys()
+    for name, value in ours.items():
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+
+
+def test_a_packed_stack_loses_nothing_unsaid():
+    pytest.importorskip("bitsandbytes")
+    model, layer = stack()
+    _, expanded = packed(layer)
+    with pytest.raises(ValueError, match="wrap the model first"):
+        experts.quantize_experts(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="blocks of 4096 would cross"):
+        experts.quantize_experts(stack("qwen3-moe")[0], blocksize=4096)
+    with pytest.raises(ValueError, match=r"kept as \[in, out\]"):
+        experts.quantize_experts(stack("gpt-oss")[0])
+    fastlora.replace_linear(experts.quantize_experts(model))
+    with pytest.raises(ValueError, match="parametrized already"):
+        experts.quantize_experts(model)
+    with pytest.raises(ValueError, match="packed in 4 bits and cannot take an update"):
+        model.merge_adapter()
+    x, chosen, weights, _ = (t.float() if t.is_floating_point() else t for t in routed(layer))
+    with model.disable_adapter():
+        got = layer(x, chosen, weights)
+    for wrapper in experts.chain(expanded):
+        wrapper.enable_adapters(False)
+    assert torch.equal(got, expanded(x, chosen, weights))
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="no adapters over a packed stack"):
+        layer(x, chosen, weights)
+
+
 STEPS_BACK = {
     "adapters are disabled": lambda model, layer: layer.enable_adapters(False),
     "adapters are merged": lambda model, layer: layer.merge(),
@@ -285,10 +336,11 @@ def test_no_rows_at_all():
     ("change", "message"),
     [
         ({"x": torch.zeros(5, 7)}, r"x must be \[S, K\]"),
+        ({"weight": nf4.quantize(torch.ones(7, 64))}, r"an NF4 weight \[2 N, K\]"),
         ({"lora_a": torch.zeros(3, 2, 8)}, r"lora_a must be \[2, R, 8\]"),
         ({"lora_b": torch.zeros(2, 4, 3)}, r"lora_b \[2, 4, R\]"),
         ({"lora_b": None}, "both or neither"),
-        ({"offsets": torch.tensor([2, 5])}, r"offsets must be \[2\] in int32"),
+        ({"offsets": torch.tensor([2, 5])}, r"offsets must be \[E\] in int32"),
         ({"bias": torch.zeros(4)}, r"bias must be \[2, 4\]"),
     ],
 )
