@@ -9,9 +9,13 @@ and rounds the update to the weight's dtype. Here LoRA costs what it reads of x,
     segments   `functional.lora_linear` for each expert that has rows; their numbers come to the host
     grouped    torch's grouped_mm, thrice: x W, x A and h B. Nothing comes to the host, torch.compile sees no break
 
-Over an NF4 stack only the experts that have rows are read, each by the kernels of a linear over NF4.
-The second serves bf16 on CUDA from sm_80 on and inside torch.compile, the first everything else.
+The second serves bf16 on CUDA from sm_80 on and inside torch.compile, the first everything else. An NF4 stack is
+expanded for it in one launch, forward and once more backward, and never kept; up to FEW_ROWS rows it is read expert by
+expert instead, packed. (By counting launches and bytes, not by measurement: 3 to 7 launches an expert, 2.5 bytes a
+weight.)
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +23,9 @@ from torch.nn import functional as F
 
 from fastlora import functional
 from fastlora.nf4 import NF4Weight
+from fastlora.operands import refuse_second_derivative
 
+FEW_ROWS = 16
 _ALIGNED = 8  # bf16 numbers in the 16 bytes to which grouped_mm wants rows aligned
 
 
@@ -43,7 +49,7 @@ def grouped_lora_linear(
         ValueError: operands that do not fit together.
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
-    if isinstance(weight, Tensor) and _takes_grouped_mm(x, weight):
+    if _takes_grouped_mm(x, weight) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
         return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
     return _segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
@@ -77,9 +83,9 @@ def _check(
         raise ValueError(f"bias must be [{experts}, {n}]; got {list(bias.shape)}")
 
 
-def _takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+def _takes_grouped_mm(x: Tensor, weight: Tensor | NF4Weight) -> bool:
     """Whether torch can multiply by groups here, and gains by it."""
-    if x.dtype is not torch.bfloat16 or weight.shape[1] % _ALIGNED or weight.shape[2] % _ALIGNED:
+    if x.dtype is not torch.bfloat16 or weight.shape[-2] % _ALIGNED or weight.shape[-1] % _ALIGNED:
         return False
     if not hasattr(F, "grouped_mm"):
         return False
@@ -88,11 +94,36 @@ def _takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     return torch.compiler.is_compiling()
 
 
+class _PackedProduct(torch.autograd.Function):
+    """x [S, K] by an NF4 stack [E N, K] -> [S, N]; the stack is expanded for the product alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, offsets: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(offsets)
+        return F.grouped_mm(x, _expanded(weight, offsets, x.dtype).transpose(1, 2), offs=offsets)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
+        (offsets,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return F.grouped_mm(dy.contiguous(), _expanded(ctx.weight, offsets, dy.dtype), offs=offsets), None, None
+
+
+def _expanded(weight: NF4Weight, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype).view(offsets.numel(), -1, weight.shape[1])  # [E, N, K]
+
+
 def _grouped(
-    x: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor,
-    bias: Tensor | None,
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    offsets: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [S, K] by [E, K, N] -> [S, N]
+    if isinstance(weight, NF4Weight):
+        y: Tensor = _PackedProduct.apply(x, weight, offsets)
+    else:
+        y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [S, K] by [E, K, N] -> [S, N]
     if lora_a is not None and lora_b is not None:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         missing = -a.shape[1] % _ALIGNED

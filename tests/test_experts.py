@@ -325,6 +325,35 @@ def test_both_ways_of_the_grouped_linear(way, with_bias, rank, monkeypatch):
         assert_as_accurate(value, baseline[name], oracle[name], name)
 
 
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("rows", [40, grouped.FEW_ROWS], ids=["grouped", "segments"])
+def test_a_packed_stack_either_way(rows, monkeypatch):
+    monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, weight: x.dtype is torch.bfloat16)
+    taken = []
+    monkeypatch.setattr(grouped, "_grouped", lambda *args, way=grouped._grouped: taken.append(1) or way(*args))
+    generator = torch.Generator().manual_seed(5)
+    weight = nf4.quantize(torch.randn(3 * 24, 64, generator=generator))
+    values = weight.dequantize().view(3, 24, 64)
+    drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in ((rows, 64), (3, 4, 64), (3, 24, 4))]
+    dy = torch.randn(rows, 24, generator=generator).bfloat16()
+    offsets = torch.tensor([rows // 2, rows // 2, rows], dtype=torch.int32)
+
+    def run(dtype, stack):
+        x, a, b = (tensor.to(dtype).requires_grad_() for tensor in drawn)
+        if isinstance(stack, nf4.NF4Weight):
+            y = grouped_lora_linear(x, stack, a, b, 0.5, offsets)
+        else:
+            formed = stack.to(dtype) + 0.5 * b @ a
+            y = torch.cat([x[: rows // 2] @ formed[0].t(), x[rows // 2 :] @ formed[2].t()])
+        y.backward(dy.to(dtype))
+        return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
+
+    oracle, baseline = run(torch.float64, values.bfloat16()), run(torch.bfloat16, values)
+    for name, value in run(torch.bfloat16, weight).items():
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+    assert bool(taken) is (rows > grouped.FEW_ROWS)
+
+
 def test_no_rows_at_all():
     weight = torch.randn(2, 4, 8, requires_grad=True)
     offsets = torch.zeros(2, dtype=torch.int32)
