@@ -308,7 +308,7 @@ class LoRALinear(nn.Module):
 
         Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as there.
         """
-        base = self.base_layer
+        base: Any = self.base_layer
         lora_a, lora_b, scaling = self.adapter()
         dropout = getattr(self.lora_dropout[self.active_adapter], "p", 0.0)
         if type(base) is nn.Linear:
@@ -316,7 +316,8 @@ class LoRALinear(nn.Module):
         if isinstance(base, NF4Linear):
             bias = base.bias_for(x)
             return functional.lora_linear(x, base.weight, lora_a, lora_b, scaling, bias, dropout, self.training)
-        return lora_linear_4bit(x, base, self._adopted.of(base), lora_a, lora_b, scaling, dropout, self.training)
+        weight = self._adopted.of(base)
+        return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, dropout, self.training, base.bias)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain `nn.Linear` with weight W + scaling · B A, summed in fp32 and rounded once to `dtype`.
@@ -358,10 +359,10 @@ def lora_linear_4bit(
     scaling: float,
     dropout_p: float,
     training: bool,
+    bias: Tensor | None,
 ) -> Tensor:
     """`functional.lora_linear` over a `Linear4bit`: computed in its compute dtype, returned in the dtype of x."""
     dtype = compute_dtype(linear4bit, x)
-    bias = linear4bit.bias
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(dtype)
     y = functional.lora_linear(x.to(dtype), weight, lora_a, lora_b, scaling, bias, dropout_p, training)
