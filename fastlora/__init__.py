@@ -16,10 +16,11 @@ if not (_root / "kernels").is_dir():
     __path__.append(str(_root.parent))
 
 if TYPE_CHECKING:
-    from fastlora.adapter import load_adapter, merge, save_adapter
+    from fastlora.adapter import load_adapter, save_adapter
     from fastlora.functional import backend, lora_linear, nf4_dequantize, nf4_linear
     from fastlora.layer_report import Report
     from fastlora.linear import LoRALinear, NF4Linear
+    from fastlora.merging import merge
     from fastlora.nf4 import NF4Weight, quantize
     from fastlora.replace import replace_linear, report, restore
 
@@ -44,7 +45,8 @@ __all__ = [
 
 # Imported at first use: the command line answers without waiting for torch.
 _HOMES = {
-    "adapter": ("load_adapter", "merge", "save_adapter"),
+    "adapter": ("load_adapter", "save_adapter"),
+    "merging": ("merge",),
     "functional": ("backend", "lora_linear", "nf4_dequantize", "nf4_linear"),
     "layer_report": ("Report",),
     "linear": ("LoRALinear", "NF4Linear"),

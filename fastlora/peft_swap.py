@@ -1,8 +1,9 @@
 """peft's own LoRA layers, sped up in place by changing their class.
 
-An object's class can be changed while it lives. `speed_up` gives each LoRA layer of peft's a subclass of its class that
-differs in `forward` alone: it takes the fused path where that computes the same, and steps back to peft's forward
-wherever a condition does not hold. Parameters, names, checkpoints and all of peft's methods stay as they are.
+An object's class can be changed while it lives. `speed_up` gives each LoRA layer of peft's a subclass of its class with
+a `forward` that takes the fused path where that computes the same, and steps back to peft's forward wherever a
+condition does not hold (`fastlora.peft_conditions`). Parameters, names, checkpoints and all of peft's methods stay as
+they are; `merge` keeps the weight, so that `unmerge` gives back every bit.
 
 The conditions are read at each call, for a user may disable, merge, add or switch adapters at any time. Each layer
 counts both kinds of call and keeps the reason of the last step back (`layer.fastlora_calls`, `fastlora.report(model)`);
@@ -30,6 +31,7 @@ from torch import Tensor, compiler, nn
 from fastlora import dora, functional, mixed_batch, peft_conditions
 from fastlora.conv1d import dense_weight, is_conv1d, is_dense
 from fastlora.dora import KeptNorms
+from fastlora.kept_weight import KeptWeight
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
 from fastlora.mixed_batch import Adapter, mixed_linear, total_bias
@@ -46,6 +48,7 @@ class _Fused:
     fastlora_calls: Calls
     fastlora_adopted: AdoptedWeight
     fastlora_norms: KeptNorms
+    fastlora_kept: KeptWeight
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the conditions hold, else by peft's forward."""
@@ -86,7 +89,24 @@ class _Fused:
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()
         self.fastlora_norms.forget()
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        kept, dtype = self.fastlora_kept.fits(self), self.get_base_layer().weight.dtype
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        if kept and self.get_base_layer().weight.dtype == dtype:
+            self.fastlora_kept.settle(self)
+        return result
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """peft's merge; the weight as it was is kept for `unmerge`."""
+        self.fastlora_kept.keep(self)
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        finally:
+            self.fastlora_kept.settle(self)
+
+    def unmerge(self: Any) -> None:
+        """The weight as it was before the merge, to the bit; by peft's subtraction where it has been changed since."""
+        if not (self.merged and self.fastlora_kept.put_back(self)):
+            super().unmerge()  # type: ignore[misc]
 
 
 class FusedLinear(_Fused, peft_layer.Linear):
@@ -141,7 +161,7 @@ def restore(model: nn.Module) -> nn.Module:
         )
     for layer in fused:
         layer.__class__ = next(plain for plain, kind in _FUSED.items() if kind is type(layer))
-        del layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms
+        del layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms, layer.fastlora_kept
     if hasattr(model, "fastlora_report"):
         del model.fastlora_report
     return model
@@ -162,7 +182,8 @@ def _report_reason(layer: Any) -> str:
 def _fuse(layer: Any) -> None:
     if type(layer) in _FUSED:
         layer.__class__ = _FUSED[type(layer)]
-        layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms = Calls(), AdoptedWeight(), KeptNorms()
+        layer.fastlora_calls, layer.fastlora_adopted = Calls(), AdoptedWeight()
+        layer.fastlora_norms, layer.fastlora_kept = KeptNorms(), KeptWeight()
 
 
 def _watch_injections() -> None:
