@@ -65,6 +65,8 @@ def chain(layer: Any) -> list[Any]:
 def standing_reason(layer: Any) -> str:
     """Why a wrapper of peft's is not sped up as it now stands; empty where it can be."""
     experts = layer.get_base_layer()
+    if "forward" in layer.__dict__:
+        return "its forward has been replaced on the instance"
     if layer.num_experts == 1:
         return "target_parameters with one matrix, not a stack of experts: peft forms W + B A"
     if any(not hasattr(experts, name) for name in _INTERFACE):
@@ -229,7 +231,10 @@ def _unpack(wrapper: Any, name: str) -> Update:
     count = wrapper.num_experts
     a = a.reshape(count, -1, a.shape[1])  # [E·r, K] -> [E, r, K]
     b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)  # [N, r·E] -> [E, N, r]
-    return Update(a, b, wrapper.scaling[name])
+    scaling = wrapper.scaling[name]
+    if isinstance(scaling, Tensor):  # peft prepares for hot-swapping under torch.compile so: no number in the graph
+        return Update(a, b * scaling, 1.0)
+    return Update(a, b, scaling)
 
 
 def _active(wrapper: Any) -> list[str]:
