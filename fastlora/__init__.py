@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from fastlora.linear import LoRALinear, NF4Linear
     from fastlora.merging import merge
     from fastlora.nf4 import NF4Weight, quantize
+    from fastlora.quantizer import FastLoRANF4Config
     from fastlora.replace import replace_linear, report, restore
 
 __version__ = "0.1.0"
 __all__ = [
+    "FastLoRANF4Config",
     "LoRALinear",
     "NF4Linear",
     "NF4Weight",
@@ -57,6 +59,7 @@ _HOMES = {
     "linear": ("LoRALinear", "NF4Linear"),
     "merging": ("merge",),
     "nf4": ("NF4Weight", "quantize"),
+    "quantizer": ("FastLoRANF4Config",),
     "replace": ("replace_linear", "report", "restore"),
 }
 

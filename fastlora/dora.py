@@ -1,8 +1,9 @@
 """DoRA over the fused linear: y = (m / ‖W + s · B A‖) ∘ (x Wᵀ + s · x Aᵀ Bᵀ) + bias, the norm taken of each row.
 
-The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight, so it is
-kept until A, B or the weight change: gradient accumulation, recomputation under checkpointing and evaluation find it
-there.
+The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight, so on the
+CPU it is kept until A, B or the weight change: gradient accumulation, recomputation under checkpointing and evaluation
+find it there. A and B are compared with copies, for writes through `.data`, by bitsandbytes' optimizers, and by FSDP
+leave no trace on a tensor. On other devices that comparison would wait for the device, and the norm is formed anew.
 
 Source: arXiv:2402.09353, equation 5 and section 4.3.
 """
@@ -44,22 +45,29 @@ class KeptNorms:
 
     def forget(self) -> None:
         """Form them anew at the next call."""
-        self._of: tuple[Any, ...] | None = None
+        self._weight: Tensor | NF4Weight | None = None
+        self._facts: tuple[Any, ...] = ()
+        self._adapters: tuple[Tensor, ...] = ()
         self._norms: Tensor | None = None
 
     def of(self, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         """‖W + scaling · B A‖: [N], fp32."""
-        tensors = (weight.codes if isinstance(weight, NF4Weight) else weight, lora_a, lora_b)
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        frozen = weight.codes if isinstance(weight, NF4Weight) else weight
+        if torch.compiler.is_compiling() or not frozen.is_cpu or frozen.is_inference() or frozen.requires_grad:
             return row_norms(weight, lora_a, lora_b, scaling)
-        # in-place changes count a version up; another tensor in its place lies elsewhere or is of another device
-        now = (*((t.data_ptr(), t._version, t.device) for t in tensors), scaling)
-        if self._norms is None or self._of != now:
-            self._of, self._norms = now, row_norms(weight, lora_a, lora_b, scaling)
+        facts, adapters = (frozen.data_ptr(), frozen._version, scaling), (lora_a.detach(), lora_b.detach())
+        if self._norms is None or self._weight is not weight or self._facts != facts or not self._same(adapters):
+            self._weight, self._facts = weight, facts
+            self._adapters = tuple(adapter.clone() for adapter in adapters)
+            self._norms = row_norms(weight, lora_a, lora_b, scaling)
         return self._norms
 
+    def _same(self, adapters: tuple[Tensor, Tensor]) -> bool:
+        pairs = zip(self._adapters, adapters, strict=True)
+        return all(kept.dtype == now.dtype and torch.equal(kept, now) for kept, now in pairs)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_of": None, "_norms": None}  # a copy lies elsewhere
+        return vars(KeptNorms())  # a copy lies elsewhere
 
 
 def rescale(y: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:

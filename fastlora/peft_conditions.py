@@ -26,6 +26,7 @@ except ImportError:  # an older peft, whose DoRA steps back
 # Reasons that the user asked for: not worth a warning.
 EXPECTED = ("adapters are disabled", "adapters are merged", "no adapter of this layer is active")
 _PLAIN = (nn.Parameter, Tensor)
+_CPU = torch.device("cpu")
 _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
 
 
@@ -181,7 +182,7 @@ def _scaling_reason(layer: Any, name: str, lora_b: Tensor) -> str:
     scaling = layer.scaling[name]
     if isinstance(scaling, (int, float)):
         return ""
-    if type(scaling) in _PLAIN and scaling.ndim == 0 and scaling.device == lora_b.device:
+    if type(scaling) in _PLAIN and scaling.ndim == 0 and scaling.device in (lora_b.device, _CPU):
         return "DoRA with a tensor as scaling" if name in layer.lora_variant else ""
     return "scaling is not a number"
 

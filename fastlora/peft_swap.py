@@ -42,13 +42,21 @@ logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
-class _Fused:
-    """The forward that a fused class puts before peft's."""
+class _Marked:
+    """What every layer of peft's with a fused forward has."""
 
     fastlora_calls: Calls
     fastlora_adopted: AdoptedWeight
     fastlora_norms: KeptNorms
     fastlora_kept: KeptWeight
+
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _watch_injections()  # an unpickled model may be the first in its process
+
+
+class _Fused(_Marked):
+    """The forward that a fused class puts before peft's."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the conditions hold, else by peft's forward."""
@@ -126,10 +134,8 @@ if is_bnb_4bit_available():
 
 if experts.ParamWrapper is not None:
 
-    class FusedParamWrapper(experts.ParamWrapper):  # type: ignore[misc]
+    class FusedParamWrapper(_Marked, experts.ParamWrapper):  # type: ignore[misc]
         """peft's `lora.ParamWrapper` over a stack of experts, which does not form W + B A."""
-
-        fastlora_calls: Calls
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """The experts' output, fused where the conditions hold, else by peft's forward."""
@@ -190,7 +196,9 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
     """
-    fused: list[Any] = [module for module in model.modules() if type(module) in _FUSED.values()]
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, _Marked)]
+    if any(type(layer) not in _FUSED.values() for layer in fused):
+        raise ValueError("a fused layer has become a unit of FSDP of its own: call restore before the model is sharded")
     if not fused:
         raise ValueError(
             "no layer of this model is one of peft's with a fused forward: restore(model) undoes replace_linear(model)"
@@ -210,9 +218,15 @@ def report(model: nn.Module) -> Report:
 
 
 def _report_reason(layer: Any) -> str:
-    return standing_reason(layer) or (
-        "" if type(layer) in _FUSED.values() else "peft's own: call replace_linear(model)"
-    )
+    if not isinstance(layer, _Marked):
+        return standing_reason(layer) or "peft's own: call replace_linear(model)"
+    if _is_sharded(layer):  # gathered, as a rule, by the time that it is called
+        return layer.fastlora_calls.last_reason if layer.fastlora_calls.stepped_back else ""
+    return standing_reason(layer)
+
+
+def _is_sharded(layer: Any) -> bool:
+    return any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters())
 
 
 def _fuse(layer: Any) -> None:
@@ -231,7 +245,7 @@ def _watch_injections() -> None:
     @functools.wraps(inject)
     def watched(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = inject(self, model, *args, **kwargs)
-        if any(type(module) in _FUSED.values() for module in model.modules()):
+        if any(isinstance(module, _Marked) for module in model.modules()):
             for module in list(model.modules()):
                 if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module):
                     _fuse(module)
@@ -243,7 +257,7 @@ def _watch_injections() -> None:
 
 def standing_reason(layer: Any) -> str:
     """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be."""
-    if type(layer) not in _FUSED and type(layer) not in _FUSED.values():
+    if type(layer) not in _FUSED and not isinstance(layer, _Marked):
         return f"peft's {type(layer).__name__} has no fused form"
     if experts.is_wrapper(layer):
         return experts.standing_reason(layer)
@@ -278,7 +292,8 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
         if name in found and (isinstance(module.get_base_layer(), nn.Linear) or is_conv1d(module.get_base_layer())):
             base = module.get_base_layer()
             shape, rank = (module.out_features, module.in_features), next(iter(module.r.values()), 0)
-            kind, reason = f"{type(module).__bases__[-1].__name__}({type(base).__name__})", reasons[name]
+            plain = next((cls for cls in type(module).__mro__ if cls in _FUSED), type(module))
+            kind, reason = f"{plain.__name__}({type(base).__name__})", reasons[name]
             if reason:
                 rows.append(Row(name, type(module).__name__, shape, False, reason, r=rank))
                 continue
