@@ -89,9 +89,12 @@ class _Fused(_Marked):
     def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
         dense, (lora_a, lora_b, scaling, *_) = is_dense(base), adapter
         weight = dense_weight(base) if dense else self.fastlora_adopted.of(base)
-        y = functional.lora_linear(x if dense else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
         magnitude = self.lora_magnitude_vector._modules[name].weight
-        y = dora.rescale(y, magnitude, self.fastlora_norms.of(weight, lora_a, lora_b, scaling), base.bias)
+        norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
+        if dense and lora_a.dtype != peft_conditions.computed_in(x, base):
+            return dora.over_16_bits(x, weight, lora_a, lora_b, scaling, magnitude, norms, base.bias)
+        y = functional.lora_linear(x if dense else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
+        y = dora.rescale(y, magnitude, norms, base.bias)
         return y if dense else y.to(x.dtype)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
