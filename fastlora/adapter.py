@@ -213,7 +213,7 @@ def _of_trained_modules(model: nn.Module, settings: LoRASettings, tensors: dict[
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         owners = [name[:end] for end in range(len(name)) if name[end] == "."]
-        if any(owner == entry or owner.endswith(f".{entry}") for owner in owners for entry in entries):
+        if any(owner.endswith(entry) for owner in owners for entry in entries):
             found[name] = tensor
     trained_modules.check_fit(model, found, _PREFIX)
     return found

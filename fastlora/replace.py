@@ -67,7 +67,7 @@ def replace_linear(
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
         init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
             "pissa_niter_<N>", "olora", or, with `quantize`, "loftq".
-        modules_to_save: names, or ends of names, of modules that are trained in full and saved with the adapter.
+        modules_to_save: ends of the names of modules that are trained in full and saved with the adapter.
         trainable_token_indices: tokens of the input embedding whose rows are trained and saved with the adapter, or
             {name of an embedding or output head: tokens}; a tied head shares them.
         quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
@@ -259,6 +259,7 @@ def carry_out(
     let_inputs_require_grad(model)
     admit_training(model)
     model.fastlora_report = report  # type: ignore[assignment]
+    settings = dataclasses.replace(settings, modules_to_save=list(trained) or None)
     model.fastlora_settings = settings  # type: ignore[assignment]
     return model
 

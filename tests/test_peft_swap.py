@@ -283,7 +283,11 @@ def test_gpt2s_transposed_layers(options):
     for one, other in zip(run(model), run(plain), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert counts(model) == (4, 0)
-    assert [row.kind for row in fastlora.report(model).replaced] == ["Linear(Conv1D)"] * 4
+    report = fastlora.report(model)
+    assert [row.kind for row in report.replaced] == ["Linear(Conv1D)"] * 4
+    model = replace_linear(wrapped(gpt2, target_modules=["c_attn"]))
+    left = {row.name.rsplit("h.0.")[-1]: row.shape for row in fastlora.report(model).left if row.kind == "Conv1D"}
+    assert left == {"attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -299,6 +303,26 @@ def test_a_transposed_flag_that_is_wrong_steps_back():
 def test_fp4_is_left():
     with pytest.raises(ValueError, match="the base weight is fp4"):
         replace_linear(wrapped(lambda: bnb_llama(quant_type="fp4")))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_what_else_peft_trains_goes_on_beside_fused_layers(tie, tmp_path):
+    """modules_to_save, trained tokens and their tied head are peft's modules, which nothing here touches."""
+
+    def make():
+        base = wrapped(
+            lambda: llama(tie_word_embeddings=tie), modules_to_save=["model.norm"], trainable_token_indices=[3, 9]
+        )
+        return base.train()
+
+    plain, model = make(), replace_linear(make())
+    for one, other in zip(run(model), run(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counts(model) == (6, 0)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 6 * 2 + 2
+    model.save_pretrained(tmp_path)
+    other = replace_linear(peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tie), tmp_path))
+    torch.testing.assert_close(other(tokens()).logits, model(tokens()).logits)
 
 
 def test_a_second_adapter_and_switching():
