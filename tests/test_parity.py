@@ -139,12 +139,13 @@ def printed():
     if not _table:
         return
     columns = [f"{base} {dtype}" for base in BASES for dtype in DTYPES]
-    print("\n" + " | ".join([f"{'option':>14}", *columns]))
+    width = max(map(len, OPTIONS))
+    print("\n" + " | ".join(["option".rjust(width), *columns]))
     for option in OPTIONS:
         cells = [_table.get((option, base, dtype), "-") for base in BASES for dtype in DTYPES]
         print(
             " | ".join(
-                [f"{option:>14}", *(f"{cell:>{len(title)}}" for cell, title in zip(cells, columns, strict=True))]
+                [option.rjust(width), *(f"{cell:>{len(title)}}" for cell, title in zip(cells, columns, strict=True))]
             )
         )
 
