@@ -198,8 +198,8 @@ def _trained_names(model: nn.Module, settings: LoRASettings) -> list[str] | None
 def _saved_pair(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A and B as they mean the same on the base that everybody has."""
     pair = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
-    start = layer.taken_out.get(adapter_name)
-    return pair if start is None else starts.standalone(pair, start)
+    taken_out = layer.taken_out.get(adapter_name)
+    return pair if taken_out is None else starts.standalone(pair, taken_out, layer.scaling[adapter_name])
 
 
 def _of_trained_modules(model: nn.Module, settings: LoRASettings, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
