@@ -47,7 +47,7 @@ class KeptWeight:
         bias = getattr(base, "bias", None)
         self._attributes = dict(base.weight.__dict__)
         self._bias = None
-        if bias is not None and any(layer.lora_bias.values()):
+        if bias is not None and any(getattr(layer, "lora_bias", {}).values()):
             self._bias = bias.detach().to("cpu", copy=True)
 
     def settle(self, layer: Any) -> None:
