@@ -32,6 +32,8 @@ class AdoptedWeight:
             ValueError: not quantized yet, fp4, or repacked by bitsandbytes for CPU inference.
         """
         weight: Any = linear4bit.weight
+        if torch.compiler.is_compiling():  # kept, it would be a guard that fails at the second call
+            return NF4Weight.from_bnb(weight)
         state = getattr(weight, "quant_state", None)
         view = self._view
         if (

@@ -26,6 +26,7 @@ except ImportError:  # an older peft, whose DoRA steps back
 # Reasons that the user asked for: not worth a warning.
 EXPECTED = ("adapters are disabled", "adapters are merged", "no adapter of this layer is active")
 _PLAIN = (nn.Parameter, Tensor)
+_CPU = torch.device("cpu")
 _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
 
 
@@ -181,7 +182,7 @@ def _scaling_reason(layer: Any, name: str, lora_b: Tensor) -> str:
     scaling = layer.scaling[name]
     if isinstance(scaling, (int, float)):
         return ""
-    if type(scaling) in _PLAIN and scaling.ndim == 0 and scaling.device == lora_b.device:
+    if type(scaling) in _PLAIN and scaling.ndim == 0 and scaling.device in (lora_b.device, _CPU):
         return "DoRA with a tensor as scaling" if name in layer.lora_variant else ""
     return "scaling is not a number"
 
@@ -198,19 +199,24 @@ def _variant_reason(layer: Any, name: str) -> str:
     return "DoRA drops the base's input too" if dropout.training and getattr(dropout, "p", 0.0) > 0 else ""
 
 
+def computed_in(x: Tensor, base: Any) -> torch.dtype:
+    """The dtype in which the fused path multiplies x by a base layer's weight."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dense_weight(base).dtype if is_dense(base) else compute_dtype(base, x)
+
+
 def _dtype_reason(x: Tensor, base: Any, adapters: torch.dtype, by_rows: bool) -> str:
     """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
-    given, four_bit, device = x.dtype, not is_dense(base), x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    given, four_bit, dtype = x.dtype, not is_dense(base), computed_in(x, base)
+    if torch.is_autocast_enabled(x.device.type):
         # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may be in neither
         good = dtype in FLOAT_DTYPES and (not four_bit or given in (torch.float32, dtype))
     else:
-        dtype = compute_dtype(base, x) if four_bit else dense_weight(base).dtype
         good = four_bit or given == dtype
     if good and given in FLOAT_DTYPES and adapters in (torch.float32, dtype):
-        # peft scales the gradient of a dense layer's rows in fp32, the fused path in the product's dtype
-        return f"DoRA with {adapters} adapters over a {dtype} weight" if by_rows and adapters != dtype else ""
+        trained = by_rows and adapters != dtype and dense_weight(base).requires_grad
+        return f"DoRA with {adapters} adapters over a trained {dtype} weight" if trained else ""
     return f"dtypes: input {given}, adapters {adapters}, computed in {dtype}"
 
 

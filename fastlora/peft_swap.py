@@ -28,7 +28,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, compiler, nn
 
-from fastlora import dora, functional, mixed_batch, peft_conditions
+from fastlora import dora, experts, functional, mixed_batch, peft_conditions
 from fastlora.conv1d import dense_weight, is_conv1d, is_dense
 from fastlora.dora import KeptNorms
 from fastlora.kept_weight import KeptWeight
@@ -42,13 +42,21 @@ logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
-class _Fused:
-    """The forward that a fused class puts before peft's."""
+class _Marked:
+    """What every layer of peft's with a fused forward has."""
 
     fastlora_calls: Calls
     fastlora_adopted: AdoptedWeight
     fastlora_norms: KeptNorms
     fastlora_kept: KeptWeight
+
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _watch_injections()  # an unpickled model may be the first in its process
+
+
+class _Fused(_Marked):
+    """The forward that a fused class puts before peft's."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, fused where the conditions hold, else by peft's forward."""
@@ -81,9 +89,12 @@ class _Fused:
     def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
         dense, (lora_a, lora_b, scaling, *_) = is_dense(base), adapter
         weight = dense_weight(base) if dense else self.fastlora_adopted.of(base)
-        y = functional.lora_linear(x if dense else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
         magnitude = self.lora_magnitude_vector._modules[name].weight
-        y = dora.rescale(y, magnitude, self.fastlora_norms.of(weight, lora_a, lora_b, scaling), base.bias)
+        norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
+        if dense and lora_a.dtype != peft_conditions.computed_in(x, base):
+            return dora.over_16_bits(x, weight, lora_a, lora_b, scaling, magnitude, norms, base.bias)
+        y = functional.lora_linear(x if dense else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
+        y = dora.rescale(y, magnitude, norms, base.bias)
         return y if dense else y.to(x.dtype)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
@@ -124,6 +135,40 @@ if is_bnb_4bit_available():
     _FUSED[peft_bnb.Linear4bit] = FusedLinear4bit
 
 
+if experts.ParamWrapper is not None:
+
+    class FusedParamWrapper(_Marked, experts.ParamWrapper):  # type: ignore[misc]
+        """peft's `lora.ParamWrapper` over a stack of experts, which does not form W + B A."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """The experts' output, fused where the conditions hold, else by peft's forward."""
+            wrappers = experts.chain(self)
+            reason = experts.step_back_reason(wrappers, x, args, kwargs)
+            if not compiler.is_compiling():
+                for wrapper in wrappers[: 1 if reason else None]:
+                    count(wrapper.fastlora_calls, reason)
+            if reason:
+                if reason not in EXPECTED and any(map(experts.is_packed, wrappers)):
+                    raise RuntimeError(
+                        f"peft computes no adapters over a packed stack, nor does fastlora here: {reason}"
+                    )
+                return super().forward(x, *args, **kwargs)
+            base = wrappers[-1].base_layer
+            routing = experts.routing_of(base, x, args, kwargs)
+            return experts.forward(base, self.num_experts, experts.updates_of(wrappers), x, *(routing or ()))
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """As peft's; a packed stack takes no sum, and peft would lose the update without a word."""
+            if experts.is_packed(self):
+                raise ValueError(
+                    f"{self.parameter_name} is packed in 4 bits and cannot take an update: save the adapter, load the "
+                    "model without quantization, and merge there"
+                )
+            super().merge(safe_merge, adapter_names)
+
+    _FUSED[experts.ParamWrapper] = FusedParamWrapper
+
+
 def speed_up(model: nn.Module) -> Report:
     """Give every LoRA layer of peft's in the model that can use it a fused forward; harmless when repeated.
 
@@ -154,7 +199,9 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
     """
-    fused: list[Any] = [module for module in model.modules() if type(module) in _FUSED.values()]
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, _Marked)]
+    if any(type(layer) not in _FUSED.values() for layer in fused):
+        raise ValueError("a fused layer has become a unit of FSDP of its own: call restore before the model is sharded")
     if not fused:
         raise ValueError(
             "no layer of this model is one of peft's with a fused forward: restore(model) undoes replace_linear(model)"
@@ -174,9 +221,15 @@ def report(model: nn.Module) -> Report:
 
 
 def _report_reason(layer: Any) -> str:
-    return standing_reason(layer) or (
-        "" if type(layer) in _FUSED.values() else "peft's own: call replace_linear(model)"
-    )
+    if not isinstance(layer, _Marked):
+        return standing_reason(layer) or "peft's own: call replace_linear(model)"
+    if _is_sharded(layer):  # gathered, as a rule, by the time that it is called
+        return layer.fastlora_calls.last_reason if layer.fastlora_calls.stepped_back else ""
+    return standing_reason(layer)
+
+
+def _is_sharded(layer: Any) -> bool:
+    return any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters())
 
 
 def _fuse(layer: Any) -> None:
@@ -195,7 +248,7 @@ def _watch_injections() -> None:
     @functools.wraps(inject)
     def watched(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = inject(self, model, *args, **kwargs)
-        if any(type(module) in _FUSED.values() for module in model.modules()):
+        if any(isinstance(module, _Marked) for module in model.modules()):
             for module in list(model.modules()):
                 if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module):
                     _fuse(module)
@@ -207,8 +260,10 @@ def _watch_injections() -> None:
 
 def standing_reason(layer: Any) -> str:
     """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be."""
-    if type(layer) not in _FUSED and type(layer) not in _FUSED.values():
+    if type(layer) not in _FUSED and not isinstance(layer, _Marked):
         return f"peft's {type(layer).__name__} has no fused form"
+    if experts.is_wrapper(layer):
+        return experts.standing_reason(layer)
     return peft_conditions.standing_reason(layer)
 
 
@@ -240,7 +295,8 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
         if name in found and (isinstance(module.get_base_layer(), nn.Linear) or is_conv1d(module.get_base_layer())):
             base = module.get_base_layer()
             shape, rank = (module.out_features, module.in_features), next(iter(module.r.values()), 0)
-            kind, reason = f"{type(module).__bases__[-1].__name__}({type(base).__name__})", reasons[name]
+            plain = next((cls for cls in type(module).__mro__ if cls in _FUSED), type(module))
+            kind, reason = f"{plain.__name__}({type(base).__name__})", reasons[name]
             if reason:
                 rows.append(Row(name, type(module).__name__, shape, False, reason, r=rank))
                 continue
@@ -249,6 +305,9 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
             rows.append(
                 Row(name, kind, shape, True, said, backends[-1].name, rank, is_linear4bit(base), module.fastlora_calls)
             )
+        elif name in found and experts.is_wrapper(module):
+            backends.append(functional.backend(next(module.parameters()).device))
+            rows.append(experts.row(name, module, reasons[name], backends[-1].name))
         elif (isinstance(module, nn.Linear) or is_conv1d(module)) and not name.startswith(inside):
             k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
             shape = (n, k)

@@ -87,7 +87,6 @@ OPTIONS = {
         dense_only=True,
         base_bias=True,
         transposed=True,
-        wide_adapters_step_back=_WIDE_DORA,
     ),
     "Conv1D, mixed batch": Option(
         _CONV, change=_second_adapter, call=MIXED, dense_only=True, base_bias=True, transposed=True
@@ -96,12 +95,10 @@ OPTIONS = {
     "both biases": Option({"lora_bias": True}, change=_train_bias, base_bias=True),
     "lora_bias, dropout": Option({"lora_bias": True, "lora_dropout": 0.25}, base_bias=True),
     "two, one biased": Option(change=_second_biased_adapter, base_bias=True),
-    "DoRA": Option({"use_dora": True}, wide_adapters_step_back=_WIDE_DORA),
-    "DoRA, base bias": Option(
-        {"use_dora": True},
-        change=_train_bias,
-        base_bias=True,
-        wide_adapters_step_back="DoRA with torch.float32 adapters",
+    "DoRA": Option({"use_dora": True}),
+    "DoRA, base bias": Option({"use_dora": True}, change=_train_bias, base_bias=True),
+    "DoRA, trained": Option(
+        {"use_dora": True}, change=_train_base, dense_only=True, wide_adapters_step_back=_WIDE_DORA
     ),
     "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, steps_back="DoRA drops the base's input too"),
     "one for all": Option(change=_second_adapter, call={"adapter_names": ["other"] * M}),
