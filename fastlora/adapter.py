@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora import replace, starts, trained_modules
+from fastlora import replace, starts, trained_modules, trained_tokens
 from fastlora.linear import LoRALinear
 from fastlora.merging import unwrapped
 from fastlora.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, load_with_peft, peft_adapter, read_adapter
@@ -69,7 +69,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             for part, value in zip(("lora_A", "lora_B"), _saved_pair(layer, adapter_name), strict=True):
                 tensors[f"{_PREFIX}{name}.{part}.weight"] = value
         extra = trained_modules.tensors(model, config["modules_to_save"] or ())
-        tensors |= {f"{_PREFIX}{name}": value for name, value in extra.items()}
+        tensors |= {f"{_PREFIX}{name}": value for name, value in (extra | trained_tokens.tensors(model)).items()}
     tensors = {key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -112,12 +112,15 @@ def load_adapter(
         config = {**config, "init_lora_weights": True, "eva_config": None}
     settings, layers = settings_from_config(config), adapted_layers(bare)
     extra = _of_trained_modules(bare, settings, tensors)
-    pairs = _pairs({key: tensor for key, tensor in tensors.items() if key.removeprefix(_PREFIX) not in extra})
+    rows = _of_trained_tokens(bare, settings, tensors)
+    others = {_PREFIX + name for name in extra} | {f"{_PREFIX}{name}.{trained_tokens.KEY}" for name in rows}
+    pairs = _pairs({key: tensor for key, tensor in tensors.items() if key not in others})
     settings = dataclasses.replace(settings, modules_to_save=_owners(extra))
     _check_start(settings.init_lora_weights, layers, adapter_name, replace_options)
     if not layers:
         _replace_and_load(bare, settings, pairs, adapter_name, replace_options)
         trained_modules.load(bare, extra)
+        _load_rows(bare, rows)
         return model
     if replace_options:
         raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one has them")
@@ -131,6 +134,7 @@ def load_adapter(
         layer.set_scaling(settings.rank_and_alpha(name)[1], settings.use_rslora)
     _copy(pairs, layers, adapter_name)
     trained_modules.load(bare, extra)
+    _load_rows(bare, rows)
     return model
 
 
@@ -175,6 +179,10 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": _trained_names(model, settings),
+        "trainable_token_indices": {
+            name: layer.indices.tolist() for name, layer in trained_tokens.layers(model).items()
+        }
+        or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "use_dora": False,
@@ -190,8 +198,8 @@ def _trained_names(model: nn.Module, settings: LoRASettings) -> list[str] | None
 def _saved_pair(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A and B as they mean the same on the base that everybody has."""
     pair = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
-    start = layer.taken_out.get(adapter_name)
-    return pair if start is None else starts.standalone(pair, start)
+    taken_out = layer.taken_out.get(adapter_name)
+    return pair if taken_out is None else starts.standalone(pair, taken_out, layer.scaling[adapter_name])
 
 
 def _of_trained_modules(model: nn.Module, settings: LoRASettings, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,10 +213,50 @@ def _of_trained_modules(model: nn.Module, settings: LoRASettings, tensors: dict[
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         owners = [name[:end] for end in range(len(name)) if name[end] == "."]
-        if any(owner == entry or owner.endswith(f".{entry}") for owner in owners for entry in entries):
+        if any(owner.endswith(entry) for owner in owners for entry in entries):
             found[name] = tensor
     trained_modules.check_fit(model, found, _PREFIX)
     return found
+
+
+def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trained rows of a file by the module that they belong to.
+
+    Raises:
+        ValueError: the model has no such module, rows of another size, or trains other tokens.
+    """
+    own = trained_tokens.layers(model)
+    there = {name: layer.indices.tolist() for name, layer in own.items()}
+    wanted = settings.trainable_token_indices
+    if own and isinstance(wanted, Mapping):
+        tokens = {name: list(indices) for name, indices in wanted.items()}
+        told = {
+            next((name for name in own if name == key or name.endswith(f".{key}")), key): v for key, v in tokens.items()
+        }
+    elif own:
+        told = {name: list(wanted or ()) for name in list(own)[:1]}
+    else:
+        told = trained_tokens.resolve(model, wanted)
+    if adapted_layers(model) and told != there:
+        raise ValueError(f"trainable_token_indices: the file trains {told or 'none'}, the model {there or 'none'}")
+    found = {}
+    for name, indices in told.items():
+        key = f"{_PREFIX}{name}.{trained_tokens.KEY}"
+        if key not in tensors:
+            raise ValueError(f"{key} is missing from the file")
+        module: Any = model.get_submodule(name)
+        shape = [len(indices), module.weight.shape[1]]
+        if list(tensors[key].shape) != shape:
+            raise ValueError(f"{key} has shape {list(tensors[key].shape)} in the file, {shape} in the model")
+        found[name] = tensors[key]
+    return found
+
+
+@torch.no_grad()
+def _load_rows(model: nn.Module, rows: dict[str, Tensor]) -> None:
+    for name, values in rows.items():
+        layer: Any = model.get_submodule(name)
+        layer.trained_rows.copy_(values)
 
 
 def _owners(extra: dict[str, Tensor]) -> list[str] | None:

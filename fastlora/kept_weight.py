@@ -7,7 +7,7 @@ the weight is put back that was kept: of a dense one a copy in main memory, in 4
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora.adopted import is_linear4bit
 
@@ -38,13 +38,16 @@ class KeptWeight:
         """Take the weight of a layer that has nothing merged; a further merge leaves what is kept."""
         if layer.merged:
             return
+        self.forget()
         base = layer.get_base_layer()
+        if not is_linear4bit(base) and type(base.weight) not in (nn.Parameter, Tensor):
+            return  # sharded, or of another library's kind: peft's subtraction it is
         # peft gives a Linear4bit a new parameter, and writes into that of a dense layer
         self._weight = base.weight if is_linear4bit(base) else base.weight.detach().to("cpu", copy=True)
         bias = getattr(base, "bias", None)
         self._attributes = dict(base.weight.__dict__)
         self._bias = None
-        if bias is not None and any(layer.lora_bias.values()):
+        if bias is not None and any(getattr(layer, "lora_bias", {}).values()):
             self._bias = bias.detach().to("cpu", copy=True)
 
     def settle(self, layer: Any) -> None:

@@ -220,13 +220,13 @@ class LoRALinear(nn.Module):
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=False)
         starts.fill(init_lora_weights, lora_a, lora_b, weight.dtype)
-        # (A0, B0) that have been taken out of the base, by adapter name: kept to save what the adapter adds to them
+        # (A0, scaling · B0) taken out of the base, by adapter name: kept to save what the adapter adds to them
         self.taken_out: dict[str, starts.Pair] = {}
         if starts.changes_base(init_lora_weights):
             assert isinstance(weight, Tensor)
             start = starts.from_weight(str(init_lora_weights), weight.detach(), r, self.scaling[adapter_name])
             lora_a.weight.data, lora_b.weight.data = (part.clone() for part in start)
-            self.taken_out[adapter_name] = start[0].cpu(), start[1].cpu()
+            self.taken_out[adapter_name] = start[0].cpu(), (start[1] * self.scaling[adapter_name]).cpu()
         device, dtype = weight.device, adapter_dtype or torch.float32
         self.lora_A = nn.ModuleDict({adapter_name: lora_a.to(device, dtype)})
         self.lora_B = nn.ModuleDict({adapter_name: lora_b.to(device, dtype)})
@@ -302,6 +302,25 @@ class LoRALinear(nn.Module):
         if is_linear4bit(self.base_layer):
             self._adopted.of(self.base_layer)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, pair in self.taken_out.items():
+            for part, tensor in zip("AB", pair, strict=True):
+                destination[f"{prefix}taken_out.{name}.{part}"] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *told: Any
+    ) -> None:
+        mine = {f"{prefix}taken_out.{name}.{part}": (name, part) for name in self.taken_out for part in "AB"}
+        rest = {key: value for key, value in state_dict.items() if key not in mine}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, *told)
+        missing += [key for key in mine if key not in state_dict]
+        for key, (name, part) in mine.items():
+            if key in state_dict:
+                a, b = self.taken_out[name]
+                value = state_dict[key].detach().to("cpu", torch.float32, copy=True)
+                self.taken_out[name] = (value, b) if part == "A" else (a, value)
 
     def extra_repr(self) -> str:
         name = self.active_adapter

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import functional, nf4, replace
+from fastlora import functional, nf4, replace, trained_tokens
 from fastlora.adopted import AdoptedWeight, is_linear4bit
 from fastlora.linear import LoRALinear, NF4Linear
 from fastlora.nf4 import NF4Weight
@@ -81,6 +81,7 @@ def merge(
             if isinstance(module, LoRALinear) and not _is_finite(module.to_linear(dtype)):
                 raise ValueError(f"{name} would not be finite after merging: its adapter or weight is broken")
     _replace_each(model, outer, dtype, quantize)
+    trained_tokens.fold(model)
     for attribute in ("fastlora_report", "fastlora_settings"):
         if hasattr(model, attribute):
             delattr(model, attribute)

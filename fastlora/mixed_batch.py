@@ -4,9 +4,10 @@
 
 Two ways to the update. With all ranks side by side, h = x [A_1; A_2; ...]ᵀ is formed for every row, multiplied by s_a
 in the columns of the row's own adapter and by 0 in the others', and [B_1 B_2 ...] gathers it: three products however
-many adapters there are, right where rows are few, as in decoding. In segments, each adapter sees its own rows alone:
-no product is wasted, which counts where rows are many, and each adapter may drop out at its own rate. Either way the
-base product is computed once and, over a dense weight, added to the update with beta = 1 and rounded once.
+many adapters there are, right where rows are few, as in decoding (there 0 times an adapter that is not finite spoils
+its neighbours' rows too). In segments, each adapter sees its own rows alone: no product is wasted, which counts where
+rows are many, and each adapter may drop out at its own rate. Either way the base product is computed once and, over a
+dense weight, added to the update with beta = 1 and rounded once.
 
 Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea.
 """

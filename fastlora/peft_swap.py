@@ -308,8 +308,9 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
         elif name in found and experts.is_wrapper(module):
             backends.append(functional.backend(next(module.parameters()).device))
             rows.append(experts.row(name, module, reasons[name], backends[-1].name))
-        elif isinstance(module, nn.Linear) and not name.startswith(inside):
-            shape = (module.out_features, module.in_features)
+        elif (isinstance(module, nn.Linear) or is_conv1d(module)) and not name.startswith(inside):
+            k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
+            shape = (n, k)
             rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
     if not backends:
         return Report(rows, "peft", "no layer can be sped up as it now stands")

@@ -15,10 +15,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastlora import functional, starts, survey, trained_modules
-from fastlora.conv1d import dense_weight, is_dense
+from fastlora import functional, nf4_layers, starts, survey, trained_modules, trained_tokens
+from fastlora.conv1d import dense_weight
 from fastlora.layer_report import Report
 from fastlora.linear import LoRALinear, NF4Linear, base_weight, check_adapter_dtype, is_linear4bit
 from fastlora.nf4 import BLOCKSIZES
@@ -43,6 +43,7 @@ def replace_linear(
     layers_pattern: Any = None,
     init_lora_weights: bool | str = True,
     modules_to_save: Any = None,
+    trainable_token_indices: Any = None,
     quantize: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
@@ -66,7 +67,9 @@ def replace_linear(
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
         init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
             "pissa_niter_<N>", "olora", or, with `quantize`, "loftq".
-        modules_to_save: names, or ends of names, of modules that are trained in full and saved with the adapter.
+        modules_to_save: ends of the names of modules that are trained in full and saved with the adapter.
+        trainable_token_indices: tokens of the input embedding whose rows are trained and saved with the adapter, or
+            {name of an embedding or output head: tokens}; a tied head shares them.
         quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
             excluded layers and of those that share their weight. Layer by layer: the peak is the model and one layer.
         blocksize, double_quant: of the quantization.
@@ -92,6 +95,7 @@ def replace_linear(
         "layers_pattern": layers_pattern,
         "init_lora_weights": init_lora_weights,
         "modules_to_save": modules_to_save,
+        "trainable_token_indices": trainable_token_indices,
     }
     if carries_peft(model):
         return _speed_up_peft(model, config, {**keywords, "quantize": quantize, "adapter_dtype": adapter_dtype})
@@ -205,29 +209,6 @@ def _without_trained(model: nn.Module, settings: LoRASettings, chosen: set[str])
     return chosen.difference(both)
 
 
-def _decide_nf4(model: nn.Module, sites: dict[str, Site], excluded: Collection[str]) -> None:
-    """Mark the sites whose weight shall become NF4, with the reason on those whose weight shall not.
-
-    Raises:
-        ValueError: a weight that cannot be quantized: on the meta device, empty, or not finite.
-    """
-    head = output_head(model)
-    for name, site in sites.items():
-        if not is_dense(site.module) or site.obstacle:
-            continue
-        if site.trained:
-            site.no_quantize = "trained in full"
-        elif site.shared_with:
-            site.no_quantize = f"its weight is shared with {site.shared_with}"
-        elif name in excluded:
-            site.no_quantize = "excluded"
-        elif within(name, head):
-            site.no_quantize = "the output head keeps its dtype"
-        else:
-            _check_quantizable(name, site.module.weight)
-            site.quantize = True
-
-
 def carry_out(
     model: nn.Module,
     sites: dict[str, Site],
@@ -249,8 +230,14 @@ def carry_out(
     trained = trained_modules.find(model, settings.modules_to_save)
     for name, site in sites.items():
         site.trained = any(within(name, module) for module in trained)
+    tokens = trained_tokens.resolve(model, settings.trainable_token_indices)
+    for name in trained_tokens.places(model, tokens):
+        if name in trained or (name in sites and sites[name].adapt):
+            raise ValueError(
+                f"{name} has trained tokens, its own or of a tied weight: leave it out of the other options"
+            )
     if quantize:
-        _decide_nf4(model, sites, excluded)
+        nf4_layers.decide(model, sites, excluded)
     adapted = {name: site for name, site in sites.items() if site.adapt}
     for site in adapted.values():
         if not site.quantize and not is_linear4bit(site.module):
@@ -264,13 +251,15 @@ def carry_out(
         layer.requires_grad_(False)
         for part in (layer.lora_A, layer.lora_B):
             part.requires_grad_(not settings.inference_mode)
-        _hang(sites[name], layer)
+        sites[name].hang(layer)
     for module in trained.values():
         module.requires_grad_(not settings.inference_mode)
-    _quantize(sites, layers, blocksize, double_quant)
+    trained_tokens.wrap(model, tokens, trains=not settings.inference_mode)
+    nf4_layers.quantize(sites, layers, blocksize, double_quant)
     let_inputs_require_grad(model)
     admit_training(model)
     model.fastlora_report = report  # type: ignore[assignment]
+    settings = dataclasses.replace(settings, modules_to_save=list(trained) or None)
     model.fastlora_settings = settings  # type: ignore[assignment]
     return model
 
@@ -374,37 +363,3 @@ def _refuse_unable_targets(settings: LoRASettings, sites: dict[str, Site], chose
         meant = [name for name in chosen if name == entry or name.endswith("." + entry)]
         if meant and not able.intersection(meant):
             raise ValueError(f"target_modules: {entry!r} cannot be replaced: {sites[meant[0]].obstacle}")
-
-
-def _check_quantizable(name: str, weight: Tensor) -> None:
-    if weight.device.type == "meta":
-        raise ValueError(f"{name}.weight is on the meta device: load the weights before quantizing")
-    if weight.numel() == 0:
-        raise ValueError(f"{name}.weight is empty: exclude it or load the weights (gather them first under ZeRO-3)")
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name}.weight holds NaN or inf: repair the checkpoint, or exclude the layer")
-
-
-def _hang(site: Site, layer: nn.Module) -> None:
-    for parent, attribute in site.places:
-        setattr(parent, attribute, layer)
-
-
-def _quantize(sites: dict[str, Site], layers: dict[str, LoRALinear], blocksize: int, double_quant: bool) -> None:
-    """Turn marked weights into NF4, letting go of each before the next."""
-    done = 0
-    for name, site in sites.items():
-        linear, site.module = site.module, None
-        if not site.quantize:
-            continue
-        try:
-            base = NF4Linear.from_linear(linear, blocksize, double_quant)
-        except Exception as error:
-            raise RuntimeError(
-                f"quantizing {name} failed after {done} layers had been replaced; load the model again"
-            ) from error
-        if name in layers:
-            layers[name].base_layer = base
-        else:
-            _hang(site, base)
-        done += 1

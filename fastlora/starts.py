@@ -133,10 +133,15 @@ def loftq(weight: Tensor, r: int, scaling: float, blocksize: int, double_quant: 
     return _leading(weight.float() - quantized.dequantize(torch.float32), r, None, scaling)
 
 
-def standalone(pair: Pair, start: Pair) -> Pair:
-    """(A [2 R, K], B [N, 2 R]) whose product is B A - B0 A0: the update on the base as it was before the start."""
-    (a, b), (a0, b0) = pair, (part.to(pair[0].device) for part in start)
-    return torch.cat((a.float(), a0)), torch.cat((b.float(), -b0), dim=1)
+def standalone(pair: Pair, taken_out: Pair, scaling: float) -> Pair:
+    """(A [2 R, K], B [N, 2 R]): the update on the base as it was before the start.
+
+    Args:
+        taken_out: (A0, s0 · B0), s0 the scaling at the start.
+        scaling: that of now.
+    """
+    (a, b), (a0, b0) = pair, (part.to(pair[0].device) for part in taken_out)
+    return torch.cat((a.float(), a0)), torch.cat((b.float(), -b0 / scaling), dim=1)
 
 
 def _leading(matrix: Tensor, r: int, niter: int | None, scaling: float) -> Pair:

@@ -41,6 +41,11 @@ class Site:
     def kind(self) -> str:
         return type(self.module).__name__
 
+    def hang(self, layer: nn.Module) -> None:
+        """Put a layer in this one's place, wherever it is used."""
+        for parent, attribute in self.places:
+            setattr(parent, attribute, layer)
+
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every linear layer of the model by name, with what speaks against replacing or quantizing it."""

@@ -30,6 +30,7 @@ _TAKEN = (
     "layers_pattern",
     "init_lora_weights",
     "modules_to_save",
+    "trainable_token_indices",
     "task_type",
     "base_model_name_or_path",
     "revision",
@@ -63,6 +64,7 @@ class LoRASettings:
     layers_pattern: str | Collection[str] | None = None
     init_lora_weights: bool | str = True
     modules_to_save: Collection[str] | None = None
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None

@@ -14,7 +14,7 @@ from fastlora.targets import nearest, within
 
 
 def find(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Module]:
-    """The modules whose name is one of the entries, or ends in "." and an entry.
+    """The modules whose name ends in one of the entries, as peft has it: "norm" means "input_layernorm" too.
 
     Raises:
         ValueError: an entry that matches nothing, or a module that cannot be trained.
@@ -22,7 +22,7 @@ def find(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Modul
     found: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for entry in wanted or ():
-        meant = {name: module for name, module in modules.items() if name == entry or name.endswith(f".{entry}")}
+        meant = {name: module for name, module in modules.items() if name.endswith(entry)}
         if not meant:
             raise ValueError(f"modules_to_save: {entry!r} matches no module{nearest(entry, modules.keys() - {''})}")
         for name, module in meant.items():

@@ -21,6 +21,7 @@ from fastlora.nf4 import NF4Weight
 from tests.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 M, K, N = 96, 256, 192
 SEED = 2**40 + 7
 
@@ -35,6 +36,7 @@ class Option(NamedTuple):
     wide_adapters_step_back: str = ""  # fp32 adapters over a dense 16-bit weight
     dense_only: bool = False
     base_bias: bool = False
+    transposed: bool = False  # GPT-2's Conv1D, which has a bias always
     side_by_side: bool = False  # a mixed batch as if it had few rows
 
 
@@ -59,6 +61,7 @@ def _train_bias(layer):
 
 
 _WIDE_DORA = "DoRA with torch.float32 adapters"
+_CONV = {"fan_in_fan_out": True}
 MIXED = {"adapter_names": (["default", "other", "default", "__base__", "other", "unknown here"] * M)[:M]}
 OPTIONS = {
     "plain": Option(),
@@ -70,6 +73,24 @@ OPTIONS = {
     "trained bias": Option(change=_train_bias, base_bias=True),
     "trained base": Option(change=_train_base, dense_only=True),
     "two adapters": Option(change=_second_adapter),
+    "Conv1D": Option(_CONV, dense_only=True, base_bias=True, transposed=True),
+    "Conv1D, dropout": Option({**_CONV, "lora_dropout": 0.25}, dense_only=True, base_bias=True, transposed=True),
+    "Conv1D, all trained": Option(
+        {**_CONV, "lora_bias": True},
+        change=lambda layer: (_train_base(layer), _train_bias(layer)),
+        dense_only=True,
+        base_bias=True,
+        transposed=True,
+    ),
+    "Conv1D, DoRA": Option(
+        {**_CONV, "use_dora": True},
+        dense_only=True,
+        base_bias=True,
+        transposed=True,
+    ),
+    "Conv1D, mixed batch": Option(
+        _CONV, change=_second_adapter, call=MIXED, dense_only=True, base_bias=True, transposed=True
+    ),
     "lora_bias": Option({"lora_bias": True}),
     "both biases": Option({"lora_bias": True}, change=_train_bias, base_bias=True),
     "lora_bias, dropout": Option({"lora_bias": True, "lora_dropout": 0.25}, base_bias=True),
@@ -115,12 +136,13 @@ def printed():
     if not _table:
         return
     columns = [f"{base} {dtype}" for base in BASES for dtype in DTYPES]
-    print("\n" + " | ".join([f"{'option':>14}", *columns]))
+    width = max(map(len, OPTIONS))
+    print("\n" + " | ".join(["option".rjust(width), *columns]))
     for option in OPTIONS:
         cells = [_table.get((option, base, dtype), "-") for base in BASES for dtype in DTYPES]
         print(
             " | ".join(
-                [f"{option:>14}", *(f"{cell:>{len(title)}}" for cell, title in zip(cells, columns, strict=True))]
+                [option.rjust(width), *(f"{cell:>{len(title)}}" for cell, title in zip(cells, columns, strict=True))]
             )
         )
 
@@ -144,8 +166,11 @@ def build(option, base, dtype, adapter_dtype):
     """A layer of peft's as the option wants it, in train mode."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(N, K, generator=generator).div(K**0.5).to(dtype)
-    if base == "dense":
-        linear: Any = nn.Linear(K, N, bias=option.base_bias, dtype=dtype)
+    if option.transposed:
+        linear: Any = transformers.pytorch_utils.Conv1D(N, K).to(dtype)
+        linear.weight.data = weight.t().contiguous()
+    elif base == "dense":
+        linear = nn.Linear(K, N, bias=option.base_bias, dtype=dtype)
         linear.weight.data = weight
     else:
         bnb = pytest.importorskip("bitsandbytes")

@@ -345,7 +345,7 @@ def unsupported_configs():
         "alora_invocation_tokens": lora(alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
         "layer_replication": lora(layer_replication=[(0, 2)]),
         "target_parameters": lora(target_parameters=["weight"]),
-        "trainable_token_indices": lora(trainable_token_indices=[1]),
+        "trainable_token_indices": lora(trainable_token_indices=[64]),
         "runtime_config": lora(runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)),
         "use_qalora": lora(use_qalora=True),
         "megatron_config": lora(megatron_config={"a": 1}),

@@ -1,6 +1,8 @@
 """Starts by name, without peft: its numbers where it has them, a model that is unchanged at first, files that fit."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -113,13 +115,45 @@ def test_what_is_saved_fits_the_base_as_everybody_has_it(init, rslora, tmp_path)
     torch.testing.assert_close(logits(merge(copy.deepcopy(model))), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("init", CHANGING)
+def test_what_was_taken_out_goes_with_the_model(init, tmp_path):
+    """A copy, and another model that loads the state, save the same adapter; a random start is not another's."""
+    options = {"r": 4, "target_modules": TARGETS, "init_lora_weights": init}
+    torch.manual_seed(1)
+    model = shaken(replace_linear(llama(), **options))
+    model.model.layers[0].self_attn.q_proj.set_scaling(5)
+    expected = logits(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    torch.manual_seed(2)
+    other = llama()
+    other = replace_linear(other, **options)
+    other.model.layers[0].self_attn.q_proj.set_scaling(5)
+    other.load_state_dict(torch.load(buffer))
+    for number, each in enumerate((model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other)):
+        assert torch.equal(logits(each), expected)
+        save_adapter(each, tmp_path / str(number))
+        torch.testing.assert_close(
+            logits(load_adapter(llama(), tmp_path / str(number))), expected, rtol=1e-4, atol=1e-4
+        )
+    plain = replace_linear(llama(), r=4, target_modules=TARGETS)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*taken_out\.default\.A"):
+        plain.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*taken_out\.default\.A"):
+        other.load_state_dict(plain.state_dict())
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_file_of_pefts_that_means_a_changed_base_changes_it_likewise(init, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init)
     theirs = shaken(peft.get_peft_model(llama(), config))
     theirs.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path)), logits(theirs), rtol=1e-4, atol=1e-4)
+    ours = load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    save_adapter(ours, tmp_path / "again")
+    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "again")), logits(theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_the_rest_is_quantized():

@@ -29,11 +29,11 @@ def trained(model, steps=3):
 
 
 @pytest.mark.parametrize("base", [llama, qwen2])
-@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"], ["model.norm"], ["input_layernorm"]])
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"], ["model.norm"], ["norm"]])
 def test_trained_saved_and_opened_by_peft(base, names, tmp_path):
     peft = pytest.importorskip("peft")
     model = randomize(replace_linear(base(), r=4, target_modules=["q_proj", "v_proj"], modules_to_save=names))
-    wanted = {name for name, _ in model.named_parameters() if any(f"{n}." in f".{name}" for n in names)}
+    wanted = {name for name, _ in model.named_parameters() if any(f"{n}." in name for n in names)}
     free = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
     assert free == wanted
     assert free
@@ -42,8 +42,12 @@ def test_trained_saved_and_opened_by_peft(base, names, tmp_path):
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(base(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
     torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-5)
+    assert len(free) == sum("modules_to_save" in name for name, p in theirs.named_parameters() if p.requires_grad)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=names)
+    others = peft.get_peft_model(base(), config)
+    assert len(free) == sum("modules_to_save" in name for name, p in others.named_parameters() if p.requires_grad)
     ours = load_adapter(base(), tmp_path)
     torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-6)
     assert {n for n, p in ours.named_parameters() if p.requires_grad and "lora_" not in n} == wanted
@@ -55,10 +59,11 @@ def test_trained_saved_and_opened_by_peft(base, names, tmp_path):
 @pytest.mark.parametrize("bare", [True, False])
 def test_we_open_what_peft_saves(bare, tmp_path):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    names = ["lm_head", "norm"]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=names)
     theirs = trained(randomize(peft.get_peft_model(llama(), config)))
     theirs.save_pretrained(tmp_path)
-    model = llama() if bare else replace_linear(llama(), r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = llama() if bare else replace_linear(llama(), r=4, target_modules=["q_proj"], modules_to_save=names)
     torch.testing.assert_close(logits(load_adapter(model, tmp_path)), logits(theirs), rtol=1e-5, atol=1e-6)
 
 
