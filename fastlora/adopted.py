@@ -44,7 +44,8 @@ class AdoptedWeight:
             and not getattr(state, "packing_format_for_cpu", False)
         ):
             return view
-        self._weight, self._view = weight, NF4Weight.from_bnb(weight)
+        with torch.inference_mode(False):  # training may need it later
+            self._weight, self._view = weight, NF4Weight.from_bnb(weight)
         return self._view
 
     def forget(self) -> None:

@@ -59,8 +59,9 @@ class KeptNorms:
         facts, adapters = (frozen.data_ptr(), frozen._version, scaling), (lora_a.detach(), lora_b.detach())
         if self._norms is None or self._weight is not weight or self._facts != facts or not self._same(adapters):
             self._weight, self._facts = weight, facts
-            self._adapters = tuple(adapter.clone() for adapter in adapters)
-            self._norms = row_norms(weight, lora_a, lora_b, scaling)
+            with torch.inference_mode(False):  # training may need them later
+                self._adapters = tuple(adapter.clone() for adapter in adapters)
+                self._norms = row_norms(weight, lora_a, lora_b, scaling)
         return self._norms
 
     def _same(self, adapters: tuple[Tensor, Tensor]) -> bool:

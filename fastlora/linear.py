@@ -109,6 +109,11 @@ class NF4Linear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes.is_meta:
+            raise RuntimeError(
+                f"{prefix}weight is NF4 on the meta device and has nothing to save: under FSDP set "
+                "cpu_ram_efficient_loading=False, for every process needs the NF4 weights of its own"
+            )
         for name, tensor in self.weight.state_dict().items():
             destination[prefix + name] = tensor
 

@@ -6,6 +6,8 @@ Each of `CASES` is trained for a few steps under DDP or FSDP2; process 0 writes 
 """
 
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import fastlora
-from tests.models import llama, randomize
+from tests.models import bnb_llama, llama, randomize
 
 STEPS, BATCH = 3, 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -29,13 +31,29 @@ def plain_peft(dtype=torch.float32, **options):
     return randomize(peft.get_peft_model(llama().to(dtype), config)).train()
 
 
+def plain_qlora():
+    """A PeftModel over weights of bitsandbytes."""
+    model = bnb_llama()
+    model.is_loaded_in_4bit = True
+    return randomize(peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=32, target_modules=TARGETS))).train()
+
+
+def fused_qlora():
+    return fastlora.replace_linear(plain_qlora())
+
+
 def fused_peft(**options):
     return fastlora.replace_linear(plain_peft(**options))
 
 
+def own(quantize=None):
+    """fastlora's own adapters."""
+    return randomize(fastlora.replace_linear(llama(), r=4, target_modules=TARGETS, quantize=quantize)).train()
+
+
 def own_nf4():
     """fastlora's own adapters over NF4."""
-    return randomize(fastlora.replace_linear(llama(), r=4, target_modules=TARGETS, quantize="nf4")).train()
+    return own("nf4")
 
 
 def fsdp2(**options):
@@ -100,6 +118,31 @@ def calls(model):
     return sum(c.fused for c in found), sum(c.stepped_back for c in found), {c.last_reason for c in found} - {""}
 
 
+def run_two(module, out, **environment):
+    """What `python -m module OUT` writes to the file `out` in two processes that know of one another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(out)],
+            env={**os.environ, **shared, **environment, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        told = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 0 for process in started), "\n".join(text[-3000:] for text in told)
+    return torch.load(out, weights_only=False)
+
+
 class Case(NamedTuple):
     """A model, how it is spread over the processes, and how it is trained."""
 
@@ -118,6 +161,8 @@ CASES = {
     "fsdp2, checkpointing": Case(fused_peft, {}, reentrant=False),
     "fsdp2, loaded by one": Case(fused_peft, {"cpu_ram_efficient_loading": True}),
     "fsdp2, dora": Case(lambda: fused_peft(use_dora=True), {}),
+    "fsdp2, qlora": Case(fused_qlora, {}),
+    "fsdp2, own": Case(own, {}),
     "fsdp2, own nf4": Case(own_nf4, {}),
     "fsdp2, bf16": Case(fused_peft, {}, mixed_precision="bf16"),
     "fsdp2, bf16, plain peft": Case(plain_peft, {}, mixed_precision="bf16"),

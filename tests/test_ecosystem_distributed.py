@@ -5,11 +5,6 @@ the fused path must read them there, step back where they are not gathered, and 
 The oracle is plain peft in fp64 in one process, the baseline plain peft in the dtypes under test.
 """
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -20,6 +15,7 @@ from tests.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
+pytest.importorskip("bitsandbytes")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 processes = pytest.importorskip("tests.ecosystem_processes")
@@ -30,28 +26,7 @@ LAYERS = 6
 def results(tmp_path_factory):
     """What each case gave in two processes."""
     out = tmp_path_factory.mktemp("distributed") / "results.pt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ecosystem_processes", str(out)]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        told = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(text[-3000:] for text in told)
-    return torch.load(out, weights_only=False)
+    return processes.run_two("tests.ecosystem_processes", out)
 
 
 _alone = {}
@@ -89,8 +64,15 @@ def test_two_processes_train_as_plain_peft_in_one(results, name):
     found = results[name]
     assert found["kind"].startswith("FSDP" if name.startswith("fsdp2") else "DistributedDataParallel")
     assert found["losses"][0] != found["losses"][-1]
-    if "own" in name:
-        check(found, alone("own nf4", processes.own_nf4), alone("own nf4, oracle", dequantized_peft))
+    if name.endswith("qlora"):
+        check(found, alone("qlora", processes.plain_qlora), alone("nf4, oracle", dequantized_peft))
+        return
+    if name.endswith("own"):
+        oracle = alone("own, oracle", lambda: processes.plain_peft(torch.float64, lora_alpha=32))
+        check(found, alone("own", processes.own), oracle)
+        return
+    if name.endswith("own nf4"):
+        check(found, alone("own nf4", processes.own_nf4), alone("nf4, oracle", dequantized_peft))
         return
     use_dora = "dora" in name
     baseline = alone(f"peft {use_dora}", lambda: processes.plain_peft(use_dora=use_dora))
@@ -141,3 +123,9 @@ def test_a_layer_that_fsdp_has_made_its_own_class_is_still_known():
     assert len(fastlora.report(model).replaced) == LAYERS
     with pytest.raises(ValueError, match="call restore before the model is sharded"):
         fastlora.restore(model)
+
+
+def test_nf4_weights_cannot_be_loaded_by_one_process_for_the_others():
+    """accelerate's cpu_ram_efficient_loading moves the model to the meta device and shares parameters, not buffers."""
+    with pytest.raises(RuntimeError, match=r"weight is NF4 on the meta device .* set cpu_ram_efficient_loading=False"):
+        processes.own_nf4().to("meta").state_dict()

@@ -120,3 +120,19 @@ def test_generation_compiled_by_transformers():
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert calls(fused)[0] - before < before, "what is compiled is not counted"
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("base", [llama, bnb_llama])
+def test_training_after_inference_mode(base, use_dora):
+    """What a layer keeps from a call in inference mode, a later training step must be able to save."""
+    fused, fresh = (
+        fastlora.replace_linear(in_peft(base, target_modules="all-linear", use_dora=use_dora)) for _ in "ab"
+    )
+    with torch.inference_mode():
+        fused.eval()(tokens())
+    loss, found = gradients(fused.train())
+    expected_loss, expected = gradients(fresh.train())
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
+    assert calls(fused) == (28, 0)

@@ -169,10 +169,22 @@ def test_dpo_with_a_frozen_copy_of_the_adapter_as_reference(tmp_path, tokenizer)
     assert counts(trainer.model)[:2] == (2 * 7 * STEPS, 0), "the reference runs fused too"
 
 
-def test_sft_of_a_plain_model_in_nf4(tmp_path, tokenizer):
+def loaded_in_nf4():
+    return fastlora.replace_linear(
+        transformers.AutoModelForCausalLM.from_pretrained(
+            DEMO_MODEL, quantization_config=fastlora.FastLoRANF4Config(), dtype=torch.float32
+        ),
+        r=8,
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: fastlora.replace_linear(base(torch.float32), r=8, quantize="nf4"), loaded_in_nf4]
+)
+def test_sft_of_a_plain_model_in_nf4(tmp_path, tokenizer, make):
     """Without peft: fastlora's own adapters over its own NF4."""
     rows = [{"text": "Once upon a time there was a small red hen."}] * 8
-    model = fastlora.replace_linear(base(torch.float32), r=8, quantize="nf4")
+    model = make()
     settings = arguments(trl.SFTConfig, tmp_path, max_length=32, gradient_checkpointing=True)
     trainer = trl.SFTTrainer(
         model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
@@ -210,3 +222,17 @@ def test_qlora_over_bitsandbytes(tmp_path, tokenizer):
     assert counts(trainer.model)[:2] == (2 * 28 * STEPS, 0)
     assert found[1][-1] < 0.95 * found[1][0]
     torch.testing.assert_close(found[1], found[0], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def test_dpo_of_a_plain_model_with_a_reference_of_its_own(tmp_path, tokenizer):
+    """Without peft nothing can be switched off: the reference is the model before it was adapted."""
+    rows = [{"prompt": "The hen was", "chosen": " red", "rejected": " not a cat"}] * 8
+    settings = arguments(trl.DPOConfig, tmp_path, max_length=32, beta=0.5, gradient_checkpointing=False)
+    trainer = trl.DPOTrainer(
+        fastlora.replace_linear(base(torch.float32), r=4), base(torch.float32), args=settings,
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    losses = Losses(trainer)
+    trainer.train()
+    assert losses.values[0].item() == pytest.approx(math.log(2), abs=1e-5), "the adapters start at nothing"
+    assert losses.values[-1] < losses.values[0] - 0.01
