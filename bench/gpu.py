@@ -9,6 +9,7 @@
     static    registers, spills, shared memory, instructions a weight, for this architecture
     report    plots and the page
     profile   hardware counters by ncu; only where asked for by name
+    experts   stacks of experts against peft; only where asked for by name
 
 A phase is a process or a few, with a log and a time limit: its share of what is left of --seconds, so that what one
 leaves over goes to the others. What it wrote before its time ran out is kept. One that fails does not stop the next.

@@ -70,6 +70,7 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
     small_m = ("--shapes", "4096x14336", "--m", "1", "16", "64", "256", "--kernels", "nf4_linear", "--dropout", "0")
     tune = Step(("bench", "tune", "--out", str(TABLE), "--budget", SECONDS))
     static = Step(("bench", "static", "--arch", str(max(known)), "--out", str(out / "static.csv")))
+    experts = Step(("bench", "experts", "--device", "cuda", "--out", str(out / "experts.csv")))
     return [
         Phase("install", 0.5, (Step(("bench.peers", "--install")),)),
         Phase("build", 1.5, (Step(("fastlora.native",), {"FASTLORA_CUDA_ARCHS": str(max(known))}), _STATUS)),
@@ -80,6 +81,7 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
         Phase("static", 1.5, (static,)),
         Phase("report", 0.5, _report(out)),
         Phase("profile", 2.0, (_profile(out),), _no_ncu, optional=True),
+        Phase("experts", 1.0, (experts,), optional=True),
     ]
 
 

@@ -16,10 +16,13 @@ if not (_root / "kernels").is_dir():
     __path__.append(str(_root.parent))
 
 if TYPE_CHECKING:
-    from fastlora.adapter import load_adapter, merge, save_adapter
+    from fastlora.adapter import load_adapter, save_adapter
+    from fastlora.experts import quantize_experts
     from fastlora.functional import backend, lora_linear, nf4_dequantize, nf4_linear
+    from fastlora.grouped import grouped_lora_linear
     from fastlora.layer_report import Report
     from fastlora.linear import LoRALinear, NF4Linear
+    from fastlora.merging import merge
     from fastlora.nf4 import NF4Weight, quantize
     from fastlora.quantizer import FastLoRANF4Config
     from fastlora.replace import replace_linear, report, restore
@@ -32,12 +35,14 @@ __all__ = [
     "NF4Weight",
     "Report",
     "backend",
+    "grouped_lora_linear",
     "load_adapter",
     "lora_linear",
     "merge",
     "nf4_dequantize",
     "nf4_linear",
     "quantize",
+    "quantize_experts",
     "replace_linear",
     "report",
     "restore",
@@ -46,10 +51,13 @@ __all__ = [
 
 # Imported at first use: the command line answers without waiting for torch.
 _HOMES = {
-    "adapter": ("load_adapter", "merge", "save_adapter"),
+    "adapter": ("load_adapter", "save_adapter"),
+    "experts": ("quantize_experts",),
     "functional": ("backend", "lora_linear", "nf4_dequantize", "nf4_linear"),
+    "grouped": ("grouped_lora_linear",),
     "layer_report": ("Report",),
     "linear": ("LoRALinear", "NF4Linear"),
+    "merging": ("merge",),
     "nf4": ("NF4Weight", "quantize"),
     "quantizer": ("FastLoRANF4Config",),
     "replace": ("replace_linear", "report", "restore"),

@@ -1,4 +1,4 @@
-"""Adapters on disk, in peft's format, and folded into the weights for good.
+"""Adapters on disk, in peft's format. (`merge`, which folds them into the weights, is in `fastlora.merging`.)
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the tensors' keys are
 `base_model.model.<module>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R], without the adapter's name. What is
@@ -14,26 +14,23 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora import replace
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora import replace, starts, trained_modules, trained_tokens
+from fastlora.linear import LoRALinear
+from fastlora.merging import unwrapped
+from fastlora.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, load_with_peft, peft_adapter, read_adapter
 from fastlora.survey import find_sites
 from fastlora.targets import LoRASettings, settings_from_config
-from fastlora.trainer_compat import forget_quantization
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_PREFIX = PREFIX
 _TASKS = (("ForCausalLM", "CAUSAL_LM"), ("ForConditionalGeneration", "SEQ_2_SEQ_LM"))
 # Ways to start that leave the base weight as it is: a trained adapter needs them no more.
 _HARMLESS_INITS = ("eva", "orthogonal")
@@ -43,6 +40,9 @@ Pairs = dict[str, dict[str, Tensor]]
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Write a model's adapter in peft's format.
+
+    A start that has changed the base ("pissa", "olora") is saved as what training added to it, at twice the rank, so
+    that the adapter fits the base as everybody has it; over a base quantized since, up to the error of quantization.
 
     Each of the two files is written whole and then moved into place: a crash leaves the old file. A model that carries
     peft's own layers is saved by peft's code, to a directory beside, and moved likewise.
@@ -54,9 +54,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Raises:
         ValueError: the model has no such adapter.
     """
-    directory, model = Path(directory), _unwrapped(model)
+    directory, model = Path(directory), unwrapped(model)
     if replace.carries_peft(model):
-        config, tensors = _peft_adapter(model, adapter_name)
+        config, tensors = peft_adapter(model, adapter_name)
     else:
         layers = adapted_layers(model)
         odd = [name for name, layer in layers.items() if adapter_name not in layer.lora_A]
@@ -66,8 +66,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         config = adapter_config(model, layers, adapter_name)
         tensors = {}
         for name, layer in layers.items():
-            for part in ("lora_A", "lora_B"):
-                tensors[f"{_PREFIX}{name}.{part}.weight"] = getattr(layer, part)[adapter_name].weight.detach()
+            for part, value in zip(("lora_A", "lora_B"), _saved_pair(layer, adapter_name), strict=True):
+                tensors[f"{_PREFIX}{name}.{part}.weight"] = value
+        extra = trained_modules.tensors(model, config["modules_to_save"] or ())
+        tensors |= {f"{_PREFIX}{name}": value for name, value in (extra | trained_tokens.tensors(model)).items()}
     tensors = {key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -99,74 +101,40 @@ def load_adapter(
         ValueError: a file is missing, truncated or not an adapter, or a key or shape does not fit the model; the
             message names it. The model is unchanged.
     """
-    bare, directory = _unwrapped(model), Path(directory)
+    bare, directory = unwrapped(model), Path(directory)
     config, tensors = read_adapter(directory)
     if replace.carries_peft(bare):
         if replace_options:
             raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one carries peft's")
-        _load_with_peft(bare, directory, config, tensors, adapter_name)
+        load_with_peft(bare, directory, config, tensors, adapter_name)
         return model
     if config.get("init_lora_weights") in _HARMLESS_INITS:
         config = {**config, "init_lora_weights": True, "eva_config": None}
-    settings, pairs, layers = settings_from_config(config), _pairs(tensors), adapted_layers(bare)
+    settings, layers = settings_from_config(config), adapted_layers(bare)
+    extra = _of_trained_modules(bare, settings, tensors)
+    rows = _of_trained_tokens(bare, settings, tensors)
+    others = {_PREFIX + name for name in extra} | {f"{_PREFIX}{name}.{trained_tokens.KEY}" for name in rows}
+    pairs = _pairs({key: tensor for key, tensor in tensors.items() if key not in others})
+    settings = dataclasses.replace(settings, modules_to_save=_owners(extra))
+    _check_start(settings.init_lora_weights, layers, adapter_name, replace_options)
     if not layers:
         _replace_and_load(bare, settings, pairs, adapter_name, replace_options)
+        trained_modules.load(bare, extra)
+        _load_rows(bare, rows)
         return model
     if replace_options:
         raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one has them")
     _check_fit(pairs, {name: _shapes(layer, adapter_name) for name, layer in layers.items()})
+    trained = _trained_names(bare, getattr(bare, "fastlora_settings", None) or LoRASettings()) or []
+    if sorted(_owners(extra) or []) != sorted(trained):
+        raise ValueError(
+            f"modules_to_save: the file holds {_owners(extra) or 'none'}, the model trains {trained or 'none'}"
+        )
     for name, layer in layers.items():
         layer.set_scaling(settings.rank_and_alpha(name)[1], settings.use_rslora)
     _copy(pairs, layers, adapter_name)
-    return model
-
-
-def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Fold the adapters into the weights: every fastlora layer becomes a plain `nn.Linear`.
-
-    W + scaling · B A is summed in fp32 and rounded once. An NF4 base becomes a full-precision weight, in the dtype it
-    had before quantization, and is not quantized again: the update is mostly smaller than NF4's steps, so a second
-    quantization would round much of it away and add its own error to the rest. A model in NF4 thus grows fourfold.
-
-    Args:
-        model: a model from `replace_linear`; or one that carries peft's adapters, which peft merges by its own rules
-            (there a `Linear4bit` is quantized again).
-        dtype: dtype of merged weights; default that of the base.
-    Returns:
-        The model, changed in place, without wrappers; for a `PeftModel`, the base model inside it.
-    Raises:
-        ValueError: nothing to merge.
-    """
-    model = _unwrapped(model)
-    if replace.carries_peft(model):
-        if not hasattr(model, "merge_and_unload"):
-            raise ValueError("peft merges a PeftModel; this model had adapters injected: wrap it with get_peft_model")
-        return model.merge_and_unload()  # type: ignore[operator]
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, NF4Linear))]
-    outer = {name: module for name, module in found if not name.endswith(".base_layer")}
-    if not outer:
-        raise ValueError("the model has no fastlora layers to merge")
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, attribute))
-    shared = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for name in list(outer):
-        module: Any = outer.pop(name)
-        base = getattr(module, "base_layer", module)
-        if isinstance(base.weight, nn.Parameter) and shared[id(base.weight)] > 1:
-            warnings.warn(
-                f"{name} shared its weight with another module; merged, it has a weight of its own: set "
-                "tie_word_embeddings=False in the model's config before saving",
-                stacklevel=2,
-            )
-        plain = module.to_linear(dtype)
-        for parent, attribute in places.pop(id(module)):
-            setattr(parent, attribute, plain)
-    for attribute in ("fastlora_report", "fastlora_settings"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    forget_quantization(model)
+    trained_modules.load(bare, extra)
+    _load_rows(bare, rows)
     return model
 
 
@@ -179,21 +147,15 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     }
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name: str) -> dict[str, Any]:
     """What peft needs to put the same adapters on the same modules: the contents of `adapter_config.json`."""
-    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, layer in layers.items():
+        # what has been taken out of the base doubles the rank, and the scaling stays what it is
+        widen = 2 if adapter_name in layer.taken_out else 1
+        ranks[name] = layer.r[adapter_name] * widen
+        alphas[name] = layer.lora_alpha[adapter_name] * (widen**0.5 if layer.use_rslora[adapter_name] else widen)
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     first = next(iter(layers.values()))
     settings = getattr(model, "fastlora_settings", None) or LoRASettings()
@@ -214,9 +176,13 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
         "target_modules": _target_names(model, layers),
         "exclude_modules": None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": _trained_names(model, settings),
+        "trainable_token_indices": {
+            name: layer.indices.tolist() for name, layer in trained_tokens.layers(model).items()
+        }
+        or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "use_dora": False,
@@ -224,30 +190,96 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
     }
 
 
-def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a saved adapter.
+def _trained_names(model: nn.Module, settings: LoRASettings) -> list[str] | None:
+    names = list(trained_modules.find(model, settings.modules_to_save))
+    return trained_modules.tied_names(model, names) or None
+
+
+def _saved_pair(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A and B as they mean the same on the base that everybody has."""
+    pair = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+    taken_out = layer.taken_out.get(adapter_name)
+    return pair if taken_out is None else starts.standalone(pair, taken_out, layer.scaling[adapter_name])
+
+
+def _of_trained_modules(model: nn.Module, settings: LoRASettings, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that belong to its `modules_to_save`, by their names in the model.
 
     Raises:
-        ValueError: a file is missing or cannot be read.
+        ValueError: the model has no such tensor, or one of another shape.
     """
-    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            pickled = path == weights_path and (directory / "adapter_model.bin").is_file()
-            hint = "; adapter_model.bin is a pickle, which is not read: convert it to safetensors" if pickled else ""
-            raise ValueError(f"{path} does not exist{hint}")
-    try:
-        config = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path} holds no JSON object")
-    try:
-        with safe_open(weights_path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights_path} is truncated or not a safetensors file: {error}") from error
-    return config, tensors
+    entries = tuple(settings.modules_to_save or ())
+    found = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        owners = [name[:end] for end in range(len(name)) if name[end] == "."]
+        if any(owner.endswith(entry) for owner in owners for entry in entries):
+            found[name] = tensor
+    trained_modules.check_fit(model, found, _PREFIX)
+    return found
+
+
+def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trained rows of a file by the module that they belong to.
+
+    Raises:
+        ValueError: the model has no such module, rows of another size, or trains other tokens.
+    """
+    own = trained_tokens.layers(model)
+    there = {name: layer.indices.tolist() for name, layer in own.items()}
+    wanted = settings.trainable_token_indices
+    if own and isinstance(wanted, Mapping):
+        tokens = {name: list(indices) for name, indices in wanted.items()}
+        told = {
+            next((name for name in own if name == key or name.endswith(f".{key}")), key): v for key, v in tokens.items()
+        }
+    elif own:
+        told = {name: list(wanted or ()) for name in list(own)[:1]}
+    else:
+        told = trained_tokens.resolve(model, wanted)
+    if adapted_layers(model) and told != there:
+        raise ValueError(f"trainable_token_indices: the file trains {told or 'none'}, the model {there or 'none'}")
+    found = {}
+    for name, indices in told.items():
+        key = f"{_PREFIX}{name}.{trained_tokens.KEY}"
+        if key not in tensors:
+            raise ValueError(f"{key} is missing from the file")
+        module: Any = model.get_submodule(name)
+        shape = [len(indices), module.weight.shape[1]]
+        if list(tensors[key].shape) != shape:
+            raise ValueError(f"{key} has shape {list(tensors[key].shape)} in the file, {shape} in the model")
+        found[name] = tensors[key]
+    return found
+
+
+@torch.no_grad()
+def _load_rows(model: nn.Module, rows: dict[str, Tensor]) -> None:
+    for name, values in rows.items():
+        layer: Any = model.get_submodule(name)
+        layer.trained_rows.copy_(values)
+
+
+def _owners(extra: dict[str, Tensor]) -> list[str] | None:
+    return sorted({name.rpartition(".")[0] for name in extra}) or None
+
+
+def _check_start(
+    init: bool | str, layers: dict[str, LoRALinear], adapter_name: str, replace_options: dict[str, Any]
+) -> None:
+    """Raise ValueError where the file's A and B mean something on another base than the model's."""
+    taken_out = [name for name, layer in layers.items() if adapter_name in layer.taken_out]
+    if taken_out:
+        raise ValueError(
+            f"the base of {taken_out[0]} was changed by its start, and the file is for the base as it was: load it "
+            "into a model without adapters"
+        )
+    told = f"the file's init_lora_weights={init!r} means a base that it does not hold"
+    if starts.changes_base(init) and layers:
+        raise ValueError(f"{told}: load it into a model without adapters, whose base is then changed likewise")
+    if isinstance(init, str) and "_niter_" in init:
+        raise ValueError(f"{told}, and that was drawn at random: merge the adapter into its base where it was trained")
+    if init == "loftq" and not layers and replace_options.get("quantize") != "nf4":
+        raise ValueError(f"{told}: load it with quantize='nf4'")
 
 
 def _pairs(tensors: dict[str, Tensor]) -> Pairs:
@@ -332,66 +364,6 @@ def _target_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] 
         if meant == layers.keys():
             return targets
     return "|".join(re.escape(name) for name in layers)
-
-
-def _peft_adapter(model: Any, adapter_name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of one of peft's adapters, as peft's `save_pretrained` writes them."""
-    from peft import PeftModel
-    from peft.utils.save_and_load import get_peft_model_state_dict
-
-    known = getattr(model, "peft_config", {})
-    if adapter_name not in known:
-        raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(known) or 'none'}")
-    if isinstance(model, PeftModel):
-        with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch, selected_adapters=[adapter_name])
-            return read_adapter(Path(scratch) / ("" if adapter_name == "default" else adapter_name))
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {key if key.startswith(_PREFIX) else _PREFIX + key: tensor for key, tensor in tensors.items()}
-    config = {**known[adapter_name].to_dict(), "inference_mode": True}
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}, tensors
-
-
-def _load_with_peft(
-    model: Any, directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], adapter_name: str
-) -> None:
-    """Fill one of peft's adapters from a file; a `PeftModel` that has no adapter of this name gets it."""
-    from peft import PeftModel
-    from peft.utils.save_and_load import set_peft_model_state_dict
-
-    known = getattr(model, "peft_config", {})
-    if adapter_name not in known:
-        if not isinstance(model, PeftModel):
-            raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(known) or 'none'}")
-        try:
-            model.load_adapter(str(directory), adapter_name, is_trainable=True)
-        except Exception as error:
-            if adapter_name in model.peft_config:
-                model.delete_adapter(adapter_name)
-            raise ValueError(f"{directory} does not fit the model: {error}") from error
-        return
-    _, expected = _peft_adapter(model, adapter_name)
-    for key in sorted(tensors.keys() ^ expected.keys()):
-        where = "is in the file, but not in the model" if key in tensors else "is missing from the file"
-        raise ValueError(f"{key} {where}")
-    for key, tensor in tensors.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{key} has shape {list(tensor.shape)} in the file, {list(expected[key].shape)} in the model"
-            )
-    mine = known[adapter_name].to_dict()
-    for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if (config.get(option) or 0) != (mine.get(option) or 0):
-            raise ValueError(
-                f"{option} is {config.get(option)!r} in the file, {mine.get(option)!r} in the model: load it under "
-                "another adapter_name"
-            )
-    given = (
-        tensors
-        if isinstance(model, PeftModel)
-        else {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    )
-    set_peft_model_state_dict(model, given, adapter_name=adapter_name)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlora import functional
 from fastlora.nf4 import NF4Weight
+from fastlora.operands import refuse_second_derivative
 
 ROWS_AT_ONCE = 1024  # of a dense weight, widened to fp32 for its norm
 
@@ -25,7 +26,7 @@ def row_norms(weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scalin
     Args:
         weight: [N, K], dense or NF4. lora_a: [R, K]. lora_b: [N, R].
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         if isinstance(weight, NF4Weight):
             merged = functional.nf4_dequantize(weight, None, lora_a, lora_b, scaling)
             return torch.linalg.vector_norm(merged, dim=1, dtype=torch.float32)
@@ -79,3 +80,67 @@ def rescale(y: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) ->
     """
     scaled = y.float() * (magnitude.float() / norms)
     return (scaled if bias is None else scaled + bias.float()).to(y.dtype)
+
+
+def over_16_bits(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor, norms: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """DoRA with fp32 adapters over a dense 16-bit weight, the gradients of A and B as exact as the adapters are.
+
+    What `rescale` hands on, (magnitude / norms) ∘ dy, is rounded to 16 bits before the low-rank products see it. Here
+    the factor goes into the rows of B, and of dB, in fp32; dy stays as it came.
+
+    Args:
+        x: [..., K]. weight: [N, K], frozen, dtype of x. lora_a: [R, K], lora_b: [N, R], fp32.
+        magnitude, norms: [N]. bias: [N].
+    Returns:
+        [..., N], dtype of x; differentiable in x, lora_a, lora_b, magnitude and bias.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _Over16Bits.apply(x, lora_a, lora_b, magnitude, bias, weight, norms, scaling)
+
+
+class _Over16Bits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, weight: Tensor,
+        norms: Tensor, scaling: float,
+    ) -> Tensor:  # fmt: skip
+        z, h = torch.ops.fastlora.lora_linear(
+            x, None, *_dense(weight), lora_a, lora_b, None, float(scaling), 0.0, ctx.needs_input_grad[2]
+        )
+        ctx.save_for_backward(x, h, z, lora_a, lora_b, magnitude, weight, norms)
+        ctx.scaling, ctx.bias_dtype = float(scaling), None if bias is None else bias.dtype
+        return rescale(z, magnitude, norms, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
+        x, h, z, lora_a, lora_b, magnitude, weight, norms = ctx.saved_tensors
+        need_x, need_a, need_b, need_magnitude, need_bias, *_ = ctx.needs_input_grad
+        factor, k = magnitude.float() / norms, weight.shape[1]
+        rows = dy.reshape(-1, weight.shape[0])
+
+        def products(dy: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
+            operands = (*_dense(weight), lora_a, b, None, ctx.scaling, 0.0)
+            return torch.ops.fastlora.lora_linear_backward(dy, x, h, k, *operands, *needs)
+
+        dx = da = db = dm = dbias = None
+        if need_x:
+            dx, *_ = products((dy.float() * factor).to(dy.dtype), lora_b, True, False, False)
+        if need_a or need_b:
+            _, da, db = products(dy, factor[:, None] * lora_b, False, need_a, need_b)
+            da, db = da if need_a else None, factor[:, None] * db if need_b else None
+        if need_magnitude:
+            dm = ((rows.float() * z.reshape(rows.shape)).sum(0) / norms).to(magnitude.dtype)
+        if need_bias:
+            dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, da, db, dm, dbias, None, None, None
+
+
+def _dense(weight: Tensor) -> tuple[Any, ...]:
+    """A dense weight as the operators take any weight."""
+    return weight, None, None, None, None, weight.shape[0], 0

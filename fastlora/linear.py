@@ -13,14 +13,15 @@ Source: arXiv:2106.09685, section 4.1 (LoRA); arXiv:2305.14314, section 3 (NF4);
 """
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import functional
+from fastlora import functional, starts
+from fastlora.adopted import AdoptedWeight, compute_dtype, is_linear4bit
+from fastlora.conv1d import as_conv1d, as_linear, dense_weight, is_conv1d, is_dense
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
 
 _BUFFERS = ("codes", "absmax", "absmax2", "code2", "offset")
@@ -35,6 +36,7 @@ class NF4Linear(nn.Module):
     Args:
         weight: NF4 of shape (N, K).
         bias: [N] or None; kept as it is, the same object where it is a Parameter.
+        fan_in_fan_out: the layer was a `Conv1D`, and becomes one again when its weight is expanded.
     Source: arXiv:2305.14314, section 3.
     """
 
@@ -45,9 +47,10 @@ class NF4Linear(nn.Module):
     offset: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None, fan_in_fan_out: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.fan_in_fan_out = fan_in_fan_out
         for name in _BUFFERS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self._weight = weight
@@ -57,12 +60,14 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
-        """Quantize a plain `nn.Linear`, which is left as it is; the bias is shared with it.
+        """Quantize a plain `nn.Linear` or `Conv1D`, which is left as it is; the bias is shared with it.
 
         Raises:
             ValueError: the weight has a dtype or values that NF4 cannot hold.
         """
-        new = cls(quantize(linear.weight, blocksize, double_quant), linear.bias)
+        transposed = is_conv1d(linear)
+        plain = as_linear(linear) if transposed else linear
+        new = cls(quantize(plain.weight, blocksize, double_quant), linear.bias, transposed)
         return new.train(linear.training)
 
     @property
@@ -88,9 +93,9 @@ class NF4Linear(nn.Module):
         bias = self.bias
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A plain `nn.Linear` with the dequantized weight, in `dtype` or that before quantization."""
-        return _plain_linear(self.weight.dequantize(dtype), self.bias, self.training)
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A plain `nn.Linear`, or `Conv1D`, with the dequantized weight, in `dtype` or that before quantization."""
+        return _plain_layer(self.weight.dequantize(dtype), self.bias, self.training, self.fan_in_fan_out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         kept = {name: buffer for name in _BUFFERS if (buffer := self._buffers[name]) is not None}
@@ -168,63 +173,6 @@ class NF4Linear(nn.Module):
         )
 
 
-class AdoptedWeight:
-    """The NF4 view of a `Linear4bit`'s weight, made once and kept for as long as the weight is the same.
-
-    A copy or a pickle of it starts empty: the copied layer has its own memory.
-    """
-
-    def __init__(self) -> None:
-        self._weight: Tensor | None = None
-        self._view: NF4Weight | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AdoptedWeight":
-        return AdoptedWeight()
-
-    def __reduce__(self) -> tuple[type["AdoptedWeight"], tuple[()]]:
-        return AdoptedWeight, ()
-
-    def of(self, linear4bit: nn.Module) -> NF4Weight:
-        """The view of this layer's weight.
-
-        Raises:
-            ValueError: not quantized yet, fp4, or repacked by bitsandbytes for CPU inference.
-        """
-        weight: Any = linear4bit.weight
-        if torch.compiler.is_compiling():  # kept, it would be a guard that fails at the second call
-            return NF4Weight.from_bnb(weight)
-        state = getattr(weight, "quant_state", None)
-        view = self._view
-        if (
-            view is not None
-            and self._weight is weight
-            and state is not None
-            and view.absmax is state.absmax
-            and not getattr(state, "packing_format_for_cpu", False)
-        ):
-            return view
-        with torch.inference_mode(False):  # training may need it later
-            self._weight, self._view = weight, NF4Weight.from_bnb(weight)
-        return self._view
-
-    def forget(self) -> None:
-        """Let go of the memory, as when the layer moves to another device."""
-        self._weight = self._view = None
-
-
-def is_linear4bit(module: nn.Module) -> bool:
-    """Whether a module is bitsandbytes' `Linear4bit` itself or one of its two named forms."""
-    bnb = sys.modules.get("bitsandbytes")
-    return bnb is not None and type(module) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
-
-
-def compute_dtype(linear4bit: Any, x: Tensor) -> torch.dtype:
-    """The dtype in which a `Linear4bit` computes for this input: its `compute_dtype`, else, at first, that of x."""
-    if not linear4bit.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
-        return x.dtype
-    return linear4bit.compute_dtype or x.dtype
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank update, computed as one.
 
@@ -232,14 +180,14 @@ class LoRALinear(nn.Module):
     module. Parameter names, the dictionaries by adapter name and `scaling` are peft's.
 
     Args:
-        base_layer: `nn.Linear`, `NF4Linear` or bitsandbytes' `Linear4bit` with NF4; used as it is, not copied.
+        base_layer: `nn.Linear`, `Conv1D`, `NF4Linear` or bitsandbytes' `Linear4bit` with NF4; used as it is.
         r: rank.
         lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
         lora_dropout: probability with which an element of the update's input is dropped in training.
         adapter_name: key in `lora_A` and `lora_B`.
         adapter_dtype: dtype of A and B; fp32 where None. A full-precision base also takes its own dtype.
-        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with deviation 1/r, B zero), or False
-            (both random: the update is not zero).
+        init_lora_weights: a start by the names in `fastlora.starts`, but "loftq"; "pissa" and "olora" change the
+            weight of `base_layer` in place.
     Raises:
         ValueError: an argument out of its range, or a base of another kind.
     Source: arXiv:2106.09685, section 4.1; arXiv:2312.03732 (rsLoRA).
@@ -257,12 +205,12 @@ class LoRALinear(nn.Module):
         init_lora_weights: bool | str = True,
     ) -> None:
         super().__init__()
-        weight = _base_weight(base_layer)
+        weight = base_weight(base_layer)
         check_adapter_dtype(adapter_dtype, weight)
         if r < 1 or not 0 <= lora_dropout < 1:
             raise ValueError(f"r must be at least 1 and lora_dropout in [0, 1); got r={r}, lora_dropout={lora_dropout}")
-        if init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', not {init_lora_weights!r}")
+        starts.check(init_lora_weights)
+        starts.check_layer(init_lora_weights, "base_layer", weight, r, "", quantized=False)
         self.base_layer = base_layer
         self.out_features, self.in_features = weight.shape
         self.active_adapter = adapter_name
@@ -276,12 +224,14 @@ class LoRALinear(nn.Module):
         # the same draws in the same order as peft: one seed gives both libraries the same adapters
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=False)
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(lora_a.weight, std=1 / r)
-        elif init_lora_weights:
-            nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))
-        if init_lora_weights:
-            nn.init.zeros_(lora_b.weight)
+        starts.fill(init_lora_weights, lora_a, lora_b, weight.dtype)
+        # (A0, scaling · B0) taken out of the base, by adapter name: kept to save what the adapter adds to them
+        self.taken_out: dict[str, starts.Pair] = {}
+        if starts.changes_base(init_lora_weights):
+            assert isinstance(weight, Tensor)
+            start = starts.from_weight(str(init_lora_weights), weight.detach(), r, self.scaling[adapter_name])
+            lora_a.weight.data, lora_b.weight.data = (part.clone() for part in start)
+            self.taken_out[adapter_name] = start[0].cpu(), (start[1] * self.scaling[adapter_name]).cpu()
         device, dtype = weight.device, adapter_dtype or torch.float32
         self.lora_A = nn.ModuleDict({adapter_name: lora_a.to(device, dtype)})
         self.lora_B = nn.ModuleDict({adapter_name: lora_b.to(device, dtype)})
@@ -316,31 +266,40 @@ class LoRALinear(nn.Module):
 
         Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as there.
         """
-        base = self.base_layer
+        base: Any = self.base_layer
         lora_a, lora_b, scaling = self.adapter()
         dropout = getattr(self.lora_dropout[self.active_adapter], "p", 0.0)
-        if type(base) is nn.Linear:
-            return functional.lora_linear(x, base.weight, lora_a, lora_b, scaling, base.bias, dropout, self.training)
+        if is_dense(base):
+            weight = dense_weight(base)
+            return functional.lora_linear(x, weight, lora_a, lora_b, scaling, base.bias, dropout, self.training)
         if isinstance(base, NF4Linear):
             bias = base.bias_for(x)
             return functional.lora_linear(x, base.weight, lora_a, lora_b, scaling, bias, dropout, self.training)
-        return lora_linear_4bit(x, base, self._adopted.of(base), lora_a, lora_b, scaling, dropout, self.training)
+        codes = self._adopted.of(base)
+        return lora_linear_4bit(x, base, codes, lora_a, lora_b, scaling, dropout, self.training, base.bias)
 
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A plain `nn.Linear` with weight W + scaling · B A, summed in fp32 and rounded once to `dtype`.
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the layer that was found is a `Conv1D`."""
+        return is_conv1d(self.base_layer) or getattr(self.base_layer, "fan_in_fan_out", False)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A plain `nn.Linear`, or `Conv1D`, with weight W + scaling · B A, summed in fp32, rounded once to `dtype`.
 
         Args:
             dtype: default: that of W, for NF4 that before quantization.
         """
         base: Any = self.base_layer
-        weight = self._adopted.of(base) if is_linear4bit(base) else base.weight
+        weight = (
+            self._adopted.of(base) if is_linear4bit(base) else dense_weight(base) if is_dense(base) else base.weight
+        )
         lora_a, lora_b, scaling = self.adapter()
         if isinstance(weight, NF4Weight):
             merged = functional.nf4_dequantize(weight, dtype, lora_a, lora_b, scaling)
         else:
             update = (weight.detach().float(), lora_b.detach().float(), lora_a.detach().float())
             merged = torch.addmm(*update, alpha=scaling).to(dtype or weight.dtype)
-        return _plain_linear(merged, self.bias, self.training)
+        return _plain_layer(merged, self.bias, self.training, self.fan_in_fan_out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
         self._adopted.forget()
@@ -348,6 +307,25 @@ class LoRALinear(nn.Module):
         if is_linear4bit(self.base_layer):
             self._adopted.of(self.base_layer)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, pair in self.taken_out.items():
+            for part, tensor in zip("AB", pair, strict=True):
+                destination[f"{prefix}taken_out.{name}.{part}"] = tensor
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *told: Any
+    ) -> None:
+        mine = {f"{prefix}taken_out.{name}.{part}": (name, part) for name in self.taken_out for part in "AB"}
+        rest = {key: value for key, value in state_dict.items() if key not in mine}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, *told)
+        missing += [key for key in mine if key not in state_dict]
+        for key, (name, part) in mine.items():
+            if key in state_dict:
+                a, b = self.taken_out[name]
+                value = state_dict[key].detach().to("cpu", torch.float32, copy=True)
+                self.taken_out[name] = (value, b) if part == "A" else (a, value)
 
     def extra_repr(self) -> str:
         name = self.active_adapter
@@ -366,10 +344,10 @@ def lora_linear_4bit(
     scaling: float,
     dropout_p: float,
     training: bool,
+    bias: Tensor | None,
 ) -> Tensor:
     """`functional.lora_linear` over a `Linear4bit`: computed in its compute dtype, returned in the dtype of x."""
     dtype = compute_dtype(linear4bit, x)
-    bias = linear4bit.bias
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(dtype)
     y = functional.lora_linear(x.to(dtype), weight, lora_a, lora_b, scaling, bias, dropout_p, training)
@@ -385,23 +363,26 @@ def check_adapter_dtype(dtype: torch.dtype | None, weight: Tensor | NF4Weight) -
         raise ValueError(f"adapter_dtype must be one of {', '.join(map(str, allowed))} with this base; got {dtype}")
 
 
-def _base_weight(base_layer: nn.Module) -> Tensor | NF4Weight:
+def base_weight(base_layer: nn.Module) -> Tensor | NF4Weight:
     """Weight of a base layer of any of the three kinds, [N, K].
 
     Raises:
         ValueError: a layer of another kind.
     """
-    if type(base_layer) is nn.Linear or isinstance(base_layer, NF4Linear):
+    if is_dense(base_layer):
+        return dense_weight(base_layer)
+    if isinstance(base_layer, NF4Linear):
         return base_layer.weight
     if is_linear4bit(base_layer):
         return AdoptedWeight().of(base_layer)
     raise ValueError(
-        f"a LoRALinear goes over nn.Linear, NF4Linear or bitsandbytes' Linear4bit, not {type(base_layer).__name__}"
+        "a LoRALinear goes over nn.Linear, Conv1D, NF4Linear or bitsandbytes' Linear4bit, not "
+        f"{type(base_layer).__name__}"
     )
 
 
-def _plain_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    """An `nn.Linear` over these tensors; a bias in another dtype is cast to the weight's."""
+def _plain_layer(weight: Tensor, bias: Tensor | None, training: bool, transposed: bool) -> nn.Module:
+    """An `nn.Linear`, or a `Conv1D`, over these tensors; a bias in another dtype is cast to the weight's."""
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -409,4 +390,5 @@ def _plain_linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Lin
         linear.bias = bias
     elif bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-    return linear.train(training)
+    linear.train(training)
+    return as_conv1d(linear) if transposed else linear

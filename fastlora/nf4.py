@@ -12,6 +12,7 @@ Source: arXiv:2305.14314, section 3; arXiv:2110.02861 (the 8-bit levels).
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,6 +116,32 @@ class NF4Weight:
             return self
         return replace(self, **moved)
 
+    def rows(self, begin: int, end: int) -> "NF4Weight":
+        """Rows [begin, end) as a weight of their own.
+
+        Codes are the same memory, and so are the scales, but for nested ones whose runs of 256 do not begin at
+        `begin`: those are expanded to fp32.
+
+        Raises:
+            ValueError: a block of values crosses `begin` or `end`.
+        """
+        n, k = self.shape
+        if not 0 <= begin <= end <= n or begin * k % self.blocksize or (end * k % self.blocksize and end != n):
+            raise ValueError(
+                f"rows [{begin}, {end}) of an NF4 weight {[n, k]} do not consist of whole blocks of {self.blocksize}"
+            )
+        first, last = begin * k // self.blocksize, -(end * k // -self.blocksize)
+        codes, absmax = self.codes[begin * k // 2 : -(end * k // -2)], self.absmax[first:last]
+        part: dict[str, Any] = {"codes": codes, "shape": (end - begin, k)}
+        if self.absmax2 is None:
+            return replace(self, absmax=absmax, **part)
+        run, phase = divmod(first, NESTED_BLOCKSIZE)
+        absmax2 = self.absmax2[run : -(last // -NESTED_BLOCKSIZE)]
+        if phase == 0:
+            return replace(self, absmax=absmax, absmax2=absmax2, **part)
+        scales = reference.nf4_scales(absmax, absmax2, self.code2, self.offset, phase)
+        return replace(self, absmax=scales, absmax2=None, code2=None, offset=None, **part)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors under the names that bitsandbytes' `Linear4bit` saves: `weight`, `weight.absmax`, ..."""
         state: dict[str, Tensor] = {
@@ -189,13 +216,18 @@ class NF4Weight:
             )
         if len(state.shape) != 2:
             raise ValueError(f"an NF4 weight is a matrix [N, K]; this one has shape {list(state.shape)}")
+        return cls.from_quant_state(params4bit.data, state)
+
+    @classmethod
+    def from_quant_state(cls, codes: Tensor, state: Any) -> "NF4Weight":
+        """A view of packed codes and their `bitsandbytes.functional.QuantState`; of a stack [E, N, K] as [E N, K]."""
         second = state.state2
         if second is not None:
             _check_nested_blocksize(second.blocksize)
         return cls(
-            codes=params4bit.data.view(torch.uint8).view(-1),
+            codes=codes.view(torch.uint8).view(-1),
             absmax=state.absmax,
-            shape=(state.shape[0], state.shape[1]),
+            shape=(math.prod(state.shape[:-1]), state.shape[-1]),
             dtype=state.dtype,
             blocksize=state.blocksize,
             absmax2=second.absmax if second is not None else None,

@@ -1,8 +1,9 @@
 """peft's own LoRA layers, sped up in place by changing their class.
 
-An object's class can be changed while it lives. `speed_up` gives each LoRA layer of peft's a subclass of its class that
-differs in `forward` alone: it takes the fused path where that computes the same, and steps back to peft's forward
-wherever a condition does not hold. Parameters, names, checkpoints and all of peft's methods stay as they are.
+An object's class can be changed while it lives. `speed_up` gives each LoRA layer of peft's a subclass of its class with
+a `forward` that takes the fused path where that computes the same, and steps back to peft's forward wherever a
+condition does not hold (`fastlora.peft_conditions`). Parameters, names, checkpoints and all of peft's methods stay as
+they are; `merge` keeps the weight, so that `unmerge` gives back every bit.
 
 The conditions are read at each call, for a user may disable, merge, add or switch adapters at any time. Each layer
 counts both kinds of call and keeps the reason of the last step back (`layer.fastlora_calls`, `fastlora.report(model)`);
@@ -19,71 +20,104 @@ its weight in place and loses precision. The fused path never calls it, but step
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as peft_layer
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.nn.utils import parametrize
+from torch import Tensor, compiler, nn
 
-from fastlora import dora, functional
-from fastlora.dispatch import Backend
+from fastlora import dora, experts, functional, mixed_batch, peft_conditions
+from fastlora.conv1d import dense_weight, is_conv1d, is_dense
 from fastlora.dora import KeptNorms
+from fastlora.kept_weight import KeptWeight
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
-from fastlora.nf4 import FLOAT_DTYPES
+from fastlora.mixed_batch import Adapter, mixed_linear, total_bias
+from fastlora.peft_conditions import EXPECTED, active_names, sampled_names, step_back_reason
 
 logger = logging.getLogger(__name__)
 
-# Reasons that the user asked for: not worth a warning.
-_EXPECTED = ("adapters are disabled", "adapters are merged", "no adapter of this layer is active")
 _warned: set[str] = set()
-_PLAIN = (nn.Parameter, Tensor)
 
 
-class _Fused:
-    """The forward that a fused class puts before peft's."""
+class _Marked:
+    """What every layer of peft's with a fused forward has."""
 
     fastlora_calls: Calls
     fastlora_adopted: AdoptedWeight
     fastlora_norms: KeptNorms
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output, fused where the conditions hold, else by peft's forward."""
-        reason = step_back_reason(self, x, args, kwargs)
-        if not torch.compiler.is_compiling():
-            count(self.fastlora_calls, reason)
-        if reason:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        active, base = _active(self), self._modules["base_layer"]
-        lora_a, lora_b, scaling, p, training = _one(self, active[0]) if len(active) == 1 else _joined(self, active)
-        if active[0] in self.lora_variant:
-            return self._dora(x, base, lora_a, lora_b, scaling, active[0])
-        if type(base) is nn.Linear:
-            weight: Any = base._parameters["weight"]
-            return functional.lora_linear(x, weight, lora_a, lora_b, scaling, base._parameters["bias"], p, training)
-        weight = self.fastlora_adopted.of(base)
-        return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, p, training)
-
-    def _dora(self: Any, x: Tensor, base: Any, lora_a: Tensor, lora_b: Tensor, scaling: float, name: str) -> Tensor:
-        plain = type(base) is nn.Linear
-        weight = base._parameters["weight"] if plain else self.fastlora_adopted.of(base)
-        y = functional.lora_linear(x if plain else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
-        magnitude = self.lora_magnitude_vector._modules[name].weight
-        y = dora.rescale(y, magnitude, self.fastlora_norms.of(weight, lora_a, lora_b, scaling), base.bias)
-        return y if plain else y.to(x.dtype)
+    fastlora_kept: KeptWeight
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         _watch_injections()  # an unpickled model may be the first in its process
 
+
+class _Fused(_Marked):
+    """The forward that a fused class puts before peft's."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, fused where the conditions hold, else by peft's forward."""
+        reason = step_back_reason(self, x, args, kwargs)
+        if not compiler.is_compiling():
+            count(self.fastlora_calls, reason)
+        if reason:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        base, per_sample = self._modules["base_layer"], kwargs.get("adapter_names")
+        active = active_names(self) if per_sample is None else sampled_names(self, per_sample)
+        if per_sample is not None and (len(active) != 1 or any(name != active[0] for name in per_sample)):
+            return self._mixed(x, base, active, per_sample)
+        adapter = _one(self, active[0]) if len(active) == 1 else _joined(self, active)
+        if active[0] in self.lora_variant:
+            return self._dora(x, base, adapter, active[0])
+        lora_a, lora_b, scaling, _, p, training = adapter
+        if is_dense(base):
+            bias = total_bias(base._parameters["bias"], adapter)
+            return functional.lora_linear(x, dense_weight(base), lora_a, lora_b, scaling, bias, p, training)
+        weight, bias = self.fastlora_adopted.of(base), total_bias(base.bias, adapter)
+        return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, p, training, bias)
+
+    def _mixed(self: Any, x: Tensor, base: Any, names: Sequence[str], per_sample: Sequence[str]) -> Tensor:
+        adapters = {name: _one(self, name) for name in names}
+        if is_dense(base):
+            return mixed_linear(x, dense_weight(base), base._parameters["bias"], adapters, per_sample)
+        weight = self.fastlora_adopted.of(base)
+        return mixed_linear(x.to(compute_dtype(base, x)), weight, base.bias, adapters, per_sample).to(x.dtype)
+
+    def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
+        dense, (lora_a, lora_b, scaling, *_) = is_dense(base), adapter
+        weight = dense_weight(base) if dense else self.fastlora_adopted.of(base)
+        magnitude = self.lora_magnitude_vector._modules[name].weight
+        norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
+        if dense and lora_a.dtype != peft_conditions.computed_in(x, base):
+            return dora.over_16_bits(x, weight, lora_a, lora_b, scaling, magnitude, norms, base.bias)
+        y = functional.lora_linear(x if dense else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
+        y = dora.rescale(y, magnitude, norms, base.bias)
+        return y if dense else y.to(x.dtype)
+
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()
         self.fastlora_norms.forget()
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        kept, dtype = self.fastlora_kept.fits(self), self.get_base_layer().weight.dtype
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        if kept and self.get_base_layer().weight.dtype == dtype:
+            self.fastlora_kept.settle(self)
+        return result
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """peft's merge; the weight as it was is kept for `unmerge`."""
+        self.fastlora_kept.keep(self)
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        finally:
+            self.fastlora_kept.settle(self)
+
+    def unmerge(self: Any) -> None:
+        """The weight as it was before the merge, to the bit; by peft's subtraction where it has been changed since."""
+        if not (self.merged and self.fastlora_kept.put_back(self)):
+            super().unmerge()  # type: ignore[misc]
 
 
 class FusedLinear(_Fused, peft_layer.Linear):
@@ -92,11 +126,6 @@ class FusedLinear(_Fused, peft_layer.Linear):
 
 _FUSED: dict[type, type] = {peft_layer.Linear: FusedLinear}
 
-try:
-    from peft.tuners.lora.variants import DoraLinearVariant
-except ImportError:  # an older peft, whose DoRA steps back
-    DoraLinearVariant = None  # type: ignore[assignment, misc]
-
 if is_bnb_4bit_available():
     from peft.tuners.lora import bnb as peft_bnb
 
@@ -104,6 +133,40 @@ if is_bnb_4bit_available():
         """peft's `lora.Linear4bit` with a fused forward."""
 
     _FUSED[peft_bnb.Linear4bit] = FusedLinear4bit
+
+
+if experts.ParamWrapper is not None:
+
+    class FusedParamWrapper(_Marked, experts.ParamWrapper):  # type: ignore[misc]
+        """peft's `lora.ParamWrapper` over a stack of experts, which does not form W + B A."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """The experts' output, fused where the conditions hold, else by peft's forward."""
+            wrappers = experts.chain(self)
+            reason = experts.step_back_reason(wrappers, x, args, kwargs)
+            if not compiler.is_compiling():
+                for wrapper in wrappers[: 1 if reason else None]:
+                    count(wrapper.fastlora_calls, reason)
+            if reason:
+                if reason not in EXPECTED and any(map(experts.is_packed, wrappers)):
+                    raise RuntimeError(
+                        f"peft computes no adapters over a packed stack, nor does fastlora here: {reason}"
+                    )
+                return super().forward(x, *args, **kwargs)
+            base = wrappers[-1].base_layer
+            routing = experts.routing_of(base, x, args, kwargs)
+            return experts.forward(base, self.num_experts, experts.updates_of(wrappers), x, *(routing or ()))
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """As peft's; a packed stack takes no sum, and peft would lose the update without a word."""
+            if experts.is_packed(self):
+                raise ValueError(
+                    f"{self.parameter_name} is packed in 4 bits and cannot take an update: save the adapter, load the "
+                    "model without quantization, and merge there"
+                )
+            super().merge(safe_merge, adapter_names)
+
+    _FUSED[experts.ParamWrapper] = FusedParamWrapper
 
 
 def speed_up(model: nn.Module) -> Report:
@@ -136,7 +199,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
     """
-    fused: list[Any] = [module for module in model.modules() if isinstance(module, _Fused)]
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, _Marked)]
     if any(type(layer) not in _FUSED.values() for layer in fused):
         raise ValueError("a fused layer has become a unit of FSDP of its own: call restore before the model is sharded")
     if not fused:
@@ -145,7 +208,7 @@ def restore(model: nn.Module) -> nn.Module:
         )
     for layer in fused:
         layer.__class__ = next(plain for plain, kind in _FUSED.items() if kind is type(layer))
-        del layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms
+        del layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms, layer.fastlora_kept
     if hasattr(model, "fastlora_report"):
         del model.fastlora_report
     return model
@@ -158,7 +221,7 @@ def report(model: nn.Module) -> Report:
 
 
 def _report_reason(layer: Any) -> str:
-    if not isinstance(layer, _Fused):
+    if not isinstance(layer, _Marked):
         return standing_reason(layer) or "peft's own: call replace_linear(model)"
     if _is_sharded(layer):  # gathered, as a rule, by the time that it is called
         return layer.fastlora_calls.last_reason if layer.fastlora_calls.stepped_back else ""
@@ -172,7 +235,8 @@ def _is_sharded(layer: Any) -> bool:
 def _fuse(layer: Any) -> None:
     if type(layer) in _FUSED:
         layer.__class__ = _FUSED[type(layer)]
-        layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms = Calls(), AdoptedWeight(), KeptNorms()
+        layer.fastlora_calls, layer.fastlora_adopted = Calls(), AdoptedWeight()
+        layer.fastlora_norms, layer.fastlora_kept = KeptNorms(), KeptWeight()
 
 
 def _watch_injections() -> None:
@@ -184,7 +248,7 @@ def _watch_injections() -> None:
     @functools.wraps(inject)
     def watched(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = inject(self, model, *args, **kwargs)
-        if any(type(module) in _FUSED.values() for module in model.modules()):
+        if any(isinstance(module, _Marked) for module in model.modules()):
             for module in list(model.modules()):
                 if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module):
                     _fuse(module)
@@ -196,42 +260,19 @@ def _watch_injections() -> None:
 
 def standing_reason(layer: Any) -> str:
     """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be."""
-    if type(layer) not in _FUSED and not isinstance(layer, _Fused):
+    if type(layer) not in _FUSED and not isinstance(layer, _Marked):
         return f"peft's {type(layer).__name__} has no fused form"
-    if "forward" in layer.__dict__:
-        return "its forward has been replaced on the instance"
-    base = layer.base_layer
-    reason = _base_reason(base)
-    if reason:
-        return reason
-    if getattr(layer, "fan_in_fan_out", False):
-        return "fan_in_fan_out: the weight is transposed"
-    names = _active(layer) or list(layer.lora_A)
-    told = [_adapter_reason(layer, name) for name in names]
-    return told[0] if told and all(told) else ""
+    if experts.is_wrapper(layer):
+        return experts.standing_reason(layer)
+    return peft_conditions.standing_reason(layer)
 
 
-def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Why this call must go to peft's forward; empty where the fused path computes the same."""
-    if args or any(value is not None for value in kwargs.values()):
-        return "called with more than the input"
-    if layer.disable_adapters:
-        return _EXPECTED[0]
-    if layer.merged:
-        return _EXPECTED[1]
-    active = _active(layer)
-    if not active:
-        return _EXPECTED[2]
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out: the weight is transposed"
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "hooks for all modules are registered"
-    base = layer._modules["base_layer"]
-    reason = _base_reason(base) or next(filter(None, (_adapter_reason(layer, name) for name in active)), "")
-    if not reason and len(active) > 1:
-        reason = _together_reason(layer, active)
-    by_rows = type(base) is nn.Linear and active[0] in layer.lora_variant
-    return reason or _dtype_reason(x, base, layer._modules["lora_A"]._modules[active[0]]._parameters["weight"], by_rows)
+def _one(layer: Any, name: str) -> Adapter:
+    return peft_conditions.adapter(layer, name)
+
+
+def _joined(layer: Any, names: Sequence[str]) -> Adapter:
+    return mixed_batch.joined([_one(layer, name) for name in names])
 
 
 def count(calls: Calls, reason: str) -> None:
@@ -241,128 +282,9 @@ def count(calls: Calls, reason: str) -> None:
         return
     calls.stepped_back += 1
     calls.last_reason = reason
-    if reason not in _EXPECTED and reason not in _warned:
+    if reason not in EXPECTED and reason not in _warned:
         _warned.add(reason)
         logger.warning("a LoRA layer steps back to peft's slower forward: %s (said once per reason)", reason)
-
-
-def _active(layer: Any) -> list[str]:
-    known = layer._modules["lora_A"]._modules
-    return [name for name in layer.active_adapters if name in known]
-
-
-def _one(layer: Any, name: str) -> tuple[Tensor, Tensor, float, float, bool]:
-    """A, B, scaling, dropout's p and whether it drops, of one adapter.
-
-    A scaling in a tensor, as peft's hot-swap for compiled models has it, goes into B: read, it would be a constant.
-    """
-    children = layer._modules
-    lora_a, lora_b = (children[part]._modules[name]._parameters["weight"] for part in ("lora_A", "lora_B"))
-    dropout = children["lora_dropout"]._modules[name]
-    scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor):
-        lora_b, scaling = lora_b * scaling.to(lora_b.device), 1.0
-    return lora_a, lora_b, scaling, getattr(dropout, "p", 0.0), dropout.training
-
-
-def _joined(layer: Any, names: list[str]) -> tuple[Tensor, Tensor, float, float, bool]:
-    """The same of several adapters as if they were one."""
-    parts = [_one(layer, name) for name in names]
-    lora_a = torch.cat([part[0] for part in parts])
-    lora_b = torch.cat([part[1] * part[2] for part in parts], dim=1)
-    return lora_a, lora_b, 1.0, 0.0, False
-
-
-def _together_reason(layer: Any, names: list[str]) -> str:
-    """Why several adapters cannot run as one; empty where they can."""
-    if any(name in layer.lora_variant for name in names):
-        return f"{len(names)} adapters are active, one of them DoRA"
-    parts = [_one(layer, name) for name in names]
-    if any(p > 0 and training for *_, p, training in parts):
-        return f"{len(names)} adapters are active, with dropout masks of their own"
-    if len({lora_a.dtype for lora_a, *_ in parts}) > 1:
-        return f"{len(names)} adapters are active, of different dtypes"
-    return ""
-
-
-def _base_reason(base: Any) -> str:
-    if not _is_plain(base):
-        return "the base layer has hooks or a forward of its own"
-    if type(base) is nn.Linear:
-        weight: Any = base._parameters["weight"]
-        if type(weight) not in _PLAIN:
-            return f"the base weight is a {type(weight).__name__}"
-        return "" if weight.dtype in FLOAT_DTYPES else f"the base weight is {weight.dtype}"
-    if parametrize.is_parametrized(base):
-        return "the base layer is parametrized"
-    if not is_linear4bit(base):
-        return f"the base layer is a {type(base).__name__}"
-    state = getattr(base.weight, "quant_state", None)
-    if state is None:
-        return "bitsandbytes has not quantized the base weight yet"
-    if state.quant_type != "nf4":
-        return f"the base weight is {state.quant_type}"
-    if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes has repacked the base weight for CPU inference"
-    return ""
-
-
-def _adapter_reason(layer: Any, name: str) -> str:
-    if name in layer.lora_variant and (reason := _variant_reason(layer, name)):
-        return reason
-    children = layer._modules
-    lora_a, lora_b, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return "A or B is parametrized or no plain nn.Linear"
-    if not (_is_plain(lora_a) and _is_plain(lora_b)):
-        return "A or B has hooks or a forward of its own"
-    if lora_a._parameters["bias"] is not None or lora_b._parameters["bias"] is not None:
-        return "lora_bias"
-    a: Any = lora_a._parameters["weight"]
-    b: Any = lora_b._parameters["weight"]
-    if type(a) not in _PLAIN or type(b) not in _PLAIN:
-        return f"A is a {type(a).__name__}, B a {type(b).__name__}"
-    if type(dropout) not in (nn.Dropout, nn.Identity) or not _is_plain(dropout):
-        return "the dropout layer is not nn.Dropout or has hooks"
-    scaling = layer.scaling[name]
-    if not isinstance(scaling, (int, float)) and (type(scaling) is not Tensor or scaling.ndim > 0):
-        return "scaling is not a number"
-    if a.dtype != b.dtype:
-        return "A and B differ in dtype"
-    return "" if layer.cast_input_dtype_enabled else "casting of the input is disabled"
-
-
-def _variant_reason(layer: Any, name: str) -> str:
-    """DoRA is computed; every other variant is peft's."""
-    if type(layer.lora_variant[name]) is not DoraLinearVariant:
-        return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
-    magnitude, dropout = layer.lora_magnitude_vector._modules[name], layer.lora_dropout._modules[name]
-    if type(magnitude.weight) not in _PLAIN or not _is_plain(magnitude):
-        return "DoRA's magnitude has hooks, a forward of its own, or is no plain tensor"
-    if layer.ephemeral_gpu_offload:
-        return "DoRA with ephemeral_gpu_offload"
-    return "DoRA drops the base's input too" if dropout.training and getattr(dropout, "p", 0.0) > 0 else ""
-
-
-def _dtype_reason(x: Tensor, base: Any, lora_a: Tensor, by_rows: bool) -> str:
-    """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
-    given, four_bit, device = x.dtype, type(base) is not nn.Linear, x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may be in neither
-        good = dtype in FLOAT_DTYPES and (not four_bit or given in (torch.float32, dtype))
-    else:
-        dtype = compute_dtype(base, x) if four_bit else base._parameters["weight"].dtype
-        good = four_bit or given == dtype
-    if good and given in FLOAT_DTYPES and lora_a.dtype in (torch.float32, dtype):
-        # peft scales the gradient of a dense layer's rows in fp32, the fused path in the product's dtype
-        return f"DoRA with {lora_a.dtype} adapters over a {dtype} weight" if by_rows and lora_a.dtype != dtype else ""
-    return f"dtypes: input {given}, adapters {lora_a.dtype}, computed in {dtype}"
-
-
-def _is_plain(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__
 
 
 def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) -> Report:
@@ -370,9 +292,9 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
     inside = tuple(f"{name}." for name in found)
     backends = []
     for name, module in model.named_modules():
-        if name in found and isinstance(module.get_base_layer(), nn.Linear):
+        if name in found and (isinstance(module.get_base_layer(), nn.Linear) or is_conv1d(module.get_base_layer())):
             base = module.get_base_layer()
-            shape, rank = (base.out_features, base.in_features), next(iter(module.r.values()), 0)
+            shape, rank = (module.out_features, module.in_features), next(iter(module.r.values()), 0)
             plain = next((cls for cls in type(module).__mro__ if cls in _FUSED), type(module))
             kind, reason = f"{plain.__name__}({type(base).__name__})", reasons[name]
             if reason:
@@ -383,8 +305,13 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
             rows.append(
                 Row(name, kind, shape, True, said, backends[-1].name, rank, is_linear4bit(base), module.fastlora_calls)
             )
-        elif isinstance(module, nn.Linear) and not name.startswith(inside):
-            shape = (module.out_features, module.in_features)
+        elif name in found and experts.is_wrapper(module):
+            backends.append(functional.backend(next(module.parameters()).device))
+            rows.append(experts.row(name, module, reasons[name], backends[-1].name))
+        elif (isinstance(module, nn.Linear) or is_conv1d(module)) and not name.startswith(inside):
+            k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
+            shape = (n, k)
             rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
-    first = backends[0] if backends else Backend("", "nothing")
-    return Report(rows, first.name, first.reason)
+    if not backends:
+        return Report(rows, "peft", "no layer can be sped up as it now stands")
+    return Report(rows, backends[0].name, backends[0].reason)

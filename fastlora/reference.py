@@ -40,16 +40,19 @@ _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
 
 
-def nf4_scales(absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None) -> Tensor:
+def nf4_scales(
+    absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None, first: int = 0
+) -> Tensor:
     """The fp32 scale of every block, [blocks]: `absmax` itself, or its nested form expanded.
 
-    The product and the sum round separately, as bitsandbytes does it.
+    `absmax` begins with block `first` of those that `absmax2` serves. The product and the sum round separately, as
+    bitsandbytes does it.
     """
     if absmax2 is None:
         return absmax
     assert code2 is not None
     assert offset is not None
-    outer = absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+    outer = absmax2.repeat_interleave(NESTED_BLOCKSIZE)[first : first + absmax.numel()]
     return code2[absmax.long()] * outer + offset
 
 

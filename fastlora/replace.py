@@ -15,13 +15,14 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastlora import functional
-from fastlora.layer_report import Report, Row
-from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linear4bit
+from fastlora import functional, nf4_layers, starts, survey, trained_modules, trained_tokens
+from fastlora.conv1d import dense_weight
+from fastlora.layer_report import Report
+from fastlora.linear import LoRALinear, NF4Linear, base_weight, check_adapter_dtype, is_linear4bit
 from fastlora.nf4 import BLOCKSIZES
-from fastlora.survey import Site, expert_notes, find_sites, output_head
+from fastlora.survey import Site, find_sites, output_head
 from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
 from fastlora.trainer_compat import admit_training, let_inputs_require_grad
 
@@ -41,6 +42,8 @@ def replace_linear(
     layers_to_transform: Any = None,
     layers_pattern: Any = None,
     init_lora_weights: bool | str = True,
+    modules_to_save: Any = None,
+    trainable_token_indices: Any = None,
     quantize: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
@@ -62,7 +65,11 @@ def replace_linear(
         exclude_modules: a list or a regular expression; these get no adapter and are not quantized.
         rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
-        init_lora_weights: True, False or "gaussian".
+        init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
+            "pissa_niter_<N>", "olora", or, with `quantize`, "loftq".
+        modules_to_save: ends of the names of modules that are trained in full and saved with the adapter.
+        trainable_token_indices: tokens of the input embedding whose rows are trained and saved with the adapter, or
+            {name of an embedding or output head: tokens}; a tied head shares them.
         quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
             excluded layers and of those that share their weight. Layer by layer: the peak is the model and one layer.
         blocksize, double_quant: of the quantization.
@@ -87,6 +94,8 @@ def replace_linear(
         "layers_to_transform": layers_to_transform,
         "layers_pattern": layers_pattern,
         "init_lora_weights": init_lora_weights,
+        "modules_to_save": modules_to_save,
+        "trainable_token_indices": trainable_token_indices,
     }
     if carries_peft(model):
         return _speed_up_peft(model, config, {**keywords, "quantize": quantize, "adapter_dtype": adapter_dtype})
@@ -175,6 +184,7 @@ def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, str
     head = output_head(model)
     names = [name for name, _ in model.named_modules()]
     chosen, excluded = select(settings, names, sites.keys(), head, strict)
+    chosen = _without_trained(model, settings, chosen)
     able = {name for name in chosen if not sites[name].obstacle}
     if not chosen:
         raise ValueError("the model has no linear layers but its output head")
@@ -190,25 +200,13 @@ def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, str
     return excluded
 
 
-def _decide_nf4(model: nn.Module, sites: dict[str, Site], excluded: Collection[str]) -> None:
-    """Mark the sites whose weight shall become NF4, with the reason on those whose weight shall not.
-
-    Raises:
-        ValueError: a weight that cannot be quantized: on the meta device, empty, or not finite.
-    """
-    head = output_head(model)
-    for name, site in sites.items():
-        if type(site.module) is not nn.Linear or site.obstacle:
-            continue
-        if site.shared_with:
-            site.no_quantize = f"its weight is shared with {site.shared_with}"
-        elif name in excluded:
-            site.no_quantize = "excluded"
-        elif within(name, head):
-            site.no_quantize = "the output head keeps its dtype"
-        else:
-            _check_quantizable(name, site.module.weight)
-            site.quantize = True
+def _without_trained(model: nn.Module, settings: LoRASettings, chosen: set[str]) -> set[str]:
+    """The targets without what is trained in full; "all-linear" means the others, any other target is an error."""
+    trained = trained_modules.find(model, settings.modules_to_save)
+    both = sorted(name for name in chosen if any(within(name, module) for module in trained))
+    if both and settings.target_modules != ALL_LINEAR:
+        raise ValueError(f"{both[0]!r} is in target_modules and in modules_to_save: leave it out of one of them")
+    return chosen.difference(both)
 
 
 def carry_out(
@@ -229,31 +227,70 @@ def carry_out(
         ValueError: as `replace_linear`; the model is unchanged.
     """
     _check_arguments(quantize, blocksize, adapter_name)
+    trained = trained_modules.find(model, settings.modules_to_save)
+    for name, site in sites.items():
+        site.trained = any(within(name, module) for module in trained)
+    tokens = trained_tokens.resolve(model, settings.trainable_token_indices)
+    for name in trained_tokens.places(model, tokens):
+        if name in trained or (name in sites and sites[name].adapt):
+            raise ValueError(
+                f"{name} has trained tokens, its own or of a tied weight: leave it out of the other options"
+            )
     if quantize:
-        _decide_nf4(model, sites, excluded)
+        nf4_layers.decide(model, sites, excluded)
     adapted = {name: site for name, site in sites.items() if site.adapt}
     for site in adapted.values():
         if not site.quantize and not is_linear4bit(site.module):
             check_adapter_dtype(adapter_dtype, site.module.weight)
-    dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
-    layers = {
-        name: LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, init)
-        for name, site in adapted.items()
-    }
-    report = _report(model, sites)
+    _check_starts(settings.init_lora_weights, adapted)
+    layers = _make_layers(adapted, settings, adapter_name, adapter_dtype, blocksize, double_quant)
+    report = survey.report(model, sites)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in layers.items():
         layer.requires_grad_(False)
         for part in (layer.lora_A, layer.lora_B):
             part.requires_grad_(not settings.inference_mode)
-        _hang(sites[name], layer)
-    _quantize(sites, layers, blocksize, double_quant)
+        sites[name].hang(layer)
+    for module in trained.values():
+        module.requires_grad_(not settings.inference_mode)
+    trained_tokens.wrap(model, tokens, trains=not settings.inference_mode)
+    nf4_layers.quantize(sites, layers, blocksize, double_quant)
     let_inputs_require_grad(model)
     admit_training(model)
     model.fastlora_report = report  # type: ignore[assignment]
+    settings = dataclasses.replace(settings, modules_to_save=list(trained) or None)
     model.fastlora_settings = settings  # type: ignore[assignment]
     return model
+
+
+def _check_starts(init: bool | str, adapted: dict[str, Site]) -> None:
+    """Raise ValueError where a layer cannot start by this name."""
+    for name, site in adapted.items():
+        starts.check_layer(init, name, base_weight(site.module), site.r, site.shared_with, site.quantize)
+
+
+def _make_layers(
+    adapted: dict[str, Site],
+    settings: LoRASettings,
+    adapter_name: str,
+    adapter_dtype: torch.dtype | None,
+    blocksize: int,
+    double_quant: bool,
+) -> dict[str, LoRALinear]:
+    """The adapters, over the layers as they are now, with A and B as they start."""
+    dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
+    first = True if init == "loftq" else init
+    layers = {}
+    for name, site in adapted.items():
+        layer = LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, first)
+        if init == "loftq":
+            lora_a, lora_b, scaling = layer.adapter()
+            pair = starts.loftq(dense_weight(site.module).detach(), site.r, scaling, blocksize, double_quant)
+            for parameter, value in zip((lora_a, lora_b), pair, strict=True):
+                parameter.data.copy_(value)
+        layers[name] = layer
+    return layers
 
 
 def carries_peft(model: nn.Module) -> bool:
@@ -326,69 +363,3 @@ def _refuse_unable_targets(settings: LoRASettings, sites: dict[str, Site], chose
         meant = [name for name in chosen if name == entry or name.endswith("." + entry)]
         if meant and not able.intersection(meant):
             raise ValueError(f"target_modules: {entry!r} cannot be replaced: {sites[meant[0]].obstacle}")
-
-
-def _check_quantizable(name: str, weight: Tensor) -> None:
-    if weight.device.type == "meta":
-        raise ValueError(f"{name}.weight is on the meta device: load the weights before quantizing")
-    if weight.numel() == 0:
-        raise ValueError(f"{name}.weight is empty: exclude it or load the weights (gather them first under ZeRO-3)")
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name}.weight holds NaN or inf: repair the checkpoint, or exclude the layer")
-
-
-def _hang(site: Site, layer: nn.Module) -> None:
-    for parent, attribute in site.places:
-        setattr(parent, attribute, layer)
-
-
-def _quantize(sites: dict[str, Site], layers: dict[str, LoRALinear], blocksize: int, double_quant: bool) -> None:
-    """Turn marked weights into NF4, letting go of each before the next."""
-    done = 0
-    for name, site in sites.items():
-        linear, site.module = site.module, None
-        if not site.quantize:
-            continue
-        try:
-            base = NF4Linear.from_linear(linear, blocksize, double_quant)
-        except Exception as error:
-            raise RuntimeError(
-                f"quantizing {name} failed after {done} layers had been replaced; load the model again"
-            ) from error
-        if name in layers:
-            layers[name].base_layer = base
-        else:
-            _hang(site, base)
-        done += 1
-
-
-def _report(model: nn.Module, sites: dict[str, Site]) -> Report:
-    devices = {site.module.weight.device for site in sites.values() if site.adapt}
-    backends = {device: functional.backend(device) for device in sorted(devices, key=str)}
-    head = output_head(model)
-    rows = []
-    for name, site in sites.items():
-        replaced = site.adapt or site.quantize
-        path = functional.backend(site.module.weight.device).name if replaced else "unchanged"
-        in_nf4 = site.quantize or (site.adapt and type(site.module) is not nn.Linear)
-        rows.append(Row(name, site.kind, site.shape, replaced, _why(site, head), path, site.r, in_nf4))
-    first = next(iter(backends.values()))
-    return Report(rows, first.name, first.reason, expert_notes(model))
-
-
-def _why(site: Site, head: str | None) -> str:
-    """The sentence of the report about one layer."""
-    if site.obstacle:
-        return site.obstacle
-    if not site.adapt and not site.quantize:
-        what = "output head, left alone" if within(site.name, head) else "not a target"
-        return f"{what}; not quantized: {site.no_quantize}" if site.no_quantize and what == "not a target" else what
-    adapter = f"adapter r={site.r}" if site.adapt else "no adapter: not a target"
-    if site.quantize:
-        return f"{adapter}, weight quantized to NF4"
-    if is_linear4bit(site.module):
-        return f"{adapter}, bitsandbytes' NF4 weight adopted"
-    if isinstance(site.module, NF4Linear):
-        return f"{adapter}, weight in NF4 already"
-    dtype = str(site.module.weight.dtype).removeprefix("torch.")
-    return f"{adapter}, {dtype} weight" + (f", not quantized: {site.no_quantize}" if site.no_quantize else "")

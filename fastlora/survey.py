@@ -6,12 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastlora import functional
+from fastlora.conv1d import is_dense
+from fastlora.layer_report import Report, Row
 from fastlora.linear import AdoptedWeight, NF4Linear, is_linear4bit
 from fastlora.nf4 import FLOAT_DTYPES
+from fastlora.targets import within
 
 _HEAD_NAMES = ("lm_head", "score", "classifier")
 _REASON_BY_KIND = {
-    "Conv1D": "Conv1D keeps its weight transposed; only nn.Linear layers are replaced",
     "Linear8bitLt": "its weight is 8-bit; load the model in bf16, or with load_in_4bit and nf4",
     "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads this weight without calling the layer",
 }
@@ -32,10 +35,16 @@ class Site:
     r: int = 0
     lora_alpha: float = 0.0
     quantize: bool = False
+    trained: bool = False
 
     @property
     def kind(self) -> str:
         return type(self.module).__name__
+
+    def hang(self, layer: nn.Module) -> None:
+        """Put a layer in this one's place, wherever it is used."""
+        for parent, attribute in self.places:
+            setattr(parent, attribute, layer)
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
@@ -77,7 +86,7 @@ def obstacle(module: Any) -> str:
         except ValueError as error:
             return str(error)
         return ""
-    if type(module) not in (nn.Linear, NF4Linear):
+    if not is_dense(module) and type(module) is not NF4Linear:
         return _REASON_BY_KIND.get(kind, f"{kind} has a forward of its own")
     if isinstance(module, NF4Linear):
         return ""
@@ -131,3 +140,38 @@ def expert_notes(model: nn.Module) -> list[str]:
     return [
         f"{len(experts)} expert weights are 3-d parameters, not linear layers, and get no adapter: {experts[0]}, ..."
     ]
+
+
+def report(model: nn.Module, sites: dict[str, Site]) -> Report:
+    """What becomes of every linear layer once the marked sites are replaced."""
+    devices = {site.module.weight.device for site in sites.values() if site.adapt}
+    backends = {device: functional.backend(device) for device in sorted(devices, key=str)}
+    head = output_head(model)
+    rows = []
+    for name, site in sites.items():
+        replaced = site.adapt or site.quantize
+        path = functional.backend(site.module.weight.device).name if replaced else "unchanged"
+        in_nf4 = site.quantize or (site.adapt and not is_dense(site.module))
+        rows.append(Row(name, site.kind, site.shape, replaced, _why(site, head), path, site.r, in_nf4))
+    first = next(iter(backends.values()))
+    return Report(rows, first.name, first.reason, expert_notes(model))
+
+
+def _why(site: Site, head: str | None) -> str:
+    """The sentence of the report about one layer."""
+    if site.trained:
+        return "trained in full (modules_to_save)"
+    if site.obstacle:
+        return site.obstacle
+    if not site.adapt and not site.quantize:
+        what = "output head, left alone" if within(site.name, head) else "not a target"
+        return f"{what}; not quantized: {site.no_quantize}" if site.no_quantize and what == "not a target" else what
+    adapter = f"adapter r={site.r}" if site.adapt else "no adapter: not a target"
+    if site.quantize:
+        return f"{adapter}, weight quantized to NF4"
+    if is_linear4bit(site.module):
+        return f"{adapter}, bitsandbytes' NF4 weight adopted"
+    if isinstance(site.module, NF4Linear):
+        return f"{adapter}, weight in NF4 already"
+    dtype = str(site.module.weight.dtype).removeprefix("torch.")
+    return f"{adapter}, {dtype} weight" + (f", not quantized: {site.no_quantize}" if site.no_quantize else "")

@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastlora import starts
+
 ALL_LINEAR = "all-linear"
 
 # Options of peft's LoraConfig that LoRASettings holds under the same name.
@@ -27,13 +29,15 @@ _TAKEN = (
     "layers_to_transform",
     "layers_pattern",
     "init_lora_weights",
+    "modules_to_save",
+    "trainable_token_indices",
     "task_type",
     "base_model_name_or_path",
     "revision",
     "inference_mode",
 )
-# Options that say nothing about the computation, with any value.
-_INERT = ("peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
+# Options that say nothing about the computation, with any value; fan_in_fan_out is seen from the layers.
+_INERT = ("fan_in_fan_out", "peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
 # Values of any other option that leave it off. A newer peft's unknown option is refused unless it is off.
 _OFF = (None, False, "none", 0)
 # Tasks for which peft trains and saves the head as well.
@@ -59,6 +63,8 @@ class LoRASettings:
     layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Collection[str] | None = None
     init_lora_weights: bool | str = True
+    modules_to_save: Collection[str] | None = None
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -75,16 +81,14 @@ class LoRASettings:
                 raise ValueError(f"{name} must be a finite number, not {alpha!r}")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported: use True, False or 'gaussian', or let "
-                "peft initialize (get_peft_model) and call replace_linear on the result"
-            )
+        starts.check(self.init_lora_weights)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
-        for name in ("target_modules", "exclude_modules"):
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be a list of names: pass [{self.modules_to_save!r}]")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(name, getattr(self, name))
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
@@ -114,6 +118,9 @@ def settings_from_config(config: Any) -> LoRASettings:
         raise ValueError(f"the config is for {method or type(config).__name__!r}; only peft_type LORA is supported")
     for name, value in options.items():
         if name in _TAKEN or name in _INERT:
+            continue
+        if name == "loftq_config" and options.get("init_lora_weights") == "loftq":
+            _check_loftq(value)
             continue
         if not (value in _OFF if isinstance(value, (bool, int, str, type(None))) else _is_empty(value)):
             raise ValueError(
@@ -234,6 +241,15 @@ def _check_names(option: str, value: str | Collection[str] | None) -> None:
         odd = [entry for entry in value if not isinstance(entry, str)]
         if odd:
             raise ValueError(f"{option} must hold strings; got {odd[0]!r}")
+
+
+def _check_loftq(config: Any) -> None:
+    options = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    if options.get("loftq_bits", 4) != 4 or options.get("loftq_iter", 1) != 1:
+        raise ValueError(
+            f"loftq_config={options} is not supported: 4 bits and one iteration are. After more the base is no longer "
+            "what quantizing the checkpoint gives, and the adapter alone would not bring it back"
+        )
 
 
 def _is_empty(value: Any) -> bool:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastlora import adapter
-from fastlora.adapter import load_adapter, merge, save_adapter
+from fastlora.adapter import load_adapter, save_adapter
 from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.merging import merge
 from fastlora.replace import replace_linear
 from tests.models import Own, bnb_llama, llama, qwen2, randomize, snapshot, tokens
 
@@ -93,9 +94,13 @@ def test_how_an_adapter_was_initialized_matters_only_where_it_changed_the_base(t
         save_adapter(model, tmp_path)
         change(config={"init_lora_weights": init, "eva_config": {"rho": 2.0} if init == "eva" else None})(tmp_path)
         assert torch.equal(logits(load_adapter(llama(), tmp_path)), logits(model))
-    change(config={"init_lora_weights": "pissa"})(tmp_path)
-    with pytest.raises(ValueError, match="init_lora_weights='pissa' is not supported"):
-        load_adapter(llama(), tmp_path)
+    for init, message in (("pissa_niter_4", "drawn at random"), ("loftq", "load it with quantize='nf4'")):
+        change(config={"init_lora_weights": init})(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(llama(), tmp_path)
+    change(config={"init_lora_weights": "olora"})(tmp_path)
+    with pytest.raises(ValueError, match="load it into a model without adapters"):
+        load_adapter(adapted(), tmp_path)
 
 
 def test_wrappers_leave_no_trace_in_the_names(tmp_path):

@@ -125,7 +125,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="not Conv1d"):
         LoRALinear(nn.Conv1d(4, 4, 1))
     with pytest.raises(ValueError, match="init_lora_weights"):
-        LoRALinear(nn.Linear(K, N), init_lora_weights="pissa")
+        LoRALinear(nn.Linear(K, N), init_lora_weights="eva")
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])

@@ -6,6 +6,7 @@ from numerics import rms
 
 from fastlora import functional, nf4
 from fastlora.functional import lora_linear
+from fastlora.merging import kept
 
 N = K = 1024
 R = 16
@@ -46,10 +47,10 @@ def test_nf4_dithers_the_rounding_and_keeps_the_update(base, size):
 
 def test_a_bf16_base_swallows_small_updates(base):
     weight = base.bfloat16()
-    for size, kept in ((7e-6, 0.2), (7e-5, 0.2), (7e-4, 0.6)):
+    for size, most in ((7e-6, 0.2), (7e-5, 0.2), (7e-4, 0.6)):
         a, b = update(size)
         merged = (weight.float() + b @ a).bfloat16()
-        assert gain(merged.double() - weight.double(), (b @ a).double()) < kept
+        assert gain(merged.double() - weight.double(), (b @ a).double()) < most
 
 
 def test_the_linear_therefore_never_merges_into_a_dense_weight(base):
@@ -62,3 +63,18 @@ def test_the_linear_therefore_never_merges_into_a_dense_weight(base):
     merged = torch.nn.functional.linear(x.float(), (weight.float() + b @ a).bfloat16().float()).double()
     assert abs(gain(ours - plain, wanted) - 1) < 0.2  # y itself is rounded to bf16, which dithers
     assert gain(merged - plain, wanted) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "least"), [(7e-4, 0.01, -0.01), (7e-3, 0.05, 0), (7e-2, 0.7, 0.4), (0.3, 1.05, 0.9)]
+)
+def test_quantizing_again_loses_a_small_update(base, size, most, least):
+    """What `merge(model, quantize="nf4")` warns of: values that were quantized before lie amid NF4's steps."""
+    before = nf4.quantize(base)
+    a, b = update(size)
+    merged = functional.nf4_dequantize(before, torch.float32, a, b, 1.0)
+    left = kept(before, nf4.quantize(merged), b @ a)
+    assert least < left.share < most
+    realised = nf4.quantize(merged).dequantize(torch.float32) - before.dequantize(torch.float32)
+    assert left.share == pytest.approx(gain(realised, b @ a), rel=1e-3, abs=1e-6)
+    assert left.error == pytest.approx(rms(realised - b @ a) / rms(b @ a), rel=1e-3)

@@ -229,3 +229,21 @@ def test_parts_that_do_not_fit_are_refused():
         NF4Weight(ours.codes, ours.absmax, ours.shape, ours.dtype, 64, ours.absmax2)
     with pytest.raises(ValueError, match="absmax of an NF4 weight"):
         NF4Weight(ours.codes, ours.absmax, ours.shape, ours.dtype, 64)
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("k", [64, 192, 4096])
+def test_rows_are_weights_of_their_own(k, double_quant):
+    weight = nf4.quantize(torch.randn(40, k, generator=torch.Generator().manual_seed(0)), double_quant=double_quant)
+    whole = weight.dequantize()
+    for begin, end in ((0, 40), (0, 7), (4, 20), (33, 40)):
+        part = weight.rows(begin, end)
+        assert torch.equal(part.dequantize(), whole[begin:end])
+        assert part.codes.data_ptr() == weight.codes.data_ptr() + begin * k // 2
+    assert weight.rows(9, 9).shape == (0, k)
+    assert weight.rows(4, 20).nested is (double_quant and k == 4096)  # 4 rows hold a whole run of 256 scales
+    uneven = nf4.quantize(torch.randn(6, 96))
+    assert torch.equal(uneven.rows(2, 6).dequantize(), uneven.dequantize()[2:])
+    for begin, end in ((1, 6), (0, 3), (-1, 2), (2, 8)):
+        with pytest.raises(ValueError, match="do not consist of whole blocks of 64"):
+            uneven.rows(begin, end)

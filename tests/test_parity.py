@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import functional, fused_path, nf4, peft_swap, reference, torch_path
+from fastlora import functional, fused_path, mixed_batch, nf4, peft_swap, reference, torch_path
 from fastlora.linear import is_linear4bit
 from fastlora.nf4 import NF4Weight
 from tests.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 M, K, N = 96, 256, 192
 SEED = 2**40 + 7
 
@@ -35,10 +36,18 @@ class Option(NamedTuple):
     wide_adapters_step_back: str = ""  # fp32 adapters over a dense 16-bit weight
     dense_only: bool = False
     base_bias: bool = False
+    transposed: bool = False  # GPT-2's Conv1D, which has a bias always
+    side_by_side: bool = False  # a mixed batch as if it had few rows
 
 
 def _second_adapter(layer):
     layer.update_layer("other", 4, lora_alpha=4, config=peft.LoraConfig(r=4))
+    _fill(layer)
+    layer.set_adapter(["default", "other"])
+
+
+def _second_biased_adapter(layer):
+    layer.update_layer("other", 4, lora_alpha=4, config=peft.LoraConfig(r=4, lora_bias=True))
     _fill(layer)
     layer.set_adapter(["default", "other"])
 
@@ -52,6 +61,8 @@ def _train_bias(layer):
 
 
 _WIDE_DORA = "DoRA with torch.float32 adapters"
+_CONV = {"fan_in_fan_out": True}
+MIXED = {"adapter_names": (["default", "other", "default", "__base__", "other", "unknown here"] * M)[:M]}
 OPTIONS = {
     "plain": Option(),
     "rslora": Option({"use_rslora": True}),
@@ -62,16 +73,48 @@ OPTIONS = {
     "trained bias": Option(change=_train_bias, base_bias=True),
     "trained base": Option(change=_train_base, dense_only=True),
     "two adapters": Option(change=_second_adapter),
-    "lora_bias": Option({"lora_bias": True}, steps_back="lora_bias"),
-    "DoRA": Option({"use_dora": True}, wide_adapters_step_back=_WIDE_DORA),
-    "DoRA, base bias": Option(
-        {"use_dora": True},
-        change=_train_bias,
+    "Conv1D": Option(_CONV, dense_only=True, base_bias=True, transposed=True),
+    "Conv1D, dropout": Option({**_CONV, "lora_dropout": 0.25}, dense_only=True, base_bias=True, transposed=True),
+    "Conv1D, all trained": Option(
+        {**_CONV, "lora_bias": True},
+        change=lambda layer: (_train_base(layer), _train_bias(layer)),
+        dense_only=True,
         base_bias=True,
-        wide_adapters_step_back="DoRA with torch.float32 adapters",
+        transposed=True,
+    ),
+    "Conv1D, DoRA": Option(
+        {**_CONV, "use_dora": True},
+        dense_only=True,
+        base_bias=True,
+        transposed=True,
+    ),
+    "Conv1D, mixed batch": Option(
+        _CONV, change=_second_adapter, call=MIXED, dense_only=True, base_bias=True, transposed=True
+    ),
+    "lora_bias": Option({"lora_bias": True}),
+    "both biases": Option({"lora_bias": True}, change=_train_bias, base_bias=True),
+    "lora_bias, dropout": Option({"lora_bias": True, "lora_dropout": 0.25}, base_bias=True),
+    "two, one biased": Option(change=_second_biased_adapter, base_bias=True),
+    "DoRA": Option({"use_dora": True}),
+    "DoRA, base bias": Option({"use_dora": True}, change=_train_bias, base_bias=True),
+    "DoRA, trained": Option(
+        {"use_dora": True}, change=_train_base, dense_only=True, wide_adapters_step_back=_WIDE_DORA
     ),
     "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, steps_back="DoRA drops the base's input too"),
-    "mixed batch": Option(call={"adapter_names": ["default"] * M}, steps_back="called with more than the input"),
+    "one for all": Option(change=_second_adapter, call={"adapter_names": ["other"] * M}),
+    "none for all": Option(call={"adapter_names": ["__base__"] * M}, base_bias=True),
+    "mixed batch": Option(change=_second_adapter, call=MIXED),
+    "mixed, few rows": Option(change=_second_adapter, call=MIXED, side_by_side=True),
+    "mixed, biases": Option({"lora_bias": True}, change=_second_adapter, call=MIXED, base_bias=True),
+    "mixed, few, biases": Option(
+        {"use_rslora": True}, change=_second_biased_adapter, call=MIXED, base_bias=True, side_by_side=True
+    ),
+    "mixed, all trained": Option(
+        change=lambda layer: (_second_biased_adapter(layer), _train_base(layer), _train_bias(layer)),
+        call=MIXED,
+        dense_only=True,
+        base_bias=True,
+    ),
     "disabled": Option(change=lambda layer: layer.enable_adapters(False), steps_back="adapters are disabled"),
     "merged": Option(change=lambda layer: layer.merge(), steps_back="adapters are merged", dense_only=True),
 }
@@ -93,12 +136,13 @@ def printed():
     if not _table:
         return
     columns = [f"{base} {dtype}" for base in BASES for dtype in DTYPES]
-    print("\n" + " | ".join([f"{'option':>14}", *columns]))
+    width = max(map(len, OPTIONS))
+    print("\n" + " | ".join(["option".rjust(width), *columns]))
     for option in OPTIONS:
         cells = [_table.get((option, base, dtype), "-") for base in BASES for dtype in DTYPES]
         print(
             " | ".join(
-                [f"{option:>14}", *(f"{cell:>{len(title)}}" for cell, title in zip(cells, columns, strict=True))]
+                [option.rjust(width), *(f"{cell:>{len(title)}}" for cell, title in zip(cells, columns, strict=True))]
             )
         )
 
@@ -115,15 +159,18 @@ def _fill(layer):
         draw(layer.lora_A[name].weight, K**-0.5)
         draw(layer.lora_B[name].weight, 0.3 / (layer.scaling[name] * rank**0.5))
         if layer.lora_B[name].bias is not None:
-            draw(layer.lora_B[name].bias, 1.0)
+            draw(layer.lora_B[name].bias, 0.3 / layer.scaling[name])
 
 
 def build(option, base, dtype, adapter_dtype):
     """A layer of peft's as the option wants it, in train mode."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(N, K, generator=generator).div(K**0.5).to(dtype)
-    if base == "dense":
-        linear: Any = nn.Linear(K, N, bias=option.base_bias, dtype=dtype)
+    if option.transposed:
+        linear: Any = transformers.pytorch_utils.Conv1D(N, K).to(dtype)
+        linear.weight.data = weight.t().contiguous()
+    elif base == "dense":
+        linear = nn.Linear(K, N, bias=option.base_bias, dtype=dtype)
         linear.weight.data = weight
     else:
         bnb = pytest.importorskip("bitsandbytes")
@@ -187,6 +234,8 @@ def check(option, base, dtypes):
     with pytest.MonkeyPatch.context() as patch:
         mask = reference.dropout_mask(SEED, M, K, 0.25)
         patch.setattr(nn.Dropout, "forward", lambda self, x: x * mask.to(x.dtype) if self.p and self.training else x)
+        if option.side_by_side:
+            patch.setitem(mixed_batch.SIDE_BY_SIDE_UP_TO, "cpu", M)
         patch.setattr(torch, "randint", lambda *_, device, **__: torch.tensor([SEED], device=device))
         oracle = step(true, torch.float64, None, option.call, drawn) if not option.steps_back else {}
         baseline = step(layer, dtype, autocast, option.call, drawn)
@@ -218,6 +267,17 @@ def test_parity(option, base, dtypes):
     _table[option, base, dtypes] = check(OPTIONS[option], base, DTYPES[dtypes])
 
 
+def test_both_ways_to_a_mixed_batch_are_taken(monkeypatch):
+    """The parity cases are of two kinds, by the number of rows."""
+    taken = []
+    for name in ("_side_by_side", "_in_segments"):
+        real = getattr(mixed_batch, name)
+        monkeypatch.setattr(mixed_batch, name, lambda *args, real=real, name=name: taken.append(name) or real(*args))
+    for option in ("mixed batch", "mixed, few rows", "one for all", "none for all"):
+        check(OPTIONS[option], "dense", DTYPES["fp32"])
+    assert taken == ["_in_segments", "_side_by_side"]
+
+
 def _with(**changes):
     """`functional.lora_linear` with some of its arguments overridden."""
     real = functional.lora_linear
@@ -243,6 +303,10 @@ def _ignoring(reason):
     return lambda *args: "" if real(*args) == reason else real(*args)
 
 
+def _names_reversed(x, weight, bias, adapters, names):
+    return mixed_batch.mixed_linear(x, weight, bias, adapters, names[::-1])
+
+
 PATHS = (torch_path, fused_path)  # that a backward on the CPU may take
 FAULTS = {
     "missing scale": ("plain", functional, "lora_linear", lambda: _with(scaling=1.0)),
@@ -258,6 +322,14 @@ FAULTS = {
         "two adapters", peft_swap, "_joined",
         lambda: lambda layer, names: peft_swap._one(layer, names[0]),
     ),
+    "ignored lora_bias": (
+        "lora_bias", peft_swap, "total_bias", lambda: lambda base_bias, adapter: base_bias,
+    ),
+    "unscaled lora_bias": (
+        "both biases", peft_swap, "total_bias", lambda: lambda base_bias, adapter: base_bias + adapter.bias,
+    ),
+    "another sample's adapter": ("mixed batch", peft_swap, "mixed_linear", lambda: _names_reversed),
+    "another sample's adapter, few rows": ("mixed, few rows", peft_swap, "mixed_linear", lambda: _names_reversed),
     "ignored disable": ("disabled", peft_swap, "step_back_reason", lambda: _ignoring("adapters are disabled")),
     "ignored merge": ("merged", peft_swap, "step_back_reason", lambda: _ignoring("adapters are merged")),
     "ignored dropout": ("dropout", functional, "lora_linear", lambda: _with(dropout_p=0.0)),

@@ -15,36 +15,10 @@ from fastlora.nf4 import NF4Weight
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 from tests.numerics import assert_as_accurate
+from tests.peft_models import counts, reasons, run, wrapped
 
 peft = pytest.importorskip("peft")
 peft_swap = pytest.importorskip("fastlora.peft_swap")
-
-
-def wrapped(base=llama, **options):
-    """A PeftModel with an update that can be seen."""
-    model = base()
-    if any(type(module).__name__ == "Linear4bit" for module in model.modules()):
-        model.is_loaded_in_4bit = True
-    config = {"r": 4, "target_modules": ["q_proj", "k_proj", "down_proj"], **options}
-    torch.manual_seed(3)
-    return randomize(peft.get_peft_model(model, peft.LoraConfig(**config)))
-
-
-def run(model):
-    """[logits, gradients of all trainable parameters] of one step."""
-    model.zero_grad()
-    output = model(input_ids=tokens(), labels=tokens(), use_cache=False)
-    output.loss.backward()
-    return [output.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
-
-
-def counts(model):
-    calls = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
-    return sum(c.fused for c in calls), sum(c.stepped_back for c in calls)
-
-
-def reasons(model):
-    return {m.fastlora_calls.last_reason for m in model.modules() if hasattr(m, "fastlora_calls")} - {""}
 
 
 @pytest.mark.parametrize("base", [llama, qwen2, bnb_llama])
@@ -202,13 +176,6 @@ def _variant(model):
         layer.lora_variant["other"] = OtherVariant()
 
 
-def _lora_bias(model):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"], lora_bias=True)
-    model.add_adapter("other", config)
-    randomize(model)
-    model.set_adapter("other")
-
-
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight
@@ -226,7 +193,9 @@ def _double(module):
         step_back(lambda model: model.merge_adapter(), "adapters are merged"),
         step_back(_add_in_fp64, "2 adapters are active, of different dtypes"),
         step_back(_variant, "the adapter is a variant, OtherVariant"),
-        step_back(_lora_bias, "lora_bias"),
+        step_back(
+            _each(lambda m: m.lora_A["default"].register_parameter("bias", nn.Parameter(torch.ones(4)))), "A has"
+        ),
         step_back(
             _each(lambda m: m.base_layer.register_forward_hook(lambda *a: a[-1] * 2)), "the base layer has hooks"
         ),
@@ -249,16 +218,6 @@ def test_it_steps_back_where_a_condition_does_not_hold(change, reason, base, opt
     assert counts(fused) == (0, 6)
     assert all(told.startswith(reason) for told in reasons(fused)), reasons(fused)
     assert len(reasons(fused)) == 1
-
-
-def test_mixed_batches_step_back():
-    model = wrapped()
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"]))
-    randomize(model).eval()
-    expected = model(tokens(), adapter_names=["default", "other"]).logits
-    replace_linear(model)
-    assert torch.equal(model(tokens(), adapter_names=["default", "other"]).logits, expected)
-    assert reasons(model) == {"called with more than the input"}
 
 
 def test_global_hooks_see_every_module():
@@ -304,7 +263,6 @@ def test_a_step_back_is_logged_once(caplog):
     ("options", "reason"),
     [
         ({"alora_invocation_tokens": [1]}, "the adapter is a variant, ALoraLinearVariant"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"target_modules": ["embed_tokens"]}, "peft's Embedding has no fused form"),
     ],
 )
@@ -317,15 +275,54 @@ def test_a_model_with_nothing_to_speed_up(options, reason):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_gpt2s_transposed_layers_are_left():
-    model = wrapped(gpt2, target_modules=["c_attn"])
-    with pytest.raises(ValueError, match="Conv1D"):
-        replace_linear(model)
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_dora": True}])
+def test_gpt2s_transposed_layers(options):
+    plain, model = (wrapped(gpt2, target_modules=["c_attn", "c_proj", "c_fc"], **options).eval() for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    replace_linear(model)
+    for one, other in zip(run(model), run(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counts(model) == (4, 0)
+    report = fastlora.report(model)
+    assert [row.kind for row in report.replaced] == ["Linear(Conv1D)"] * 4
+    model = replace_linear(wrapped(gpt2, target_modules=["c_attn"]))
+    left = {row.name.rsplit("h.0.")[-1]: row.shape for row in fastlora.report(model).left if row.kind == "Conv1D"}
+    assert left == {"attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_transposed_flag_that_is_wrong_steps_back():
+    model = replace_linear(wrapped())
+    for layer in _layers(model):
+        layer.fan_in_fan_out = True
+    model(tokens())
+    assert reasons(model) == {"fan_in_fan_out: the weight is transposed"}
+    assert {row.reason for row in fastlora.report(model).left if row.r} == {"fan_in_fan_out: the weight is transposed"}
 
 
 def test_fp4_is_left():
     with pytest.raises(ValueError, match="the base weight is fp4"):
         replace_linear(wrapped(lambda: bnb_llama(quant_type="fp4")))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_what_else_peft_trains_goes_on_beside_fused_layers(tie, tmp_path):
+    """modules_to_save, trained tokens and their tied head are peft's modules, which nothing here touches."""
+
+    def make():
+        base = wrapped(
+            lambda: llama(tie_word_embeddings=tie), modules_to_save=["model.norm"], trainable_token_indices=[3, 9]
+        )
+        return base.train()
+
+    plain, model = make(), replace_linear(make())
+    for one, other in zip(run(model), run(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counts(model) == (6, 0)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 6 * 2 + 2
+    model.save_pretrained(tmp_path)
+    other = replace_linear(peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tie), tmp_path))
+    torch.testing.assert_close(other(tokens()).logits, model(tokens()).logits)
 
 
 def test_a_second_adapter_and_switching():
@@ -473,6 +470,30 @@ def test_linear4bit_in_eval_mode_is_not_repacked():
         assert not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
         layer.base_layer.weight.quant_state.packing_format_for_cpu = True
         assert peft_swap.standing_reason(layer) == "bitsandbytes has repacked the base weight for CPU inference"
+
+
+def test_hot_swapping_does_not_recompile(tmp_path):
+    """peft turns scalings into tensors for this; the fused path takes them."""
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+    torch._dynamo.reset()
+    other = wrapped(lambda: llama(num_hidden_layers=1), r=2, lora_alpha=7)
+    torch.manual_seed(12)
+    for name, parameter in other.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    other.save_pretrained(tmp_path)
+    expected = other.eval()(tokens(), use_cache=False).logits
+    model = replace_linear(wrapped(lambda: llama(num_hidden_layers=1))).eval()
+    first = model(tokens(), use_cache=False).logits
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch.testing.assert_close(model(tokens(), use_cache=False).logits, first)
+    assert counts(model) == (6, 0)
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=compiles)
+    torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, first)
+    hotswap.hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    assert compiles.frame_count == 1
 
 
 def test_a_swapped_model_compiles_without_a_graph_break():

@@ -130,6 +130,15 @@ void pack_weight(const Backward& f, const Block& at, int64_t row, int64_t rows, 
   }
 }
 
+// Asks for the codes of these rows of W, of which a job reads a line or two each: too short a stretch for the hardware
+// to run ahead. A dense row is long enough.
+Ahead codes_ahead(const Backward& f, const Block& at, int64_t row, int64_t tiles) {
+  const LoraLinear& linear = f.linear;
+  if (linear.weight != nullptr || row >= linear.n()) return {};
+  return {linear.nf4.codes + (row * linear.k() + at.col) / 2, std::min(at.depth, linear.n() - row), at.cols / 2,
+          linear.k() / 2, tiles};
+}
+
 // dx [token ..][col ..].
 void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
   const int64_t c_stride = round_up(at.cols, kWide), K = f.linear.k();
@@ -138,10 +147,12 @@ void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
   Bf16* decoded = reinterpret_cast<Bf16*>(panels + at.panel_stride() * (c_stride / kWide));
   std::memset(c, 0, sizeof(float) * at.tokens * c_stride);
   add_update(f, at, panels, c, c_stride);
+  const int64_t tiles = ceil_div(at.tokens, kTileRows) * ceil_div(at.cols, kWide);
   if (f.linear.drops()) apply_mask(f, at, reinterpret_cast<float*>(panels), c, c_stride);
   for (int64_t row = 0; row < f.linear.n(); row += at.depth) {
     const int64_t rows = std::min(at.depth, f.linear.n() - row);
     pack_weight(f, at, row, rows, decoded, panels);
+    Ahead codes = codes_ahead(f, at, row + at.depth, tiles);
     for (int64_t t = 0; t < at.tokens; t += kTileRows) {
       const Bf16* dy = matrix(f.dy).at(at.token + t, row);
       const Pair* panel = panels;
@@ -149,6 +160,7 @@ void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
       Ahead next(dy + kTileRows * f.dy.row_stride, left, 2 * rows, 2 * f.dy.row_stride,
                  ceil_div(at.cols, kWide) * ceil_div(rows / 2, kStepPairs));
       for (int64_t j = 0; j < at.cols; j += kWide, panel += at.panel_stride()) {
+        codes.step();
         multiply(panel, at.cols - j, dy, std::min<int64_t>(kTileRows, at.tokens - t), f.dy.row_stride, rows / 2,
                  c + t * c_stride + j, c_stride, next);
       }

@@ -1,0 +1,145 @@
+"""Compare adapters on a stack of experts between packages: one mixture-of-experts layer, forward and backward.
+
+    peft       its ParamWrapper, with the experts' forward that transformers takes by itself
+    fastlora   the same layer after replace_linear
+    fastlora-nf4   the same over stacks packed in NF4, which peft cannot compute
+
+bf16, fp32 adapters as peft has them by default. Layers are timed in turn, as `bench.measure` says. In the CSV, kernel
+is experts_E{experts}_top{chosen}, M the tokens, K the hidden and N the intermediate size of an expert. A result that is
+further from peft's than 2% is an error.
+"""
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+import fastlora
+from bench.measure import device_name, interleave
+from bench.record import Point, Recorder
+
+SUMMARY = "adapters on stacks of experts against peft"
+RANK = 16
+PARAMETERS = ("gate_up_proj", "down_proj")
+PROVIDERS = ("peft", "fastlora", "fastlora-nf4")
+CLOSE = 0.02
+
+
+class Stack(NamedTuple):
+    """A layer: so many experts, of which each token takes `chosen`."""
+
+    experts: int
+    chosen: int
+    hidden: int
+    intermediate: int
+    tokens: tuple[int, ...]
+
+    @property
+    def kernel(self) -> str:
+        return f"experts_E{self.experts}_top{self.chosen}"
+
+
+STACKS = {
+    "cpu": (Stack(32, 4, 1024, 768, (16, 512)), Stack(8, 2, 1024, 3584, (16, 512))),
+    "cuda": (Stack(128, 8, 2048, 768, (16, 512, 4096)), Stack(8, 2, 4096, 14336, (16, 512, 4096))),
+    "quick": (Stack(4, 2, 64, 64, (8,)),),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench experts`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="one toy layer")
+    parser.add_argument("--budget", type=float, default=8.0, metavar="S", help="seconds for each layer and M (8)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV to append to (bench/results/DEVICE/experts.csv)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, and append to the CSV; returns the exit status."""
+    device = torch.device(arguments.device)
+    out = arguments.out or Path(__file__).parent / "results" / arguments.device / "experts.csv"
+    recorder = Recorder(out, device_name(device))
+    table = Table(title="milliseconds (median), a layer of experts, forward + backward", title_justify="left")
+    for name in ("layer", "tokens", *PROVIDERS, "x peft"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for stack in STACKS["quick" if arguments.quick else arguments.device]:
+        layers = build(stack, device)
+        for m in stack.tokens:
+            points = measure(stack, layers, m, device, arguments.budget)
+            recorder.write(points)
+            ms = {point.provider: point.p50 for point in points}
+            layer = f"{stack.experts} x {stack.hidden} x {stack.intermediate}, top {stack.chosen}"
+            figures = [f"{ms[provider]:.4g}" if provider in ms else "-" for provider in PROVIDERS]
+            table.add_row(layer, str(m), *figures, f"{ms['peft'] / ms['fastlora']:.2f}")
+    Console(width=120).print(table)
+    print(f"appended to {out}")
+    return 0
+
+
+def build(stack: Stack, device: torch.device) -> dict[str, Any]:
+    """Provider -> its layer, all with the same values; over NF4 only where bitsandbytes is installed."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=stack.hidden, moe_intermediate_size=stack.intermediate, num_experts=stack.experts
+    )
+    config._experts_implementation = "grouped_mm"
+    holder = nn.Module()
+    with device:
+        holder.experts = Qwen3MoeExperts(config).to(torch.bfloat16)
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    targets = [f"experts.{name}" for name in PARAMETERS]
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=RANK, target_modules=[], target_parameters=targets, init_lora_weights=False), holder
+    )
+    for name, parameter in holder.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            parameter.requires_grad_(False)
+    layers = {"peft": holder, "fastlora": fastlora.replace_linear(copy.deepcopy(holder))}
+    with contextlib.suppress(ImportError):
+        layers["fastlora-nf4"] = fastlora.replace_linear(fastlora.quantize_experts(copy.deepcopy(holder)))
+    return {provider: layer.experts for provider, layer in layers.items()}
+
+
+def measure(stack: Stack, layers: dict[str, Any], m: int, device: torch.device, budget_s: float) -> list[Point]:
+    """A point for each provider at m tokens."""
+    generator = torch.Generator(device).manual_seed(1)
+    x, dy = (torch.randn(m, stack.hidden, device=device, generator=generator).bfloat16() for _ in range(2))
+    x.requires_grad_()
+    weights, chosen = torch.rand(m, stack.experts, device=device, generator=generator).topk(stack.chosen)
+    weights = weights.bfloat16()
+    _check(layers, x, chosen, weights)
+
+    def call(layer: Any) -> Callable[[int], object]:
+        def both(serial: int) -> None:
+            layer(x, chosen, weights).backward(dy)
+            x.grad = None
+            layer.zero_grad()
+
+        return both
+
+    times = interleave({name: call(layer) for name, layer in layers.items()}, device, budget_s, min_rounds=5)
+    sizes = (m, stack.hidden, stack.intermediate, RANK)
+    return [Point(stack.kernel, name, "both", "time", *sizes, *times[name]) for name in layers]
+
+
+def _check(layers: dict[str, Any], x: Tensor, chosen: Tensor, weights: Tensor) -> None:
+    with torch.no_grad():
+        theirs = layers["peft"](x, chosen, weights).float()
+        ours = layers["fastlora"](x, chosen, weights).float()
+    off = ((ours - theirs).norm() / theirs.norm()).item()
+    if not off < CLOSE:
+        raise ValueError(f"fastlora's result is {off:.2%} off peft's; nothing is timed")

@@ -1,0 +1,176 @@
+"""The linear of a stack of experts: every row of x with the weight and the adapters of its own expert.
+
+    y[s] = x[s] W[e]ᵀ + scaling · x[s] A[e]ᵀ B[e]ᵀ + bias[e]        e: the expert of row s
+
+Rows are sorted by expert, so those of one expert are a stretch, and `offsets` tell where each stretch ends. Forming
+W + scaling · B A first, as peft does, reads and writes the whole stack at every call, experts without a row included,
+and rounds the update to the weight's dtype. Here LoRA costs what it reads of x, and a product with rank columns.
+
+    segments   `functional.lora_linear` for each expert that has rows; their numbers come to the host
+    grouped    torch's grouped_mm, thrice: x W, x A and h B. Nothing comes to the host, torch.compile sees no break
+
+The second serves bf16 on CUDA from sm_80 on and inside torch.compile, the first everything else. An NF4 stack is
+expanded for it in one launch, forward and once more backward, and never kept; up to FEW_ROWS rows it is read expert by
+expert instead, packed. (By counting launches and bytes, not by measurement: 3 to 7 launches an expert, 2.5 bytes a
+weight.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora import functional
+from fastlora.nf4 import NF4Weight
+from fastlora.operands import refuse_second_derivative
+
+FEW_ROWS = 16
+_ALIGNED = 8  # bf16 numbers in the 16 bytes to which grouped_mm wants rows aligned
+
+
+def grouped_lora_linear(
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    offsets: Tensor, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y[s] = x[s] W[e]ᵀ + scaling · x[s] A[e]ᵀ B[e]ᵀ + bias[e], e being the expert of row s.
+
+    Args:
+        x: [S, K], bf16, fp16 or fp32, sorted by expert.
+        weight: [E, N, K], dtype of x; any strides, so that a stack kept as [E, K, N] is passed transposed. Or an
+            `NF4Weight` [E N, K], expert by expert.
+        lora_a: [E, R, K]. lora_b: [E, N, R]. fp32, or dtype of x; both None for no update.
+        scaling: factor of the update.
+        offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S.
+        bias: [E, N].
+    Returns:
+        [S, N], dtype of x; differentiable in x, weight, lora_a, lora_b and bias.
+    Raises:
+        ValueError: operands that do not fit together.
+    """
+    _check(x, weight, lora_a, lora_b, offsets, bias)
+    if _takes_grouped_mm(x, weight) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
+        return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
+    return _segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    offsets: Tensor,
+    bias: Tensor | None,
+) -> None:
+    experts = offsets.numel()
+    if offsets.ndim != 1 or offsets.dtype != torch.int32 or not experts:
+        raise ValueError(f"offsets must be [E] in int32; got {list(offsets.shape)} in {offsets.dtype}")
+    packed = isinstance(weight, NF4Weight)
+    n, k = weight.shape[-2] // (experts if packed else 1), weight.shape[-1]
+    if x.ndim != 2 or x.shape[1] != k or tuple(weight.shape) != ((experts * n, k) if packed else (experts, n, k)):
+        wanted = f"an NF4 weight [{experts} N, K]" if packed else f"weight [{experts}, N, K]"
+        raise ValueError(f"x must be [S, K] and {wanted}; got {list(x.shape)} and {list(weight.shape)}")
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b go together: give both or neither")
+    if lora_a is not None and lora_b is not None:
+        rank = lora_a.shape[1] if lora_a.ndim == 3 else 0
+        if rank == 0 or lora_a.shape != (experts, rank, k) or lora_b.shape != (experts, n, rank):
+            raise ValueError(
+                f"for a stack {[experts, n, k]} lora_a must be [{experts}, R, {k}] and lora_b [{experts}, {n}, R]; "
+                f"got {list(lora_a.shape)} and {list(lora_b.shape)}"
+            )
+    if bias is not None and bias.shape != (experts, n):
+        raise ValueError(f"bias must be [{experts}, {n}]; got {list(bias.shape)}")
+
+
+def _takes_grouped_mm(x: Tensor, weight: Tensor | NF4Weight) -> bool:
+    """Whether torch can multiply by groups here, and gains by it."""
+    if x.dtype is not torch.bfloat16 or weight.shape[-2] % _ALIGNED or weight.shape[-1] % _ALIGNED:
+        return False
+    if not hasattr(F, "grouped_mm"):
+        return False
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return torch.compiler.is_compiling()
+
+
+class _PackedProduct(torch.autograd.Function):
+    """x [S, K] by an NF4 stack [E N, K] -> [S, N]; the stack is expanded for the product alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, offsets: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(offsets)
+        return F.grouped_mm(x, _expanded(weight, offsets, x.dtype).transpose(1, 2), offs=offsets)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
+        (offsets,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return F.grouped_mm(dy.contiguous(), _expanded(ctx.weight, offsets, dy.dtype), offs=offsets), None, None
+
+
+def _expanded(weight: NF4Weight, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype).view(offsets.numel(), -1, weight.shape[1])  # [E, N, K]
+
+
+def _grouped(
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    offsets: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if isinstance(weight, NF4Weight):
+        y: Tensor = _PackedProduct.apply(x, weight, offsets)
+    else:
+        y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [S, K] by [E, K, N] -> [S, N]
+    if lora_a is not None and lora_b is not None:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        missing = -a.shape[1] % _ALIGNED
+        if missing:
+            a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+        h = F.grouped_mm(x, a.transpose(1, 2), offs=offsets)  # [S, K] by [E, K, R] -> [S, R]
+        y = y + F.grouped_mm(h * scaling, b.transpose(1, 2), offs=offsets)
+    if bias is not None:
+        y = y + bias[_experts_of_rows(x.shape[0], offsets)].to(y.dtype)
+    return y
+
+
+def _experts_of_rows(rows: int, offsets: Tensor) -> Tensor:
+    """[S]: the expert of each row."""
+    return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device, dtype=offsets.dtype), right=True)
+
+
+def _segments(
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    offsets: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    ends = offsets.tolist()
+    # One node each in the graph: a slice per expert would make a whole gradient per expert.
+    weights = weight.unbind(0) if isinstance(weight, Tensor) else _Stack(weight, len(ends))
+    biases = [None] * len(ends) if bias is None else bias.unbind(0)
+    adapters = None
+    if lora_a is not None and lora_b is not None:
+        adapters = list(zip(lora_a.unbind(0), lora_b.contiguous().unbind(0), strict=True))
+    results = []
+    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if begin == end:
+            continue
+        rows, w, b = x[begin:end], weights[expert], biases[expert]
+        if adapters is not None:
+            results.append(functional.lora_linear(rows, w, *adapters[expert], scaling, b))
+        else:
+            results.append(functional.nf4_linear(rows, w, b) if isinstance(w, NF4Weight) else F.linear(rows, w, b))
+    if not results:
+        return x.new_zeros(0, weights[0].shape[0])
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+class _Stack:
+    """Experts of an NF4 stack, looked at one by one."""
+
+    def __init__(self, weight: NF4Weight, experts: int) -> None:
+        self.weight, self.n = weight, weight.shape[0] // experts
+
+    def __getitem__(self, expert: int) -> NF4Weight:
+        return self.weight.rows(expert * self.n, (expert + 1) * self.n)

@@ -1,0 +1,86 @@
+"""The weight of a layer of peft's as it was before a merge, so that unmerging gives back every bit.
+
+peft unmerges by subtracting what it added, which in 16 bits, and more so in 4, leaves a rounded weight behind. Here
+the weight is put back that was kept: of a dense one a copy in main memory, in 4 bits bitsandbytes' own parameter.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adopted import is_linear4bit
+
+
+class KeptWeight:
+    """What one layer's base weight and bias were before its adapters were merged.
+
+    A copy or a pickle of it starts empty; such a layer unmerges by peft's subtraction.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the memory."""
+        self._weight: Tensor | None = None
+        self._attributes: dict[str, Any] = {}
+        self._bias: Tensor | None = None
+        self._merged: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptWeight":
+        return KeptWeight()
+
+    def __reduce__(self) -> tuple[type["KeptWeight"], tuple[()]]:
+        return KeptWeight, ()
+
+    def keep(self, layer: Any) -> None:
+        """Take the weight of a layer that has nothing merged; a further merge leaves what is kept."""
+        if layer.merged:
+            return
+        self.forget()
+        base = layer.get_base_layer()
+        if not is_linear4bit(base) and type(base.weight) not in (nn.Parameter, Tensor):
+            return  # sharded, or of another library's kind: peft's subtraction it is
+        # peft gives a Linear4bit a new parameter, and writes into that of a dense layer
+        self._weight = base.weight if is_linear4bit(base) else base.weight.detach().to("cpu", copy=True)
+        bias = getattr(base, "bias", None)
+        self._attributes = dict(base.weight.__dict__)
+        self._bias = None
+        if bias is not None and any(getattr(layer, "lora_bias", {}).values()):
+            self._bias = bias.detach().to("cpu", copy=True)
+
+    def settle(self, layer: Any) -> None:
+        """Remember what the merged weight is; where nothing has been merged, forget."""
+        if not layer.merged:
+            self.forget()
+        elif self._weight is not None:
+            self._merged = _identity(layer)
+
+    def fits(self, layer: Any) -> bool:
+        """Whether the layer's weight is still the one that the merge left."""
+        return self._weight is not None and self._merged == _identity(layer)
+
+    @torch.no_grad()
+    def put_back(self, layer: Any) -> bool:
+        """Undo all merges of the layer; False, with nothing done, where its weight has changed since."""
+        if not self.fits(layer):
+            self.forget()
+            return False
+        assert self._weight is not None
+        base = layer.get_base_layer()
+        if is_linear4bit(base):
+            self._weight.__dict__.update(self._attributes)  # peft's merge writes into them, as if it were unquantized
+            base.weight = self._weight.to(base.weight.device)
+        else:
+            base.weight.data.copy_(self._weight)
+        if self._bias is not None:
+            base.bias.data.copy_(self._bias)
+        layer.merged_adapters.clear()
+        self.forget()
+        return True
+
+
+def _identity(layer: Any) -> tuple[Any, ...]:
+    weight = layer.get_base_layer().weight
+    return weight.data_ptr(), weight._version, weight.device, weight.dtype

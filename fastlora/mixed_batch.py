@@ -1,0 +1,212 @@
+"""A batch whose samples have different adapters, over one product with the base weight.
+
+    y_i = x_i Wᵀ + bias + s_a · (dropout(x_i) A_aᵀ B_aᵀ + bias_a),     a the adapter of sample i, or none
+
+Two ways to the update. With all ranks side by side, h = x [A_1; A_2; ...]ᵀ is formed for every row, multiplied by s_a
+in the columns of the row's own adapter and by 0 in the others', and [B_1 B_2 ...] gathers it: three products however
+many adapters there are, right where rows are few, as in decoding (there 0 times an adapter that is not finite spoils
+its neighbours' rows too). In segments, each adapter sees its own rows alone: no product is wasted, which counts where
+rows are many, and each adapter may drop out at its own rate. Either way the base product is computed once and, over a
+dense weight, added to the update with beta = 1 and rounded once.
+
+Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora import functional
+from fastlora.nf4 import NF4Weight
+
+# Rows times adapters beyond the first; above, rows are computed in segments. A CPU has no launches to save.
+SIDE_BY_SIDE_UP_TO = {"cpu": 0, "cuda": 64}
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer, as it stands at a call."""
+
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    scaling: float
+    bias: Tensor | None = None  # [N], of B: it adds scaling * bias
+    dropout_p: float = 0.0
+    training: bool = False
+
+
+def total_bias(base_bias: Tensor | None, adapter: Adapter) -> Tensor | None:
+    """The bias of a layer and of its adapter as one: [N], in fp32 where the adapter has one. Differentiable."""
+    if adapter.bias is None:
+        return base_bias
+    update = adapter.bias.float() * adapter.scaling
+    return update if base_bias is None else base_bias.float() + update
+
+
+def joined(adapters: Sequence[Adapter]) -> Adapter:
+    """Adapters without dropout that are active at once, as one of the summed rank: their updates add."""
+    biases = [adapter.bias.float() * adapter.scaling for adapter in adapters if adapter.bias is not None]
+    return Adapter(
+        torch.cat([adapter.lora_a for adapter in adapters]),
+        torch.cat([adapter.lora_b * adapter.scaling for adapter in adapters], dim=1),
+        1.0,
+        torch.stack(biases).sum(0) if biases else None,
+    )
+
+
+def mixed_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    adapters: Mapping[str, Adapter],
+    names: Sequence[str],
+) -> Tensor:
+    """y = x Wᵀ + bias + the update of each sample's own adapter.
+
+    Differentiable in x, the adapters, bias, and in a dense weight.
+
+    Args:
+        x: [B, ..., K], bf16, fp16 or fp32. Under autocast it is cast to autocast's dtype.
+        weight: [N, K], dense in x's dtype, or an `NF4Weight`.
+        bias: [N] or None.
+        adapters: by name, A and B all of one dtype.
+        names: one for each sample; a name that `adapters` lacks means no update.
+    Returns:
+        [B, ..., N], dtype of x; over a dense weight under autocast, autocast's.
+    Raises:
+        ValueError: the number of names is not B.
+    """
+    if len(names) != x.shape[0]:
+        raise ValueError(f"one adapter name for each sample: got {len(names)} names for a batch of {x.shape[0]}")
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    present = {name: adapters[name] for name in dict.fromkeys(names) if name in adapters}
+    with torch.autocast(device, enabled=False):
+        rows, bias = x.to(dtype), None if bias is None else bias.float()  # its gradient is summed in fp32
+        if not present:
+            return _base(rows, weight, bias)
+        side_by_side = not any(adapter.training and adapter.dropout_p > 0 for adapter in present.values())
+        if side_by_side and x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0):
+            update = _side_by_side(x, bias, present, names)
+        else:
+            update = _in_segments(x, bias, present, names, dtype if isinstance(weight, Tensor) else x.dtype)
+        if isinstance(weight, NF4Weight):
+            return functional.nf4_linear(rows, weight) + update.to(x.dtype)
+        y = torch.addmm(update.to(dtype).flatten(0, -2), rows.reshape(-1, x.shape[-1]), weight.to(dtype).t())
+        return y.view(update.shape)
+
+
+def _base(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, NF4Weight):
+        return functional.nf4_linear(x, weight, bias)
+    return _affine(x, weight.to(x.dtype), bias)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias, the gradient of an fp32 bias summed in fp32."""
+    if bias is None or bias.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.addmm(_Expanded.apply(bias, rows.shape[0], x.dtype), rows, weight.t())
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Expanded(torch.autograd.Function):
+    """An fp32 bias [N] as [M, N] in another dtype, without memory; backward, the sum of rows in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        return bias.to(dtype).expand(rows, -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return dy.sum(0, dtype=torch.float32), None, None
+
+
+def _side_by_side(x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter], names: Sequence[str]) -> Tensor:
+    """The updates and the bias, [B, ..., N], by the adapters' ranks side by side."""
+    parts = list(adapters.values())
+    dtype = _dtype(parts[0])
+    lora_a = torch.cat([part.lora_a for part in parts]) if len(parts) > 1 else parts[0].lora_a
+    columns = [part.lora_b for part in parts]
+    known = {name: place for place, name in enumerate(adapters)}
+    places = tuple(known.get(name, -1) for name in names)
+    shape = (len(names), *[1] * (x.ndim - 2), -1)
+    factors = _kept(_factors, places, tuple((part.lora_a.shape[0], part.scaling) for part in parts), x.device)
+    h = ((x.to(dtype) @ lora_a.t().to(dtype)) * factors.view(shape)).to(dtype)
+    biased = [part for part in parts if part.bias is not None]
+    if biased:
+        # a bias is one more column of B, which the rows of its adapter meet with 1
+        columns += [(part.bias.float() * part.scaling).unsqueeze(1) for part in biased if part.bias is not None]
+        ones = _kept(_factors, places, tuple((0 if part.bias is None else 1, 1.0) for part in parts), x.device)
+        h = torch.cat((h, ones.view(shape).to(dtype).expand(*h.shape[:-1], -1)), dim=-1)
+    lora_b = torch.cat([column.to(dtype) for column in columns], dim=1) if len(columns) > 1 else columns[0].to(dtype)
+    return _affine(h, lora_b, bias)
+
+
+def _in_segments(
+    x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter], names: Sequence[str], out_dtype: torch.dtype
+) -> Tensor:
+    """The same, each adapter by a product of its own samples, which are brought together first."""
+    mine: dict[str | None, list[int]] = {}
+    for place, name in enumerate(names):
+        mine.setdefault(name if name in adapters else None, []).append(place)
+    order = [place for places in mine.values() for place in places]
+    is_sorted = order == list(range(len(names)))
+    gathered = x if is_sorted else x.index_select(0, _kept(_indices, tuple(order), x.device))
+    n = next(iter(adapters.values())).lora_b.shape[0]
+    updates = []
+    for owner, seen in zip(mine, gathered.split([len(places) for places in mine.values()]), strict=True):
+        if owner is None:
+            nothing = seen.new_zeros(n) if bias is None else bias
+            rows = _Expanded.apply(nothing, seen.numel() // seen.shape[-1], out_dtype)
+            updates.append(rows.view(*seen.shape[:-1], n))
+            continue
+        part, dtype = adapters[owner], _dtype(adapters[owner])
+        seen = seen.to(dtype)
+        if part.training and part.dropout_p > 0:
+            seen = F.dropout(seen, part.dropout_p)
+        h = (seen @ part.lora_a.t().to(dtype)) * part.scaling
+        updates.append(_affine(h, part.lora_b.to(dtype), total_bias(bias, part)).to(out_dtype))
+    update = torch.cat(updates) if len(updates) > 1 else updates[0]
+    if is_sorted:
+        return update
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return update.index_select(0, _kept(_indices, tuple(back), x.device))
+
+
+def _dtype(adapter: Adapter) -> torch.dtype:
+    """The dtype of the low-rank products: fp32 where either matrix has it."""
+    return torch.promote_types(adapter.lora_a.dtype, adapter.lora_b.dtype)
+
+
+def _kept(make: Any, *key: Any) -> Tensor:
+    """make(*key) on the device; one copy serves all layers of a step, and all steps of a generation."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return make.__wrapped__(*key, False)  # type: ignore[no-any-return]  # it belongs to a graph or a mode
+    return make(*key, torch.is_inference_mode_enabled())  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=256)
+def _factors(
+    places: tuple[int, ...], columns: tuple[tuple[int, float], ...], device: torch.device, inference: bool
+) -> Tensor:
+    """[B, R_1 + R_2 + ...], fp32: for each sample, its own adapter's factor in that adapter's columns, 0 elsewhere.
+
+    Args:
+        places: for each sample the place of its adapter, or -1.
+        columns: for each adapter how many columns it has, and its factor.
+    """
+    rows = [
+        [factor if place == own else 0.0 for own, (width, factor) in enumerate(columns) for _ in range(width)]
+        for place in places
+    ]
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=256)
+def _indices(places: tuple[int, ...], device: torch.device, inference: bool) -> Tensor:
+    return torch.tensor(places, device=device)

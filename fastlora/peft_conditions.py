@@ -1,0 +1,226 @@
+"""When a LoRA layer of peft's can be computed by the fused path, and what it holds at that moment.
+
+Everything is read from the layer at each call: a user may disable, merge, add, switch or hot-swap adapters at any time.
+A reason is a short sentence, empty where the fused path computes the same as peft's forward.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
+
+from fastlora.conv1d import dense_weight, is_conv1d, is_dense
+from fastlora.linear import compute_dtype, is_linear4bit
+from fastlora.mixed_batch import Adapter
+from fastlora.nf4 import FLOAT_DTYPES
+
+try:
+    from peft.tuners.lora.variants import DoraLinearVariant
+except ImportError:  # an older peft, whose DoRA steps back
+    DoraLinearVariant = None  # type: ignore[assignment, misc]
+
+# Reasons that the user asked for: not worth a warning.
+EXPECTED = ("adapters are disabled", "adapters are merged", "no adapter of this layer is active")
+_PLAIN = (nn.Parameter, Tensor)
+_CPU = torch.device("cpu")
+_TRANSPOSED = "fan_in_fan_out: the weight is transposed"
+
+
+def standing_reason(layer: peft_layer.LoraLayer) -> str:
+    """Why a layer whose class has a fused form is not sped up as it now stands; empty where it can be."""
+    if "forward" in layer.__dict__:
+        return "its forward has been replaced on the instance"
+    base = layer.base_layer
+    reason = base_reason(base) or _orientation_reason(layer, base)
+    if reason:
+        return reason
+    names = active_names(layer) or list(layer.lora_A)
+    told = [adapter_reason(layer, name) for name in names]
+    return told[0] if told and all(told) else ""
+
+
+def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why this call must go to peft's forward; empty where the fused path computes the same."""
+    if args or any(value is not None for name, value in kwargs.items() if name != "adapter_names"):
+        return "called with more than the input"
+    if layer.disable_adapters:
+        return EXPECTED[0]
+    if layer.merged:
+        return EXPECTED[1]
+    per_sample = kwargs.get("adapter_names")
+    active = active_names(layer) if per_sample is None else sampled_names(layer, per_sample)
+    if per_sample is None and not active:
+        return EXPECTED[2]
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "hooks for all modules are registered"
+    base = layer._modules["base_layer"]
+    reason = (
+        base_reason(base)
+        or _orientation_reason(layer, base)
+        or next(filter(None, (adapter_reason(layer, name) for name in active)), "")
+        or (_together_reason(layer, active) if per_sample is None else _mixed_reason(layer, active, x, per_sample))
+    )
+    if reason:
+        return reason
+    dtype = layer._modules["lora_A"]._modules[active[0]]._parameters["weight"].dtype if active else torch.float32
+    return _dtype_reason(x, base, dtype, is_dense(base) and bool(active) and active[0] in layer.lora_variant)
+
+
+def active_names(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    known = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in known]
+
+
+def sampled_names(layer: Any, per_sample: Sequence[str]) -> list[str]:
+    """The adapters of a mixed batch that this layer has, each once."""
+    known = layer._modules["lora_A"]._modules
+    return [name for name in dict.fromkeys(per_sample) if name in known]
+
+
+def adapter(layer: Any, name: str) -> Adapter:
+    """One adapter as it stands."""
+    children = layer._modules
+    lora_a, lora_b = (children[part]._modules[name]._parameters for part in ("lora_A", "lora_B"))
+    dropout, scaling = children["lora_dropout"]._modules[name], layer.scaling[name]
+    b, bias = lora_b["weight"], lora_b["bias"]
+    if isinstance(scaling, Tensor):  # peft prepares for hot-swapping under torch.compile so: no number in the graph
+        b, bias, scaling = b * scaling, None if bias is None else bias * scaling, 1.0
+    return Adapter(lora_a["weight"], b, scaling, bias, getattr(dropout, "p", 0.0), dropout.training)
+
+
+def _together_reason(layer: Any, names: list[str]) -> str:
+    """Why several adapters cannot run as one; empty where they can."""
+    if len(names) < 2:
+        return ""
+    if any(name in layer.lora_variant for name in names):
+        return f"{len(names)} adapters are active, one of them DoRA"
+    parts = [adapter(layer, name) for name in names]
+    if any(part.dropout_p > 0 and part.training for part in parts):
+        return f"{len(names)} adapters are active, with dropout masks of their own"
+    if len({part.lora_a.dtype for part in parts}) > 1:
+        return f"{len(names)} adapters are active, of different dtypes"
+    return ""
+
+
+def _mixed_reason(layer: Any, names: list[str], x: Tensor, per_sample: Sequence[str]) -> str:
+    """Why a batch of several adapters cannot run as one; what peft refuses goes to peft, for its error."""
+    if any(name in layer.lora_variant for name in names):
+        return "DoRA with adapter_names"
+    if x.ndim < 2 or len(per_sample) != x.shape[0]:
+        return "adapter_names does not name one adapter for each sample"
+    if len({layer._modules["lora_A"]._modules[name]._parameters["weight"].dtype for name in names}) > 1:
+        return f"the batch has {len(names)} adapters, of different dtypes"
+    return ""
+
+
+def base_reason(base: Any) -> str:
+    """Why a base layer cannot be computed by the fused path; empty where it can."""
+    if not is_plain(base):
+        return "the base layer has hooks or a forward of its own"
+    if is_dense(base):
+        weight: Any = base._parameters.get("weight")
+        if parametrize.is_parametrized(base):
+            return "the base layer is parametrized"
+        if type(weight) not in _PLAIN:
+            return f"the base weight is a {type(weight).__name__}"
+        return "" if weight.dtype in FLOAT_DTYPES else f"the base weight is {weight.dtype}"
+    if parametrize.is_parametrized(base):
+        return "the base layer is parametrized"
+    if not is_linear4bit(base):
+        return f"the base layer is a {type(base).__name__}"
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return "bitsandbytes has not quantized the base weight yet"
+    if state.quant_type != "nf4":
+        return f"the base weight is {state.quant_type}"
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes has repacked the base weight for CPU inference"
+    return ""
+
+
+def _orientation_reason(layer: Any, base: Any) -> str:
+    """A `Conv1D` is transposed and read so; any other layer that claims to be is peft's."""
+    return "" if bool(getattr(layer, "fan_in_fan_out", False)) == is_conv1d(base) else _TRANSPOSED
+
+
+def adapter_reason(layer: Any, name: str) -> str:
+    """Why one adapter cannot be computed by the fused path; empty where it can."""
+    if name in layer.lora_variant and (reason := _variant_reason(layer, name)):
+        return reason
+    children = layer._modules
+    lora_a, lora_b, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return "A or B is parametrized or no plain nn.Linear"
+    if not (is_plain(lora_a) and is_plain(lora_b)):
+        return "A or B has hooks or a forward of its own"
+    if lora_a._parameters["bias"] is not None:
+        return "A has a bias"
+    a: Any = lora_a._parameters["weight"]
+    b: Any = lora_b._parameters["weight"]
+    bias: Any = lora_b._parameters["bias"]
+    if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        return f"A is a {type(a).__name__}, B a {type(b).__name__}"
+    if bias is not None and (type(bias) not in _PLAIN or bias.dtype not in FLOAT_DTYPES):
+        return f"B's bias is a {type(bias).__name__} of {bias.dtype}"
+    if bias is not None and name in layer.lora_variant:
+        return "lora_bias with DoRA"
+    if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout):
+        return "the dropout layer is not nn.Dropout or has hooks"
+    if reason := _scaling_reason(layer, name, b):
+        return reason
+    if a.dtype != b.dtype:
+        return "A and B differ in dtype"
+    return "" if layer.cast_input_dtype_enabled else "casting of the input is disabled"
+
+
+def _scaling_reason(layer: Any, name: str, lora_b: Tensor) -> str:
+    scaling = layer.scaling[name]
+    if isinstance(scaling, (int, float)):
+        return ""
+    if type(scaling) in _PLAIN and scaling.ndim == 0 and scaling.device in (lora_b.device, _CPU):
+        return "DoRA with a tensor as scaling" if name in layer.lora_variant else ""
+    return "scaling is not a number"
+
+
+def _variant_reason(layer: Any, name: str) -> str:
+    """DoRA is computed; every other variant is peft's."""
+    if type(layer.lora_variant[name]) is not DoraLinearVariant:
+        return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
+    magnitude, dropout = layer.lora_magnitude_vector._modules[name], layer.lora_dropout._modules[name]
+    if type(magnitude.weight) not in _PLAIN or not is_plain(magnitude):
+        return "DoRA's magnitude has hooks, a forward of its own, or is no plain tensor"
+    if layer.ephemeral_gpu_offload:
+        return "DoRA with ephemeral_gpu_offload"
+    return "DoRA drops the base's input too" if dropout.training and getattr(dropout, "p", 0.0) > 0 else ""
+
+
+def computed_in(x: Tensor, base: Any) -> torch.dtype:
+    """The dtype in which the fused path multiplies x by a base layer's weight."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dense_weight(base).dtype if is_dense(base) else compute_dtype(base, x)
+
+
+def _dtype_reason(x: Tensor, base: Any, adapters: torch.dtype, by_rows: bool) -> str:
+    """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
+    given, four_bit, dtype = x.dtype, not is_dense(base), computed_in(x, base)
+    if torch.is_autocast_enabled(x.device.type):
+        # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may be in neither
+        good = dtype in FLOAT_DTYPES and (not four_bit or given in (torch.float32, dtype))
+    else:
+        good = four_bit or given == dtype
+    if good and given in FLOAT_DTYPES and adapters in (torch.float32, dtype):
+        trained = by_rows and adapters != dtype and dense_weight(base).requires_grad
+        return f"DoRA with {adapters} adapters over a trained {dtype} weight" if trained else ""
+    return f"dtypes: input {given}, adapters {adapters}, computed in {dtype}"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing but the class's own forward runs when the module is called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__

@@ -1,0 +1,155 @@
+"""What A and B are before the first step, by peft's names for `init_lora_weights`.
+
+    True                   A Kaiming-uniform, B = 0
+    "gaussian"             A normal with deviation 1/r, B = 0
+    "orthogonal"           A and B random with B A = 0; r even
+    "pissa"                s B A = the r largest singular triples of W; the base becomes W - s B A
+    "pissa_niter_N"        the same by N subspace iterations from a random start
+    "olora"                B, A = the first r columns and rows of Q and R, W = Q R; the base becomes W - s B A
+    "loftq"                s B A = the r largest singular triples of W - NF4(W); the base becomes NF4(W)
+    False                  A and B as `nn.Linear` makes them: the update is not zero
+
+Drawn numbers come in peft's order, so that one seed gives both libraries the same start.
+
+Where the base changes, the adapter means something on that changed base alone. A model keeps its start, and saves
+s (B A - B0 A0), of rank 2 r, which means the same on the base that everybody has (`standalone`). "loftq" needs no such
+thing: whoever loads the base in NF4 has it. peft leaves its s out; divided by it here, so that the start is right for
+any `lora_alpha`, and peft's where that is r.
+
+Source: arXiv:2404.02948 (PiSSA), arXiv:2406.01775 (OLoRA), arXiv:2310.08659 (LoftQ, one iteration);
+https://datta0.github.io/posts/rethink-lora-init (orthogonal).
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import nf4
+
+Pair = tuple[Tensor, Tensor]
+
+_NAMES = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def check(init: Any) -> None:
+    """Raise ValueError where this is no start by one of the names above."""
+    if isinstance(init, bool) or init in _NAMES or (isinstance(init, str) and _NITER.fullmatch(init)):
+        return
+    with_peft = "let peft initialize (get_peft_model) and call replace_linear on the result"
+    if init == "eva":
+        raise ValueError(
+            "init_lora_weights='eva' is not supported: it starts from activations of your data. Wrap the model with "
+            "get_peft_model, call peft's initialize_lora_eva_weights(model, dataloader), then replace_linear on the "
+            "result"
+        )
+    raise ValueError(
+        f"init_lora_weights={init!r} is not supported: use True, False, {', '.join(map(repr, _NAMES))} or "
+        f"'pissa_niter_<N>', or {with_peft}"
+    )
+
+
+def reads_weight(init: Any) -> bool:
+    """Whether a start is computed from the weight."""
+    return isinstance(init, str) and init.startswith(("pissa", "olora", "loftq"))
+
+
+def changes_base(init: Any) -> bool:
+    """Whether the base is no longer the checkpoint's, nor what quantizing it gives."""
+    return reads_weight(init) and init != "loftq"
+
+
+def check_layer(init: Any, name: str, weight: Any, r: int, shared_with: str, quantized: bool) -> None:
+    """Raise ValueError where a layer cannot start so.
+
+    Args:
+        weight: [N, K], dense; or an `NF4Weight`.
+        shared_with: the name of another parameter that is this weight, or empty.
+        quantized: whether the weight is about to become NF4.
+    """
+    said = f"init_lora_weights={init!r}"
+    if init == "orthogonal" and r % 2:
+        raise ValueError(f"{said} needs an even rank; {name} has r={r}")
+    if not reads_weight(init):
+        return
+    if isinstance(weight, nf4.NF4Weight):
+        raise ValueError(
+            f"{said} starts from the weight before quantization, and that of {name} is quantized: load the model in "
+            "full precision and pass quantize='nf4'"
+        )
+    if init == "loftq" and not quantized:
+        raise ValueError(f"{said} makes up for quantization, and the weight of {name} stays as it is: quantize='nf4'")
+    if changes_base(init) and shared_with:
+        raise ValueError(f"{said} would change the weight of {name}, which is {shared_with} too: exclude the layer")
+    if weight.device.type == "meta" or weight.numel() == 0:
+        raise ValueError(f"{said} starts from the weight, and that of {name} is not loaded: load the weights first")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}.weight holds NaN or inf: repair the checkpoint, or exclude the layer")
+    if r > min(weight.shape):
+        raise ValueError(f"{said} needs r of at most {min(weight.shape)}, the rank of {name}; got r={r}")
+
+
+def fill(init: Any, lora_a: nn.Linear, lora_b: nn.Linear, dtype: torch.dtype) -> None:
+    """Start two new layers, where the weight is not read; dtype: that of the base, to which "orthogonal" is rounded."""
+    r = lora_a.out_features
+    if init is True:
+        nn.init.kaiming_uniform_(lora_a.weight, a=5**0.5)
+    elif init == "gaussian":
+        nn.init.normal_(lora_a.weight, std=1 / r)
+    elif init == "orthogonal":
+        basis = torch.linalg.qr(torch.randn(r, r)).Q
+        a = (torch.randn(lora_a.in_features, r // 2) @ basis[0::2]).t() / 10
+        b = (torch.randn(r // 2, lora_b.out_features).t() @ basis[1::2]) / 10
+        lora_a.weight.data, lora_b.weight.data = (part.to(dtype).float().contiguous() for part in (a, b))
+    if init in (True, "gaussian"):
+        nn.init.zeros_(lora_b.weight)
+
+
+@torch.no_grad()
+def from_weight(init: str, weight: Tensor, r: int, scaling: float) -> Pair:
+    """(A0 [R, K], B0 [N, R]) in fp32; the weight becomes W - scaling · B0 A0, in place.
+
+    Args:
+        init: "pissa", "pissa_niter_N" or "olora".
+        weight: [N, K], any strides.
+    """
+    wide = weight.float()
+    if init == "olora":
+        q, upper = torch.linalg.qr(wide)
+        a, b = upper[:r].contiguous(), q[:, :r].contiguous()
+    else:
+        found = _NITER.fullmatch(init)
+        a, b = _leading(wide, r, None if found is None else int(found[1]), scaling)
+    weight.copy_(torch.addmm(wide, b, a, alpha=-scaling))
+    return a, b
+
+
+@torch.no_grad()
+def loftq(weight: Tensor, r: int, scaling: float, blocksize: int, double_quant: bool) -> Pair:
+    """(A0, B0) in fp32 that make up for the quantization of a weight [N, K], as far as rank r can."""
+    quantized = nf4.quantize(weight, blocksize, double_quant)
+    return _leading(weight.float() - quantized.dequantize(torch.float32), r, None, scaling)
+
+
+def standalone(pair: Pair, taken_out: Pair, scaling: float) -> Pair:
+    """(A [2 R, K], B [N, 2 R]): the update on the base as it was before the start.
+
+    Args:
+        taken_out: (A0, s0 · B0), s0 the scaling at the start.
+        scaling: that of now.
+    """
+    (a, b), (a0, b0) = pair, (part.to(pair[0].device) for part in taken_out)
+    return torch.cat((a.float(), a0)), torch.cat((b.float(), -b0 / scaling), dim=1)
+
+
+def _leading(matrix: Tensor, r: int, niter: int | None, scaling: float) -> Pair:
+    """(A, B) with scaling · B A = the part of the r largest singular values, their roots shared out evenly."""
+    if niter is None:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        u, s, v = torch.svd_lowrank(matrix, r, niter=niter)
+        vh = v.t()
+    root = (s[:r] / scaling).sqrt()
+    return root.unsqueeze(1) * vh[:r], u[:, :r] * root

@@ -1,0 +1,93 @@
+"""Modules that are trained in full beside the adapters: peft's `modules_to_save`.
+
+They are trained where they are, without a copy, and saved whole with the adapter under the keys that peft reads.
+Weights that are tied stay tied: whoever shares one is saved with it, for peft would otherwise load a copy into one.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adopted import is_linear4bit
+from fastlora.targets import nearest, within
+
+
+def find(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Module]:
+    """The modules whose name ends in one of the entries, as peft has it: "norm" means "input_layernorm" too.
+
+    Raises:
+        ValueError: an entry that matches nothing, or a module that cannot be trained.
+    """
+    found: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    for entry in wanted or ():
+        meant = {name: module for name, module in modules.items() if name.endswith(entry)}
+        if not meant:
+            raise ValueError(f"modules_to_save: {entry!r} matches no module{nearest(entry, modules.keys() - {''})}")
+        for name, module in meant.items():
+            _check_trainable(name, module)
+        found |= meant
+    return found
+
+
+def tied_names(model: nn.Module, names: Collection[str]) -> list[str]:
+    """The names and those of all modules that share a parameter with one of them."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    mine = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    others = {owner for key in mine for owner in owners[key] if not any(within(owner, name) for name in names)}
+    return sorted({*names, *others})
+
+
+def tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Parameters and buffers of these modules by their full names; each a tensor of its own, as files need them."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        for key, value in model.get_submodule(name).state_dict().items():
+            found[f"{name}.{key}"] = value.detach().clone()
+    return found
+
+
+def check_fit(model: nn.Module, found: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise ValueError where the model has no tensor of this name and shape."""
+    own = dict(model.state_dict(keep_vars=True))
+    for name, value in found.items():
+        if name not in own:
+            raise ValueError(f"{prefix}{name} is in the file, but not in the model")
+        if own[name].shape != value.shape:
+            raise ValueError(
+                f"{prefix}{name} has shape {list(value.shape)} in the file, {list(own[name].shape)} in the model"
+            )
+
+
+@torch.no_grad()
+def load(model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    """Put these values into the model; what is shared with a tensor not among them gets a weight of its own."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    own = dict(model.state_dict(keep_vars=True))
+    for name, value in found.items():
+        target = own[name]
+        if all(other in found for other in names.get(id(target), ())):
+            target.copy_(value)
+            continue
+        owner, _, attribute = name.rpartition(".")
+        fresh = nn.Parameter(value.to(target.device, target.dtype, copy=True), target.requires_grad)
+        setattr(model.get_submodule(owner), attribute, fresh)
+
+
+def _check_trainable(name: str, module: nn.Module) -> None:
+    from fastlora.linear import NF4Linear
+
+    for inner in module.modules():
+        if isinstance(inner, NF4Linear) or is_linear4bit(inner):
+            raise ValueError(
+                f"modules_to_save: {name!r} holds a weight in 4 bits, which cannot be trained: leave it out"
+            )
+    if next(module.parameters(), None) is None:
+        raise ValueError(f"modules_to_save: {name!r} has no parameters")

@@ -1,0 +1,397 @@
+"""Stacks of experts with peft's `target_parameters`: as exact as peft, which forms every W + B A, and never formed."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import grouped, nf4
+from fastlora.grouped import grouped_lora_linear
+from tests.models import SIZES, randomize, tokens
+from tests.numerics import assert_as_accurate
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+experts = pytest.importorskip("fastlora.experts")
+if experts.ParamWrapper is None:
+    pytest.skip("this peft has no target_parameters", allow_module_level=True)
+
+MOE = {**SIZES, "num_hidden_layers": 1, "attn_implementation": "eager"}
+MODELS = {
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE, num_local_experts=4)),
+    "qwen3-moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **MOE, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, mlp_only_layers=[], head_dim=16
+        )
+    ),
+    "gpt-oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**MOE, num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+    ),
+}
+BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def stack(name="mixtral", dtype=torch.float32, adapters=torch.float32, targets=BOTH, **options):
+    """A peft model with adapters on its experts alone, and its outermost wrapper."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for key, parameter in model.named_parameters():
+        if "experts" in key:
+            nn.init.normal_(parameter, std=0.2)
+    config = peft.LoraConfig(target_modules=[], target_parameters=list(targets), **{"r": 3, "lora_alpha": 6} | options)
+    model = randomize(peft.get_peft_model(model.to(dtype), config))
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.to(adapters)
+    return model, next(module for module in model.modules() if experts.is_wrapper(module))
+
+
+def routed(layer, rows=200, seed=3):
+    """Tokens, their experts and weights; one expert goes without a token."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, SIZES["hidden_size"], generator=generator, dtype=torch.float64)
+    logits = torch.rand(rows, layer.num_experts - 1, generator=generator)
+    chosen = logits.topk(2).indices
+    weights = torch.rand(rows, 2, generator=generator, dtype=torch.float64)
+    return x, chosen, weights, torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+
+def results(layer, dtype, autocast=None):
+    """The output and every gradient of one call."""
+    x, chosen, weights, dy = routed(layer)
+    x, weights, dy = (t.to(dtype) for t in (x, weights, dy))
+    x.requires_grad_()
+    weights.requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        y = layer(x, chosen, weights)
+    y.backward(dy.to(y.dtype))
+    found = {"y": y.detach(), "dx": x.grad, "dweights": weights.grad}
+    return found | {name: p.grad for name, p in layer.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def exact(layer):
+    """The layer in fp64, which transformers' grouped_mm does not take."""
+    layer = copy.deepcopy(layer).double()
+    layer.get_base_layer().config._experts_implementation = "eager"
+    return layer
+
+
+def assert_as_good(model, layer, dtype, **options):
+    """The fused layer against peft in fp64 (the oracle) and in the same dtypes (the baseline)."""
+    oracle = results(exact(layer), torch.float64)
+    baseline = results(layer, dtype, **options)
+    fastlora.replace_linear(model)
+    ours = results(layer, dtype, **options)
+    assert layer.fastlora_calls.fused == 1, layer.fastlora_calls
+    assert ours.keys() == oracle.keys()
+    for name, value in ours.items():
+        assert value.dtype == baseline[name].dtype, name
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("dtype", "adapters"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=["fp32", "bf16-fp32", "bf16"],
+)
+def test_a_stack_is_as_exact_as_peft(name, dtype, adapters):
+    assert_as_good(*stack(name, dtype, adapters), dtype)
+
+
+@pytest.mark.parametrize("targets", [BOTH[:1], BOTH[1:]], ids=["gate_up", "down"])
+def test_one_projection_of_two(targets):
+    assert_as_good(*stack(targets=targets), torch.float32)
+
+
+def test_several_adapters_and_rslora():
+    model, layer = stack(use_rslora=True)
+    config = peft.LoraConfig(r=5, target_modules=[], target_parameters=list(BOTH))
+    model.add_adapter("other", config)
+    randomize(model)
+    model.base_model.set_adapter(["default", "other"])
+    assert_as_good(model, layer, torch.float32)
+
+
+def test_trained_experts_get_their_gradient():
+    model, layer = stack()
+    layer.get_base_layer().gate_up_proj.requires_grad_(True)
+    assert_as_good(model, layer, torch.float32)
+
+
+def test_autocast():
+    model, layer = stack(dtype=torch.bfloat16)
+    oracle = results(exact(layer), torch.float64)
+    baseline = results(layer, torch.bfloat16, autocast=torch.bfloat16)
+    fastlora.replace_linear(model)
+    ours = results(layer, torch.bfloat16, autocast=torch.bfloat16)
+    assert layer.fastlora_calls.fused == 1
+    for name, value in ours.items():
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+
+
+def test_a_model_trains_as_peft_does():
+    losses = {}
+    for fused in (False, True):
+        model, _ = stack("qwen3-moe")
+        if fused:
+            fastlora.replace_linear(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses[fused] = []
+        for _ in range(6):
+            loss = model(tokens(), labels=tokens()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[fused].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=2e-5)
+    assert losses[True][-1] < losses[True][0] - 0.1
+
+
+def test_no_stack_is_formed(monkeypatch):
+    model, layer = stack()
+    fastlora.replace_linear(model)
+    monkeypatch.setattr(torch, "baddbmm", None)  # what peft forms W + B A with
+    monkeypatch.setattr(type(layer), "get_delta_weight", None)
+    results(layer, torch.float32)
+    assert (layer.fastlora_calls.fused, layer.fastlora_calls.stepped_back) == (1, 0)
+
+
+def test_packing_is_pefts():
+    _, layer = stack()
+    update = experts.updates_of(experts.chain(layer))["down_proj"]
+    formed = update.scaling * update.b @ update.a  # [E, N, K]
+    torch.testing.assert_close(formed, layer.get_delta_weight("default"))
+
+
+def packed(layer, double_quant=True):
+    """A copy of the layer with its stacks packed, and one with the values that the packed stacks stand for."""
+    quantized, expanded = copy.deepcopy(layer), copy.deepcopy(layer)
+    experts.quantize_experts(quantized, double_quant=double_quant)
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(expanded.get_base_layer(), name).copy_(getattr(quantized.get_base_layer(), name))
+    return quantized, expanded
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_packed_stack_is_as_exact_as_peft_over_its_values(dtype, double_quant):
+    pytest.importorskip("bitsandbytes")
+    _, layer = stack(dtype=dtype)  # runs of scales cross from expert to expert in down_proj, not in gate_up_proj
+    quantized, expanded = packed(layer, double_quant)
+    oracle, baseline = results(exact(expanded), torch.float64), results(expanded, dtype)
+    fastlora.replace_linear(quantized)
+    ours = results(quantized, dtype)
+    assert quantized.fastlora_calls.fused == 1
+    assert ours.keys() == oracle.keys()
+    for name, value in ours.items():
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+
+
+def test_a_packed_stack_loses_nothing_unsaid():
+    pytest.importorskip("bitsandbytes")
+    model, layer = stack()
+    _, expanded = packed(layer)
+    with pytest.raises(ValueError, match="wrap the model first"):
+        experts.quantize_experts(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="blocks of 4096 would cross"):
+        experts.quantize_experts(stack("qwen3-moe")[0], blocksize=4096)
+    with pytest.raises(ValueError, match=r"kept as \[in, out\]"):
+        experts.quantize_experts(stack("gpt-oss")[0])
+    fastlora.replace_linear(experts.quantize_experts(model))
+    with pytest.raises(ValueError, match="parametrized already"):
+        experts.quantize_experts(model)
+    with pytest.raises(ValueError, match="packed in 4 bits and cannot take an update"):
+        model.merge_adapter()
+    x, chosen, weights, _ = (t.float() if t.is_floating_point() else t for t in routed(layer))
+    with model.disable_adapter():
+        got = layer(x, chosen, weights)
+    for wrapper in experts.chain(expanded):
+        wrapper.enable_adapters(False)
+    assert torch.equal(got, expanded(x, chosen, weights))
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="no adapters over a packed stack"):
+        layer(x, chosen, weights)
+
+
+STEPS_BACK = {
+    "adapters are disabled": lambda model, layer: layer.enable_adapters(False),
+    "adapters are merged": lambda model, layer: layer.merge(),
+    "the experts have hooks": lambda model, layer: layer.get_base_layer().register_forward_hook(lambda *_: None),
+    "a wrapper inside has hooks": lambda model, layer: layer.base_layer.register_forward_hook(lambda *_: None),
+    "experts are spread": lambda model, layer: setattr(layer.get_base_layer(), "_is_expert_parallel", True),
+    "dtypes: input": lambda model, layer: layer.get_base_layer().to(torch.bfloat16),
+    "experts_implementation=deepgemm": lambda model, layer: setattr(
+        layer.get_base_layer().config, "_experts_implementation", "deepgemm"
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", STEPS_BACK)
+def test_what_cannot_be_fused_is_pefts_and_says_so(reason, monkeypatch):
+    model, layer = stack()
+    fastlora.replace_linear(model)
+    STEPS_BACK[reason](model, layer)
+    called = []
+    monkeypatch.setattr(experts.ParamWrapper, "forward", lambda *_, **__: called.append(1))
+    x, chosen, weights, _ = routed(layer)
+    layer(x.float(), chosen, weights.float())
+    assert called
+    assert layer.fastlora_calls.stepped_back == 1
+    assert reason in layer.fastlora_calls.last_reason
+
+
+def test_disabled_and_merged_give_pefts_results():
+    model, _ = stack()
+    given = tokens()
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(given).logits
+    adapted = model(given).logits
+    fastlora.replace_linear(model)
+    torch.testing.assert_close(model(given).logits, adapted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(given).logits, plain)
+    model.merge_adapter()
+    torch.testing.assert_close(model(given).logits, adapted, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(given).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_report_restore_and_checkpoint(tmp_path):
+    model, layer = stack()
+    logits = model(tokens()).logits
+    fastlora.replace_linear(model)
+    rows = [row for row in fastlora.report(model).rows if row.kind.startswith("ParamWrapper")]
+    assert [row.replaced for row in rows] == [True, True]
+    assert "4 experts of down_proj, r=3 each" in rows[0].reason
+    assert rows[0].shape == (64, 128)
+    model.save_pretrained(tmp_path)
+    fastlora.restore(model)
+    assert type(layer) is experts.ParamWrapper
+    torch.manual_seed(0)
+    again, _ = stack()
+    again = peft.PeftModel.from_pretrained(again.unload(), tmp_path)
+    torch.testing.assert_close(again(tokens()).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_matrix_by_name_stays_pefts():
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MOE, num_local_experts=4))
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
+    model = peft.get_peft_model(model, config)
+    fastlora.replace_linear(model)
+    row = next(row for row in fastlora.report(model).rows if row.kind.startswith("ParamWrapper"))
+    assert not row.replaced
+    assert "not a stack of experts" in row.reason
+
+
+GROUPED = list(itertools.product((None, "segments"), (True, False), (8, 3)))
+
+
+@pytest.mark.parametrize(("way", "with_bias", "rank"), GROUPED)
+def test_both_ways_of_the_grouped_linear(way, with_bias, rank, monkeypatch):
+    if way is None:
+        if not hasattr(torch.nn.functional, "grouped_mm"):
+            pytest.skip("this torch has no grouped_mm")
+        monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, weight: x.dtype is torch.bfloat16)
+    generator = torch.Generator().manual_seed(4)
+    sizes = {"x": (20, 32), "w": (3, 24, 32), "a": (3, rank, 32), "b": (3, 24, rank), "bias": (3, 24), "dy": (20, 24)}
+    drawn = {name: torch.randn(shape, generator=generator).bfloat16().double() for name, shape in sizes.items()}
+    offsets = torch.tensor([7, 7, 20], dtype=torch.int32)  # the second expert has no row
+
+    def run(dtype, compute):
+        given = {name: value.to(dtype).requires_grad_(name != "dy") for name, value in drawn.items()}
+        y = compute(given)
+        y.backward(given["dy"])
+        grads = {name: value.grad for name, value in given.items() if value.grad is not None}
+        return {"y": y.detach(), **grads}
+
+    def formed(given):
+        w = given["w"] + (0.5 * given["b"] @ given["a"])
+        stretches = [given["x"][:7] @ w[0].t(), given["x"][7:] @ w[2].t()]
+        bias = torch.cat([given["bias"][0].expand(7, -1), given["bias"][2].expand(13, -1)])
+        return torch.cat(stretches) + bias * with_bias
+
+    def ours(given):
+        args = (given["x"], given["w"], given["a"], given["b"], 0.5, offsets)
+        return grouped_lora_linear(*args, given["bias"] if with_bias else None)
+
+    oracle, baseline, found = run(torch.float64, formed), run(torch.bfloat16, formed), run(torch.bfloat16, ours)
+    for name, value in found.items():
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("rows", [40, grouped.FEW_ROWS], ids=["grouped", "segments"])
+def test_a_packed_stack_either_way(rows, monkeypatch):
+    monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, weight: x.dtype is torch.bfloat16)
+    taken = []
+    monkeypatch.setattr(grouped, "_grouped", lambda *args, way=grouped._grouped: taken.append(1) or way(*args))
+    generator = torch.Generator().manual_seed(5)
+    weight = nf4.quantize(torch.randn(3 * 24, 64, generator=generator))
+    values = weight.dequantize().view(3, 24, 64)
+    drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in ((rows, 64), (3, 4, 64), (3, 24, 4))]
+    dy = torch.randn(rows, 24, generator=generator).bfloat16()
+    offsets = torch.tensor([rows // 2, rows // 2, rows], dtype=torch.int32)
+
+    def run(dtype, stack):
+        x, a, b = (tensor.to(dtype).requires_grad_() for tensor in drawn)
+        if isinstance(stack, nf4.NF4Weight):
+            y = grouped_lora_linear(x, stack, a, b, 0.5, offsets)
+        else:
+            formed = stack.to(dtype) + 0.5 * b @ a
+            y = torch.cat([x[: rows // 2] @ formed[0].t(), x[rows // 2 :] @ formed[2].t()])
+        y.backward(dy.to(dtype))
+        return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
+
+    oracle, baseline = run(torch.float64, values.bfloat16()), run(torch.bfloat16, values)
+    for name, value in run(torch.bfloat16, weight).items():
+        assert_as_accurate(value, baseline[name], oracle[name], name)
+    assert bool(taken) is (rows > grouped.FEW_ROWS)
+
+
+def test_no_rows_at_all():
+    weight = torch.randn(2, 4, 8, requires_grad=True)
+    offsets = torch.zeros(2, dtype=torch.int32)
+    y = grouped_lora_linear(torch.zeros(0, 8), weight, torch.ones(2, 1, 8), torch.ones(2, 4, 1), 1.0, offsets)
+    assert y.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(5, 7)}, r"x must be \[S, K\]"),
+        ({"weight": nf4.quantize(torch.ones(7, 64))}, r"an NF4 weight \[2 N, K\]"),
+        ({"lora_a": torch.zeros(3, 2, 8)}, r"lora_a must be \[2, R, 8\]"),
+        ({"lora_b": torch.zeros(2, 4, 3)}, r"lora_b \[2, 4, R\]"),
+        ({"lora_b": None}, "both or neither"),
+        ({"offsets": torch.tensor([2, 5])}, r"offsets must be \[E\] in int32"),
+        ({"bias": torch.zeros(4)}, r"bias must be \[2, 4\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    given = {
+        "x": torch.zeros(5, 8),
+        "weight": torch.zeros(2, 4, 8),
+        "lora_a": torch.zeros(2, 2, 8),
+        "lora_b": torch.zeros(2, 4, 2),
+        "scaling": 1.0,
+        "offsets": torch.tensor([2, 5], dtype=torch.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        grouped_lora_linear(**given | change)
+
+
+def test_torch_compile_sees_no_break():
+    model, layer = stack(dtype=torch.bfloat16, adapters=torch.bfloat16)
+    x, chosen, weights, _ = routed(layer)
+    given = x.bfloat16(), chosen, weights.bfloat16()
+    with torch.no_grad():
+        oracle, baseline = exact(layer)(x, chosen, weights), layer(*given)
+        fastlora.replace_linear(model)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*given)
+    assert_as_accurate(compiled, baseline, oracle)

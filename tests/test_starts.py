@@ -1,0 +1,279 @@
+"""Starts by name, without peft: its numbers where it has them, a model that is unchanged at first, files that fit."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import nf4
+from fastlora.adapter import load_adapter, save_adapter
+from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.merging import merge
+from fastlora.replace import replace_linear
+from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, tokens
+
+TARGETS = ["q_proj", "k_proj", "down_proj"]
+CHANGING = ["pissa", "pissa_niter_8", "olora"]
+
+
+def logits(model):
+    return model(tokens()).logits.detach()
+
+
+def shaken(model):
+    """Adapters that training has moved: different from their start, and not small."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) / 16
+    return model
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", *CHANGING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_numbers_are_pefts(init, dtype, rslora):
+    peft = pytest.importorskip("peft")
+    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "use_rslora": rslora, "init_lora_weights": init}
+    theirs, ours = qwen2().to(dtype), qwen2().to(dtype)
+    torch.manual_seed(7)
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**options), theirs)
+    torch.manual_seed(7)
+    replace_linear(ours, **options)
+    compared = 0
+    for name, layer in ours.named_modules():
+        if not isinstance(layer, LoRALinear):
+            continue
+        other = theirs.get_submodule(name)
+        pairs = [(layer.base_layer.weight, other.base_layer.weight)]
+        pairs += [
+            (getattr(layer, part)["default"].weight, getattr(other, part)["default"].weight.float())
+            for part in ("lora_A", "lora_B")
+        ]
+        if init == "pissa_niter_8" and dtype == torch.bfloat16:
+            # vectors of a subspace iteration turn with the last bit; their product does not
+            pairs[1:] = [(pairs[2][0] @ pairs[1][0], pairs[2][1] @ pairs[1][1])]
+        for mine, true in pairs:
+            close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+            torch.testing.assert_close(mine, true, **close, msg=lambda told, name=name: f"{name}: {told}")
+        compared += 1
+    assert compared == 6
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", *CHANGING])
+@pytest.mark.parametrize("base", [llama, gpt2])
+def test_the_model_computes_at_first_what_it_did(init, base):
+    model = base().eval()
+    expected, weights = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    replace_linear(model, r=4, lora_alpha=6, init_lora_weights=init)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    changed = [
+        name for name, layer in model.named_modules()
+        if isinstance(layer, LoRALinear) and not torch.equal(layer.base_layer.weight, weights[f"{name}.weight"])
+    ]  # fmt: skip
+    assert len(changed) == (len([m for m in model.modules() if isinstance(m, LoRALinear)]) if init in CHANGING else 0)
+    assert all(
+        layer.base_layer.weight.requires_grad is False for layer in model.modules() if isinstance(layer, LoRALinear)
+    )
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_principal_part_is_what_is_trained(init):
+    """PiSSA takes out the largest singular values; OLoRA an orthonormal basis of columns."""
+    model = llama()
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    replace_linear(model, r=4, lora_alpha=8, init_lora_weights=init)
+    layer = model.model.layers[0].self_attn.q_proj
+    a, b, scaling = layer.adapter()
+    singular = torch.linalg.svdvals(weight)
+    if init == "olora":
+        torch.testing.assert_close(b.t() @ b, torch.eye(4), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.base_layer.weight + scaling * b @ a, weight, rtol=1e-4, atol=1e-6)
+    else:
+        torch.testing.assert_close(torch.linalg.svdvals(scaling * b @ a)[:4], singular[:4], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(torch.linalg.svdvals(layer.base_layer.weight)[0], singular[4], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", CHANGING)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_is_saved_fits_the_base_as_everybody_has_it(init, rslora, tmp_path):
+    peft = pytest.importorskip("peft")
+    options = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 3}, "use_rslora": rslora}
+    model = replace_linear(llama(), r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=init, **options)
+    expected = logits(shaken(model))
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-4)
+    assert theirs.base_model.model.model.layers[0].self_attn.q_proj.r == {"default": 8}
+    ours = load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"was changed by its start.*load it into a model without adapters"):
+        load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(merge(copy.deepcopy(model))), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", CHANGING)
+def test_what_was_taken_out_goes_with_the_model(init, tmp_path):
+    """A copy, and another model that loads the state, save the same adapter; a random start is not another's."""
+    options = {"r": 4, "target_modules": TARGETS, "init_lora_weights": init}
+    torch.manual_seed(1)
+    model = shaken(replace_linear(llama(), **options))
+    model.model.layers[0].self_attn.q_proj.set_scaling(5)
+    expected = logits(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    torch.manual_seed(2)
+    other = llama()
+    other = replace_linear(other, **options)
+    other.model.layers[0].self_attn.q_proj.set_scaling(5)
+    other.load_state_dict(torch.load(buffer))
+    for number, each in enumerate((model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other)):
+        assert torch.equal(logits(each), expected)
+        save_adapter(each, tmp_path / str(number))
+        torch.testing.assert_close(
+            logits(load_adapter(llama(), tmp_path / str(number))), expected, rtol=1e-4, atol=1e-4
+        )
+    plain = replace_linear(llama(), r=4, target_modules=TARGETS)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*taken_out\.default\.A"):
+        plain.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*taken_out\.default\.A"):
+        other.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_file_of_pefts_that_means_a_changed_base_changes_it_likewise(init, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init)
+    theirs = shaken(peft.get_peft_model(llama(), config))
+    theirs.save_pretrained(tmp_path)
+    ours = load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    save_adapter(ours, tmp_path / "again")
+    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "again")), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_rest_is_quantized():
+    """As in PiSSA's paper: the residual in NF4 has a smaller error than the weight would have."""
+    errors = []
+    exact = llama().model.layers[0].self_attn.q_proj.weight
+    for init in ("pissa", True):
+        model = replace_linear(llama(), r=16, lora_alpha=16, init_lora_weights=init, quantize="nf4")
+        assert isinstance(model.model.layers[0].self_attn.q_proj.base_layer, NF4Linear)
+        errors.append((merge(model).model.layers[0].self_attn.q_proj.weight - exact).norm().item())
+    assert errors[0] < 0.9 * errors[1]
+
+
+def by_hand(weight, r):
+    """LoftQ with one iteration, from bitsandbytes' own quantization."""
+    bnb = pytest.importorskip("bitsandbytes")
+    codes, state = bnb.functional.quantize_4bit(
+        weight.clone(), quant_type="nf4", compress_statistics=False, blocksize=64
+    )
+    residual = weight - bnb.functional.dequantize_4bit(codes, state)
+    u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+    return s[:r].sqrt().unsqueeze(1) * vh[:r], u[:, :r] * s[:r].sqrt()
+
+
+@pytest.mark.parametrize("alpha", [8, 20])
+def test_loftq(alpha):
+    exact = llama()
+    options = {"r": 8, "target_modules": TARGETS, "quantize": "nf4", "double_quant": False}
+    model = replace_linear(llama(), **options, lora_alpha=alpha, init_lora_weights="loftq")
+    plain = replace_linear(llama(), **options)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoRALinear):
+            continue
+        weight = exact.get_submodule(name).weight.detach()
+        a, b, scaling = layer.adapter()
+        true_a, true_b = by_hand(weight, 8)
+        torch.testing.assert_close(scaling * b @ a, true_b @ true_a, rtol=1e-3, atol=1e-5)
+        if alpha == 8:  # peft's own matrices, but for the sign of each singular vector
+            torch.testing.assert_close(a.abs(), true_a.abs(), rtol=1e-2, atol=1e-4)
+        assert torch.equal(layer.base_layer.codes, plain.get_submodule(name).base_layer.codes)
+        left = (layer.to_linear().weight - weight).norm()
+        assert left < 0.95 * (layer.base_layer.weight.dequantize() - weight).norm()
+
+
+def test_loftq_is_saved_as_it_is_for_a_base_in_nf4(tmp_path):
+    peft = pytest.importorskip("peft")
+    options = {"r": 8, "target_modules": TARGETS, "init_lora_weights": "loftq"}
+    model = shaken(replace_linear(llama(), **options, quantize="nf4"))
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(llama(), tmp_path, quantize="nf4")), logits(model))
+    base = bnb_llama(compress_statistics=True)
+    base.is_loaded_in_4bit = True
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).train()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-3, atol=1e-4)
+    config = {**options, "lora_alpha": 32, "peft_type": "LORA", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    other = replace_linear(llama(), config, quantize="nf4")
+    fresh = replace_linear(llama(), **options, quantize="nf4")
+    for (name, mine), true in zip(other.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine, true), name
+
+
+def test_a_weight_in_4_bits_or_shared_is_no_start():
+    before = bnb_llama()
+    for init in ("pissa", "olora", "loftq"):
+        with pytest.raises(ValueError, match=r"starts from the weight before quantization.*pass quantize='nf4'"):
+            replace_linear(before, init_lora_weights=init, quantize="nf4")
+    tied = llama(tie_word_embeddings=True)
+    embedding = tied.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"would change the weight of lm_head, which is model\.embed_tokens\.weight too"
+    ):
+        replace_linear(tied, target_modules=["lm_head"], init_lora_weights="pissa")
+    assert torch.equal(tied.model.embed_tokens.weight, embedding)
+    broken = llama()
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
+    state = {name: value.clone() for name, value in broken.state_dict().items()}
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds NaN or inf"):
+        replace_linear(broken, init_lora_weights="pissa")
+    assert all(torch.equal(value, state[name]) for name, value in broken.state_dict().items()), "nothing is changed"
+
+
+def test_a_linear_layer_alone():
+    linear = nn.Linear(16, 12)
+    weight = linear.weight.detach().clone()
+    layer = LoRALinear(linear, r=4, lora_alpha=4, init_lora_weights="pissa")
+    torch.testing.assert_close(layer.to_linear().weight, weight, rtol=1e-4, atol=1e-6)
+    assert linear.weight.shape == (12, 16)
+    assert nf4.quantize(linear.weight).shape == (12, 16)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_gpt2(quantize, tmp_path):
+    """Transposed weights: trained, saved, opened by peft, merged back into a model of the same layout."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = gpt2().eval()
+    expected, plain = logits(base), copy.deepcopy(base)
+    model = replace_linear(base, r=4, lora_alpha=6, quantize=quantize)
+    assert len(model.fastlora_report.replaced) == 4
+    if quantize is None:
+        torch.testing.assert_close(logits(model), expected)
+    randomize(model)
+    save_adapter(model, tmp_path)
+    if quantize is None:
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+        assert theirs.peft_config["default"].fan_in_fan_out is True
+    again = load_adapter(copy.deepcopy(plain), tmp_path, quantize=quantize)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    trained = logits(model)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    merged = merge(model)
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-3, atol=1e-4)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in plain.modules()]
+    state = merged.state_dict()
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in plain.state_dict().items()}
+
+
+def test_gpt2_takes_pefts_config():
+    peft = pytest.importorskip("peft")
+    model = replace_linear(gpt2(), peft.LoraConfig(fan_in_fan_out=True))
+    assert [row.name for row in model.fastlora_report.replaced] == ["transformer.h.0.attn.c_attn"]
