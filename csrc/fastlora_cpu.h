@@ -12,7 +12,7 @@
 #include "nf4.h"
 
 // Raised with every change of a signature, of a structure or of a meaning; fastlora/_build.py holds the same number.
-#define FASTLORA_ABI_VERSION 4
+#define FASTLORA_ABI_VERSION 5
 
 #define FASTLORA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -60,9 +60,9 @@ FASTLORA_EXPORT int fastlora_dropout_mask(const fastlora::Dropout* dropout, int6
                                           int out_dtype, int isa, int threads);
 
 // The linear of csrc/linear.h for any number of tokens; FASTLORA_NO_ISA below isa 3.
-// y [M, N]; x [M, K], rows `x_stride` elements apart; bias [N] bf16 or null; h [M, rank] fp32 or null.
+// y [M, N]; x [M, K], rows `x_stride` elements apart; bias [N] fp32 or null; h [M, rank] fp32 or null.
 FASTLORA_EXPORT int fastlora_linear(const fastlora::LoraLinear* linear, const void* x, int64_t tokens, int64_t x_stride,
-                                    const void* bias, void* y, float* h, int isa, int threads);
+                                    const float* bias, void* y, float* h, int isa, int threads);
 
 // dx [M, K], da [rank, K], db [N, rank], each or null; x where da is wanted, h where db is.
 FASTLORA_EXPORT int fastlora_linear_backward(const fastlora::LoraLinear* linear, const void* dy, int64_t tokens,

@@ -22,7 +22,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ABI_VERSION = 4  # FASTLORA_ABI_VERSION of csrc/fastlora_cpu.h
+ABI_VERSION = 5  # FASTLORA_ABI_VERSION of csrc/fastlora_cpu.h
 LIBRARY = "libfastlora_cpu.so"
 CUDA_ABI_VERSION = 1  # FASTLORA_CUDA_ABI_VERSION of csrc/fastlora_cuda.h
 CUDA_LIBRARY = "libfastlora_cuda.so"

@@ -263,7 +263,6 @@ def _forward(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> tuple
         y, h = _forward_fake(x, bias, *operands_and_save_h)
         return y.zero_(), h.zero_()
     base, lora = _unpack(x.shape[-1], tuple(operands))
-    bias = bias.to(x.dtype) if bias is not None else None
     with _no_autocast(x.device):
         y, saved = _path(x.device).forward(x.reshape(-1, base.k), base, lora, bias, save_h)
     return y.view(*x.shape[:-1], base.n), saved if saved is not None else x.new_empty(0, dtype=torch.float32)

@@ -74,7 +74,7 @@ def forward(
     h = None
     if save_h and update is not None:
         h = x.new_empty((x.shape[0], update.lora_a.shape[0]), dtype=torch.float32)
-    native_linear.linear(x, weight, update, bias if bias is None else bias.to(x.dtype).contiguous(), y, h)
+    native_linear.linear(x, weight, update, bias if bias is None else bias.float().contiguous(), y, h)
     return y, h
 
 

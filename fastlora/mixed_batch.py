@@ -85,9 +85,12 @@ def mixed_linear(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     present = {name: adapters[name] for name in dict.fromkeys(names) if name in adapters}
     with torch.autocast(device, enabled=False):
-        rows, bias = x.to(dtype), None if bias is None else bias.float()  # its gradient is summed in fp32
-        if not present:
-            return _base(rows, weight, bias)
+        rows = x.to(dtype)
+        if not present and isinstance(weight, NF4Weight):
+            return functional.nf4_linear(rows, weight, bias)
+        bias = None if bias is None else bias.float()  # its gradient is summed in fp32
+        if not present and isinstance(weight, Tensor):
+            return _affine(rows, weight.to(dtype), bias)
         side_by_side = not any(adapter.training and adapter.dropout_p > 0 for adapter in present.values())
         if side_by_side and x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0):
             update = _side_by_side(x, bias, present, names)
@@ -97,12 +100,6 @@ def mixed_linear(
             return functional.nf4_linear(rows, weight) + update.to(x.dtype)
         y = torch.addmm(update.to(dtype).flatten(0, -2), rows.reshape(-1, x.shape[-1]), weight.to(dtype).t())
         return y.view(update.shape)
-
-
-def _base(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
-    if isinstance(weight, NF4Weight):
-        return functional.nf4_linear(x, weight, bias)
-    return _affine(x, weight.to(x.dtype), bias)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -81,7 +81,7 @@ def linear(
     Args:
         x: [M, K], bf16; columns next to one another, rows any stride apart; K even, over NF4 a multiple of 32.
         weight: [N, K], bf16, columns next to one another; or NF4. N even.
-        bias: [N], bf16, contiguous.
+        bias: [N], fp32, contiguous.
         out: [M, N], bf16, contiguous; overwritten.
         h: [M, R], fp32, contiguous; overwritten.
     Raises:
@@ -93,7 +93,7 @@ def linear(
     M = _require_rows("x", x, K)
     _require("out", out, (M, N), torch.bfloat16)
     if bias is not None:
-        _require("bias", bias, (N,), torch.bfloat16)
+        _require("bias", bias, (N,), torch.float32)
     if h is not None:
         _require("h", h, (M, R), torch.float32)
     isa = chosen_isa(library)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import dispatch
@@ -72,6 +73,14 @@ class Needs(NamedTuple):
     x: bool
     lora_a: bool
     lora_b: bool
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, [M, N] in x's dtype; a wider bias is added as it is. x: [M, K]; weight: [N, K]; bias: [N]."""
+    if bias is None or bias.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight)
+    return torch.add(y, bias, out=y)
 
 
 def refuse_second_derivative() -> None:

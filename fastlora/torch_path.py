@@ -16,12 +16,11 @@ the product and never makes an [M, N] in fp32. For a few rows that is not worth 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import fused_path, native, native_lora, reference
 from fastlora.dispatch import backend
-from fastlora.operands import Base, Gradients, Lora, Needs
+from fastlora.operands import Base, Gradients, Lora, Needs, affine
 
 FEW_ROWS = 64
 GEMV_UP_TO_M = 8  # above, expanding the weight and one product are quicker than decoding it for every few rows
@@ -40,10 +39,10 @@ def forward(
     merges = _merges(x, base, lora)
     h = _shrink(x, lora.a.t(), 1.0, lora) if save_h or not merges else None
     if merges:
-        y = F.linear(x, base.merged(x.dtype, lora), bias)
+        y = affine(x, base.merged(x.dtype, lora), bias)
     else:
         assert h is not None
-        y = _sum(_update(h * lora.scaling, lora.b.t(), x, base, bias), x, base)
+        y = _adapted(h, x, base, lora, bias)
     return y, h.float() if h is not None and save_h else None
 
 
@@ -85,7 +84,10 @@ def few_rows(x: Tensor, weight: Tensor, lora: Lora, bias: Tensor | None) -> Tens
     rows = x.view(-1, x.shape[-1])
     h = (rows.to(lora.dtype) @ lora.a.t().to(lora.dtype)) * lora.scaling
     right = lora.b.t().to(lora.dtype)
-    update = h @ right if bias is None else torch.addmm(bias.to(lora.dtype), h, right)
+    if bias is not None and bias.dtype == lora.dtype:
+        update = torch.addmm(bias, h, right)
+    else:
+        update = h @ right if bias is None else h @ right + bias
     return torch.addmm(update.to(x.dtype), rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -171,7 +173,7 @@ def _packed_product(x: Tensor, base: Base, transposed: bool) -> Tensor:
 def _base_product(x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, [M, N]."""
     if not _reads_packed(x, base):
-        return F.linear(x, base.dense(x.dtype), bias)
+        return affine(x, base.dense(x.dtype), bias)
     y = _packed_product(x, base, transposed=False)
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -181,6 +183,18 @@ def _base_product_t(dy: Tensor, base: Base) -> Tensor:
     if not _reads_packed(dy, base):
         return dy @ base.dense(dy.dtype)
     return _packed_product(dy, base, transposed=True).to(dy.dtype)
+
+
+def _adapted(h: Tensor, x: Tensor, base: Base, lora: Lora, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + scaling · h Bᵀ + bias, [M, N].
+
+    The update goes first, and the base product is added onto it. A bias wider than x is not to be rounded twice, as it
+    may be larger than both: then the base goes first.
+    """
+    if bias is None or bias.dtype == x.dtype or _reads_packed(x, base):
+        return _sum(_update(h * lora.scaling, lora.b.t(), x, base, bias), x, base)
+    y = x @ base.dense(x.dtype).t()
+    return torch.add(y, torch.addmm(bias, h.float() * lora.scaling, lora.b.t().float()), out=y)
 
 
 def _update(left: Tensor, right: Tensor, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
@@ -200,7 +214,7 @@ def _update(left: Tensor, right: Tensor, x: Tensor, base: Base, bias: Tensor | N
         left_low, right_low = (left - left_high).to(dtype), (right - right_high).to(dtype)
         left = torch.cat((left_high, left_low, left_high), dim=1)
         right = torch.cat((right_high, right_high, right_low))
-    return left @ right if bias is None else torch.addmm(bias.to(dtype), left, right)
+    return affine(left, right.t(), bias)
 
 
 def _sum(update: Tensor, x: Tensor, base: Base, transposed: bool = False) -> Tensor:

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import cuda_native
@@ -30,7 +29,7 @@ from fastlora.kernels import choice, decode, fused
 from fastlora.kernels import lora as kernel
 from fastlora.kernels.choice import Choice
 from fastlora.kernels.lora import Dropout
-from fastlora.operands import Base, Gradients, Lora, Needs
+from fastlora.operands import Base, Gradients, Lora, Needs, affine
 
 _DECODERS = {"decode-cuda": cuda_native, "decode": decode}
 _NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
@@ -60,11 +59,15 @@ def forward_by(
     elif chosen.kernel == "fused":
         y = fused.linear(x, *_packed(base), base.n, h, b, scaling, bias, chosen.config)
     elif lora is None or merges:
-        y = F.linear(x, base.merged(x.dtype, lora) if lora is not None else base.dense(x.dtype), bias)
+        y = affine(x, base.merged(x.dtype, lora) if lora is not None else base.dense(x.dtype), bias)
     else:
         assert h is not None
         assert b is not None
-        y = kernel.expand(h, b, scaling, x.dtype, Dropout(), bias).addmm_(x, base.dense(x.dtype).t())
+        # A bias wider than x is not to be rounded twice, as it may be larger than all else: then the base goes first.
+        base_first = bias is not None and bias.dtype != x.dtype
+        update = kernel.expand(h, b, scaling, torch.float32 if base_first else x.dtype, Dropout(), bias)
+        weight = base.dense(x.dtype).t()
+        y = torch.add(x @ weight, update).to(x.dtype) if base_first else update.addmm_(x, weight)
     return y, h if save_h else None
 
 

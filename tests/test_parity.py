@@ -159,7 +159,7 @@ def _fill(layer):
         draw(layer.lora_A[name].weight, K**-0.5)
         draw(layer.lora_B[name].weight, 0.3 / (layer.scaling[name] * rank**0.5))
         if layer.lora_B[name].bias is not None:
-            draw(layer.lora_B[name].bias, 0.3 / layer.scaling[name])
+            draw(layer.lora_B[name].bias, 1.0)  # times the scaling larger than the output
 
 
 def build(option, base, dtype, adapter_dtype):

@@ -269,7 +269,7 @@ int fastlora_dropout_mask(const Dropout* dropout, int64_t rows, int64_t cols, vo
   return FASTLORA_OK;
 }
 
-int fastlora_linear(const LoraLinear* linear, const void* x, int64_t tokens, int64_t x_stride, const void* bias,
+int fastlora_linear(const LoraLinear* linear, const void* x, int64_t tokens, int64_t x_stride, const float* bias,
                     void* y, float* h, int isa, int threads) {
   if (isa != 3 || isa > best_isa()) return FASTLORA_NO_ISA;
   const Activations rows{x, tokens, linear->k(), x_stride, static_cast<int32_t>(Dtype::kBf16)};

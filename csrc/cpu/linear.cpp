@@ -65,7 +65,7 @@ char* job_room() {
 
 bool has_bf16_products() { return false; }
 
-bool linear_forward(const LoraLinear&, const Activations&, const void*, void*, float*, int) { return false; }
+bool linear_forward(const LoraLinear&, const Activations&, const float*, void*, float*, int) { return false; }
 
 bool linear_backward(const LoraLinear&, const Activations&, const Activations&, const float*, void*, void*, void*,
                      int) {

@@ -17,7 +17,7 @@ bool has_bf16_products();
 bool has_amx();
 
 // y [M, N], and h [M, rank] fp32 where not null. False for want of memory.
-bool linear_forward(const LoraLinear& linear, const Activations& x, const void* bias, void* y, float* h, int threads);
+bool linear_forward(const LoraLinear& linear, const Activations& x, const float* bias, void* y, float* h, int threads);
 
 // dx [M, K], da [rank, K] and db [N, rank], each where not null. x is read for da, h for db.
 bool linear_backward(const LoraLinear& linear, const Activations& dy, const Activations& x, const float* h, void* dx,

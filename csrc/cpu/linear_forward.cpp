@@ -22,7 +22,7 @@ constexpr int64_t kRoomStride = kDepth + kWide;
 struct Forward {
   const LoraLinear& linear;
   const Activations& x;
-  const Bf16* bias;
+  const float* bias;
   Bf16* y;
   float* h;
   Ranks ranks;
@@ -119,7 +119,7 @@ void multiply_block(const Forward& f, int64_t row, int64_t end) {
   Bf16* decoded = reinterpret_cast<Bf16*>(c + kRowBlock * kTokenBlock);
   const int64_t c_stride = f.panels() * kWide, rows = end - row;
   for (int64_t i = 0; i < rows; ++i) {
-    std::fill(c + i * c_stride, c + (i + 1) * c_stride, f.bias != nullptr ? to_float(f.bias[row + i]) : 0.0f);
+    std::fill(c + i * c_stride, c + (i + 1) * c_stride, f.bias != nullptr ? f.bias[row + i] : 0.0f);
   }
   for (int64_t p = 0; p < f.panels(); ++p) {
     add_update(f, row, rows, p, f.tokens - p * kWide, c + p * kWide, c_stride);
@@ -219,7 +219,7 @@ FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
     for (int64_t t = 0; t < f.tokens; ++t) {
       Bf16* y = f.y + (f.begin + t) * f.linear.n() + row;
       for (int64_t i = 0; i < rows; ++i) {
-        const float bias = f.bias != nullptr ? to_float(f.bias[row + i]) : 0.0f;
+        const float bias = f.bias != nullptr ? f.bias[row + i] : 0.0f;
         from_float(bias + _mm512_reduce_add_ps(acc[t][i]), y + i);
       }
     }
@@ -228,13 +228,13 @@ FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
 
 }  // namespace
 
-bool linear_forward(const LoraLinear& linear, const Activations& x, const void* bias, void* y, float* h, int threads) {
+bool linear_forward(const LoraLinear& linear, const Activations& x, const float* bias, void* y, float* h, int threads) {
   if (x.rows == 0) return true;
   const Ranks ranks(linear);
   const int64_t K = linear.k(), N = linear.n();
   const int64_t block = round_up(ceil_div(x.rows, ceil_div(x.rows, kTokenBlock)), kWide);
   const int64_t split_size = ranks.as_they_lie() ? 0 : ranks.all;
-  Forward f{linear, x, static_cast<const Bf16*>(bias), static_cast<Bf16*>(y), h, ranks};
+  Forward f{linear, x, bias, static_cast<Bf16*>(y), h, ranks};
   Layout layout;
   const auto of_a = layout.add<Bf16>(K * split_size);
   const auto of_b = layout.add<Bf16>(N * split_size);
