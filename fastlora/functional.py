@@ -235,6 +235,20 @@ def _check_adapter_shapes(shape: tuple[int, int], lora_a: Tensor, lora_b: Tensor
         )
 
 
+def kernels(n: int, k: int, r: int, blocksize: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What computes a linear [N, K] by its number of tokens, in words: "up to 16 tokens decode, above ...".
+
+    Args:
+        r: rank of the adapter, 0 for none. blocksize: of an NF4 weight, 0 for a dense one. dtype: of x.
+    """
+    steps: list[tuple[int, str]] = []
+    for bound, words in _path(device).steps(n, k, blocksize, r, dtype, device):
+        steps[-1:] = [(bound, words)] if steps and steps[-1][1] == words else [*steps[-1:], (bound, words)]
+    *below, (_, last) = steps
+    told = [f"up to {bound} tokens {words}" for bound, words in below]
+    return ", ".join([*told, f"above {last}"]) if told else last
+
+
 def _path(device: torch.device) -> ModuleType:
     """The module whose `forward` and `backward` run on a device."""
     if backend(device).name == "triton":

@@ -45,6 +45,7 @@ class Row:
         r: rank of the adapter, 0 without one.
         quantized: whether the base weight is NF4.
         calls: counts for a layer of peft's, None elsewhere.
+        kernels: what computes it by the number of tokens, without dropout; empty where fastlora does not.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     r: int = 0
     quantized: bool = False
     calls: Calls | None = None
+    kernels: str = ""
 
 
 @dataclass
@@ -129,11 +131,20 @@ class Report:
             short = f"…{name.removeprefix(prefix)}" if prefix and name.startswith(prefix) else name
             table.add_row(*map(escape, _cells(short, count, row)), style=None if row.replaced else "dim")
         console.print(table)
-        for note in self.notes:
+        for note in [*self._kernels(), *self.notes]:
             console.print(escape(note))
 
     def _plain(self, lines: Iterable[tuple[str, int, Row]]) -> str:
-        return "\n".join([self.summary(), *("  ".join(_cells(*line)) for line in lines), *self.notes])
+        return "\n".join([self.summary(), *("  ".join(_cells(*line)) for line in lines), *self._kernels(), *self.notes])
+
+    def _kernels(self) -> list[str]:
+        """A line for each way that replaced layers are computed, with the shapes computed so."""
+        shapes: dict[str, dict[str, None]] = {}
+        for row in self.replaced:
+            if row.kernels:
+                what = f"{row.shape[0]}x{row.shape[1]}{' NF4' * row.quantized}"
+                shapes.setdefault(row.kernels, {})[what] = None
+        return [f"{', '.join(found)}: {kernels}" for kernels, found in shapes.items()]
 
 
 def _shared_prefix(names: list[str]) -> str:

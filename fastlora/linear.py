@@ -173,6 +173,20 @@ class NF4Linear(nn.Module):
         )
 
 
+def kernels_of(base: Any, shape: tuple[int, int], r: int, quantize: bool = False) -> str:
+    """What computes a linear over this base, by the number of tokens, in words; "" where the weight is transposed.
+
+    shape: (N, K). quantize: the base is about to become NF4.
+    """
+    weight = base.weight
+    state = getattr(weight, "quant_state", None)
+    dtype = weight.dtype if weight.dtype in FLOAT_DTYPES else getattr(base, "compute_dtype", None) or torch.bfloat16
+    blocksize = weight.blocksize if isinstance(weight, NF4Weight) else state.blocksize if state is not None else 0
+    if blocksize == 0 and not quantize and is_conv1d(base):
+        return ""
+    return functional.kernels(*shape, r, blocksize or (64 if quantize else 0), dtype, weight.device)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank update, computed as one.
 

@@ -33,7 +33,7 @@ from fastlora.conv1d import dense_weight, is_conv1d, is_dense
 from fastlora.dora import KeptNorms
 from fastlora.kept_weight import KeptWeight
 from fastlora.layer_report import Calls, Report, Row
-from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, lora_linear_4bit
+from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, kernels_of, lora_linear_4bit
 from fastlora.mixed_batch import Adapter, mixed_linear, total_bias
 from fastlora.peft_conditions import EXPECTED, active_names, sampled_names, step_back_reason
 
@@ -302,9 +302,8 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
                 continue
             backends.append(functional.backend(base.weight.device))
             said = f"peft's layer sped up in place, r={rank}"
-            rows.append(
-                Row(name, kind, shape, True, said, backends[-1].name, rank, is_linear4bit(base), module.fastlora_calls)
-            )
+            packed, path, kernels = is_linear4bit(base), backends[-1].name, kernels_of(base, shape, rank)
+            rows.append(Row(name, kind, shape, True, said, path, rank, packed, module.fastlora_calls, kernels))
         elif name in found and experts.is_wrapper(module):
             backends.append(functional.backend(next(module.parameters()).device))
             rows.append(experts.row(name, module, reasons[name], backends[-1].name))

@@ -20,7 +20,7 @@ from torch import nn
 from fastlora import functional, nf4_layers, starts, survey, trained_modules, trained_tokens
 from fastlora.conv1d import dense_weight
 from fastlora.layer_report import Report
-from fastlora.linear import LoRALinear, NF4Linear, base_weight, check_adapter_dtype, is_linear4bit
+from fastlora.linear import LoRALinear, NF4Linear, base_weight, check_adapter_dtype, is_linear4bit, kernels_of
 from fastlora.nf4 import BLOCKSIZES
 from fastlora.survey import Site, find_sites, output_head
 from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
@@ -147,7 +147,7 @@ def report(model: nn.Module) -> Report:
             base: Any = module.base_layer if isinstance(module, LoRALinear) else module
             backend = functional.backend(base.weight.device)
             live[backend.name] = backend
-            row = dataclasses.replace(row, path=backend.name)
+            row = dataclasses.replace(row, path=backend.name, kernels=kernels_of(base, row.shape, row.r))
         elif row.replaced:
             row = dataclasses.replace(row, replaced=False, path="unchanged", reason="taken out since", r=0)
         rows.append(row)

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from fastlora import functional
 from fastlora.conv1d import is_dense
 from fastlora.layer_report import Report, Row
-from fastlora.linear import AdoptedWeight, NF4Linear, is_linear4bit
+from fastlora.linear import AdoptedWeight, NF4Linear, is_linear4bit, kernels_of
 from fastlora.nf4 import FLOAT_DTYPES
 from fastlora.targets import within
 
@@ -152,7 +152,9 @@ def report(model: nn.Module, sites: dict[str, Site]) -> Report:
         replaced = site.adapt or site.quantize
         path = functional.backend(site.module.weight.device).name if replaced else "unchanged"
         in_nf4 = site.quantize or (site.adapt and not is_dense(site.module))
-        rows.append(Row(name, site.kind, site.shape, replaced, _why(site, head), path, site.r, in_nf4))
+        kernels = kernels_of(site.module, site.shape, site.r, site.quantize) if replaced else ""
+        why = _why(site, head)
+        rows.append(Row(name, site.kind, site.shape, replaced, why, path, site.r, in_nf4, kernels=kernels))
     first = next(iter(backends.values()))
     return Report(rows, first.name, first.reason, expert_notes(model))
 

@@ -18,7 +18,7 @@ the product and never makes an [M, N] in fp32. For a few rows that is not worth 
 import torch
 from torch import Tensor
 
-from fastlora import fused_path, native, native_lora, reference
+from fastlora import fused_path, native, native_linear, native_lora, reference
 from fastlora.dispatch import backend
 from fastlora.operands import Base, Gradients, Lora, Needs, affine
 
@@ -44,6 +44,21 @@ def forward(
         assert h is not None
         y = _adapted(h, x, base, lora, bias)
     return y, h.float() if h is not None and save_h else None
+
+
+def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, str]]:
+    """(largest M, what computes y of so many tokens), without dropout; blocksize 0: a dense weight."""
+    cpp, packed, any_m = backend(device).name == "cpp", blocksize > 0, 1 << 62
+    rest = [(any_m, "torch's product, update first")]
+    if packed:
+        merged = (any_m, "expand and merge, then torch's product")
+        rest = [(min(n, k) - 1, "expand, then torch's product, update first"), *([merged] if r else [])]
+        rest = rest if r else [(any_m, "expand, then torch's product")]
+        rest = [(GEMV_UP_TO_M, "C++ product over packed codes"), *rest] if cpp else rest
+    if cpp and dtype is torch.bfloat16 and native_linear.supports(1, n, k, r, packed):
+        few = any_m if native_linear.supports(any_m, n, k, r, packed) else native_linear.FEW_TOKENS
+        rest = [(few, "one C++ product"), *(step for step in rest if step[0] > few)]
+    return rest
 
 
 def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs) -> Gradients:

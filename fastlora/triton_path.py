@@ -126,6 +126,26 @@ def _choose(op: str, rows: Tensor, base: Base, lora: Lora | None, run: Callable[
     return chosen
 
 
+_WORDS = {
+    "decode-cuda": "decode (CUDA C++)",
+    "decode": "decode (Triton)",
+    "fused": "fused dequantize-GEMM",
+    "dequantize": "dequantize, then cuBLAS",
+}
+
+
+def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, str]]:
+    """(largest M, what computes y of so many tokens), without dropout; blocksize 0: a dense weight."""
+    if not blocksize:
+        return [(choice.ANY_M, "cuBLAS, update first")]
+    found = []
+    for bound, chosen in choice.steps("linear", n, k, r, False, device):
+        while refusal(chosen.kernel, dtype, min(bound, k), k, n, blocksize, r):
+            chosen = Choice(_NEXT[chosen.kernel])
+        found.append((bound, _WORDS[chosen.kernel]))
+    return found
+
+
 def refusal(kernel: str, dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: int) -> str:
     """Why a kernel does not take a product of these operands; empty where it does."""
     if kernel == "dequantize":

@@ -175,6 +175,11 @@ def choose(op: str, m: int, n: int, k: int, r: int, dropout: bool, device: torch
     return choices[bisect_left(bounds, m)]
 
 
+def steps(op: str, n: int, k: int, r: int, dropout: bool, device: torch.device) -> list[tuple[int, Choice]]:
+    """(largest M, its kernel) for the products of `choose`, M ascending; the last has no bound, ANY_M."""
+    return list(zip(*_choices(op, n, k, r, dropout, device, os.environ.get("FASTLORA_BACKEND")), strict=True))
+
+
 def tile(op: str, m: int, length: int, r: int, mode: str, dropout: bool, device: torch.device) -> Tile | None:
     """The table's tile for a low-rank kernel that reads [M, length]; None where it has none."""
     bounds, tiles = _tiles(op, length, r, mode, dropout, device)
