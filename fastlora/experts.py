@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from fastlora.grouped import grouped_lora_linear
@@ -54,6 +55,14 @@ def is_packed(layer: Any) -> bool:
     return parametrize.is_parametrized(layer.get_base_layer(), layer.parameter_name)
 
 
+def follow(layer: Any) -> None:
+    """Bring the scales of a packed stack to where its codes are: no buffers, they do not move with the module."""
+    if is_packed(layer):
+        packed = layer.get_base_layer().parametrizations[layer.parameter_name]
+        if hasattr(packed[0], "quant_state"):
+            packed[0].quant_state.to(packed.original.device)
+
+
 def chain(layer: Any) -> list[Any]:
     """peft's wrappers around one module, outermost first."""
     found = [layer]
@@ -71,6 +80,8 @@ def standing_reason(layer: Any) -> str:
         return "target_parameters with one matrix, not a stack of experts: peft forms W + B A"
     if any(not hasattr(experts, name) for name in _INTERFACE):
         return f"{type(experts).__name__} does not have transformers' interface of experts"
+    if getattr(layer, "_did_swap_in_out_features", False) == bool(experts.is_transposed):
+        return "this peft lays A and B of a stack out the other way: pip install 'peft>=0.20'"
     if layer.parameter_name not in _projections(experts):
         return f"{layer.parameter_name} is none of the projections {_projections(experts)}"
     if getattr(experts.config, "_experts_implementation", None) not in _IMPLEMENTATIONS:
@@ -92,6 +103,8 @@ def step_back_reason(wrappers: list[Any], x: Tensor, args: tuple[Any, ...], kwar
         return "adapters are disabled"
     if outer.merged:
         return "adapters are merged"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "hooks for all modules are registered"
     if not any(_active(wrapper) for wrapper in wrappers):
         return "no adapter of this layer is active"
     routing = routing_of(experts, x, args, kwargs)
@@ -109,7 +122,9 @@ def routing_of(experts: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dic
             return None
         args = args[2:]
     tensors = [value for value in args if isinstance(value, Tensor) and value.ndim == 2]
-    return tensors if len(tensors) == len(args) == 2 else None
+    if not len(tensors) == len(args) == 2 or tensors[0].shape != tensors[1].shape or tensors[0].is_floating_point():
+        return None
+    return tensors
 
 
 def updates_of(wrappers: list[Any]) -> dict[str, Update]:
@@ -143,21 +158,23 @@ def forward(experts: Any, count: int, updates: dict[str, Update], x: Tensor, cho
     steps = torch.arange(count, device=flat.device, dtype=flat.dtype)
     offsets = torch.searchsorted(by_expert, steps, right=True).to(torch.int32)
     rows = x[order // choices]  # [T k, H]
-    rows = _project(experts, up, updates, rows, offsets)
+    dtype = computed_in(x)
+    rows = _project(experts, up, updates, rows.to(dtype), offsets)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-    rows = _project(experts, down, updates, rows, offsets)
+    rows = _project(experts, down, updates, rows.to(dtype), offsets)
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
     weighted = rows * weights.reshape(-1)[order].unsqueeze(-1)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return weighted[place].view(tokens, choices, -1).sum(dim=1).to(x.dtype)
+    return weighted[place].view(tokens, choices, weighted.shape[-1]).sum(dim=1).to(x.dtype)
 
 
 def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool = True) -> nn.Module:
     """Pack every stack of experts that peft has wrapped in NF4, for QLoRA over mixtures of experts.
 
-    peft's merging methods then raise, for packed weights take no sum; save the adapter and merge it into the model as
-    it was loaded.
+    The wrappers run fused from then on, for peft cannot compute over a packed stack, nor merge into one, nor add a
+    further adapter: add adapters first, save them, and merge into the model as it was loaded. `torch.save` of the whole
+    model is refused by torch, as for every parametrized module.
 
     Args:
         model: with adapters on 3-D parameters (`LoraConfig(target_parameters=...)`).
@@ -170,6 +187,8 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
+    from fastlora import peft_swap
+
     wrappers: list[Any] = [module for module in model.modules() if is_wrapper(module)]
     if not wrappers:
         raise ValueError(
@@ -178,12 +197,15 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
     for wrapper in wrappers:
         experts, name = wrapper.get_base_layer(), wrapper.parameter_name
         reason = standing_reason(wrapper) or _packing_reason(experts, name, blocksize)
+        if wrapper.merged:
+            reason = "adapters are merged into it: unmerge them first"
         if reason:
             raise ValueError(f"{name} of {type(experts).__name__} cannot be packed in NF4: {reason}")
     for wrapper in wrappers:
         replace_parameter_4bit(
             wrapper.get_base_layer(), wrapper.parameter_name, double_quant, quant_type="nf4", blocksize=blocksize
         )
+        peft_swap.fuse(wrapper)
     return model
 
 
@@ -223,7 +245,7 @@ def _project(experts: Any, name: str, updates: dict[str, Update], rows: Tensor, 
     weight = _stack(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     a, b, scaling = updates.get(name) or (None, None, 0.0)
-    return grouped_lora_linear(rows.to(weight.dtype), weight, a, b, scaling, offsets, bias)
+    return grouped_lora_linear(rows, weight, a, b, scaling, offsets, bias)
 
 
 def _unpack(wrapper: Any, name: str) -> Update:
@@ -282,15 +304,19 @@ def _parametrized_reason(experts: Any, name: str) -> str:
     return "" if state.shape[1:].numel() % state.blocksize == 0 else f"blocks of {name} cross from expert to expert"
 
 
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of the products for tokens x: autocast's, or their own. A packed stack expands to any."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _dtype_reason(x: Tensor, experts: Any, wrappers: list[Any]) -> str:
-    dtypes = {_stack(experts, name).dtype for name in _projections(experts)}
+    dense = [name for name in _projections(experts) if not parametrize.is_parametrized(experts, name)]
+    dtypes = {getattr(experts, name).dtype for name in dense}
     adapters = {wrapper.lora_A[name].weight.dtype for wrapper in wrappers for name in _active(wrapper)}
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if dtypes != {x.dtype} and not autocast:
-        return f"dtypes: input {x.dtype}, experts {', '.join(map(str, dtypes))}"
-    computed = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if autocast and dtypes != {computed}:
-        return f"dtypes: experts {', '.join(map(str, dtypes))} under autocast to {computed}"
+    computed = computed_in(x)
+    if computed not in FLOAT_DTYPES or not dtypes <= {computed}:
+        return f"dtypes: computed in {computed}, experts {', '.join(map(str, dtypes)) or 'packed'}"
     return "" if adapters <= {torch.float32, computed} else f"dtypes: adapters {', '.join(map(str, adapters))}"
 
 

@@ -41,7 +41,8 @@ def grouped_lora_linear(
             `NF4Weight` [E N, K], expert by expert.
         lora_a: [E, R, K]. lora_b: [E, N, R]. fp32, or dtype of x; both None for no update.
         scaling: factor of the update.
-        offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S.
+        offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S. (In segments rows beyond it
+            are nobody's and give zero.)
         bias: [E, N].
     Returns:
         [S, N], dtype of x; differentiable in x, weight, lora_a, lora_b and bias.
@@ -49,7 +50,7 @@ def grouped_lora_linear(
         ValueError: operands that do not fit together.
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
-    if _takes_grouped_mm(x, weight) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
+    if _takes_grouped_mm(x, weight, offsets.numel()) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
         return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
     return _segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
@@ -83,9 +84,10 @@ def _check(
         raise ValueError(f"bias must be [{experts}, {n}]; got {list(bias.shape)}")
 
 
-def _takes_grouped_mm(x: Tensor, weight: Tensor | NF4Weight) -> bool:
+def _takes_grouped_mm(x: Tensor, weight: Tensor | NF4Weight, experts: int) -> bool:
     """Whether torch can multiply by groups here, and gains by it."""
-    if x.dtype is not torch.bfloat16 or weight.shape[-2] % _ALIGNED or weight.shape[-1] % _ALIGNED:
+    n = weight.shape[-2] // (experts if isinstance(weight, NF4Weight) else 1)
+    if x.dtype is not torch.bfloat16 or n % _ALIGNED or weight.shape[-1] % _ALIGNED:
         return False
     if not hasattr(F, "grouped_mm"):
         return False
@@ -125,7 +127,7 @@ def _grouped(
     else:
         y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [S, K] by [E, K, N] -> [S, N]
     if lora_a is not None and lora_b is not None:
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        a, b = lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous()  # as grouped_mm wants them
         missing = -a.shape[1] % _ALIGNED
         if missing:
             a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
@@ -146,23 +148,25 @@ def _segments(
     offsets: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     ends = offsets.tolist()
+    lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     # One node each in the graph: a slice per expert would make a whole gradient per expert.
+    *rows, nobodys = x.split([*lengths, x.shape[0] - ends[-1]])
     weights = weight.unbind(0) if isinstance(weight, Tensor) else _Stack(weight, len(ends))
     biases = [None] * len(ends) if bias is None else bias.unbind(0)
     adapters = None
     if lora_a is not None and lora_b is not None:
         adapters = list(zip(lora_a.unbind(0), lora_b.contiguous().unbind(0), strict=True))
     results = []
-    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        if begin == end:
+    for expert, part in enumerate(rows):
+        if not part.shape[0]:
             continue
-        rows, w, b = x[begin:end], weights[expert], biases[expert]
+        w, b = weights[expert], biases[expert]
         if adapters is not None:
-            results.append(functional.lora_linear(rows, w, *adapters[expert], scaling, b))
+            results.append(functional.lora_linear(part, w, *adapters[expert], scaling, b))
         else:
-            results.append(functional.nf4_linear(rows, w, b) if isinstance(w, NF4Weight) else F.linear(rows, w, b))
-    if not results:
-        return x.new_zeros(0, weights[0].shape[0])
+            results.append(functional.nf4_linear(part, w, b) if isinstance(w, NF4Weight) else F.linear(part, w, b))
+    if nobodys.shape[0] or not results:
+        results.append(x.new_zeros(nobodys.shape[0], weights[0].shape[0]))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 

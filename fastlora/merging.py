@@ -197,8 +197,15 @@ def _merge_with_peft(model: Any, dtype: torch.dtype | None, safe_merge: bool) ->
 
 def _check_pefts(name: str, layer: Any, dtype: torch.dtype | None, safe_merge: bool) -> None:
     """Raise ValueError where a layer of peft's cannot be merged, or not into finite weights."""
+    from fastlora import experts
+
     base, names = layer.get_base_layer(), [own for own in layer.active_adapters if own in layer.lora_A]
     names = [] if layer.merged else names
+    if experts.is_wrapper(layer) and experts.is_packed(layer):
+        raise ValueError(
+            f"{name}: {layer.parameter_name} is packed in 4 bits and cannot take an update: save the adapter, load the "
+            "model without quantization, and merge there"
+        )
     if any(layer.lora_bias.get(adapter) for adapter in names) and getattr(base, "bias", None) is None:
         raise ValueError(f"{name}: lora_bias=True cannot be merged into a layer without a bias: keep the adapter")
     if not safe_merge:

@@ -166,6 +166,18 @@ if experts.ParamWrapper is not None:
                 )
             super().merge(safe_merge, adapter_names)
 
+        def unmerge(self) -> None:
+            """As peft's; not from a stack packed since, from which peft would subtract without effect."""
+            if self.merged and experts.is_packed(self):
+                raise ValueError(f"{self.parameter_name} was packed while adapters were merged: load the model again")
+            super().unmerge()
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            result = super()._apply(fn, recurse)
+            experts.follow(self)
+            return result
+
+    FusedParamWrapper.__name__ = "ParamWrapper"  # by which peft knows it when further adapters come
     _FUSED[experts.ParamWrapper] = FusedParamWrapper
 
 
@@ -186,7 +198,7 @@ def speed_up(model: nn.Module) -> Report:
         raise ValueError(f"nothing in this peft model can be sped up: {told}")
     for name, layer in found.items():
         if not reasons[name]:
-            _fuse(layer)
+            fuse(layer)
     _watch_injections()
     return _report(model, found, reasons)
 
@@ -202,6 +214,8 @@ def restore(model: nn.Module) -> nn.Module:
     fused: list[Any] = [module for module in model.modules() if isinstance(module, _Marked)]
     if any(type(layer) not in _FUSED.values() for layer in fused):
         raise ValueError("a fused layer has become a unit of FSDP of its own: call restore before the model is sharded")
+    if any(experts.is_wrapper(layer) and experts.is_packed(layer) for layer in fused):
+        raise ValueError("stacks of experts are packed, and peft computes no adapters over those: load the model again")
     if not fused:
         raise ValueError(
             "no layer of this model is one of peft's with a fused forward: restore(model) undoes replace_linear(model)"
@@ -232,7 +246,8 @@ def _is_sharded(layer: Any) -> bool:
     return any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters())
 
 
-def _fuse(layer: Any) -> None:
+def fuse(layer: Any) -> None:
+    """Give one layer of peft's the fused forward of its class, where there is one."""
     if type(layer) in _FUSED:
         layer.__class__ = _FUSED[type(layer)]
         layer.fastlora_calls, layer.fastlora_adopted = Calls(), AdoptedWeight()
@@ -251,7 +266,7 @@ def _watch_injections() -> None:
         if any(isinstance(module, _Marked) for module in model.modules()):
             for module in list(model.modules()):
                 if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module):
-                    _fuse(module)
+                    fuse(module)
         return result
 
     watched.fastlora_watches = True  # type: ignore[attr-defined]

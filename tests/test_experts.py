@@ -203,9 +203,17 @@ def test_a_packed_stack_loses_nothing_unsaid():
         experts.quantize_experts(stack("qwen3-moe")[0], blocksize=4096)
     with pytest.raises(ValueError, match=r"kept as \[in, out\]"):
         experts.quantize_experts(stack("gpt-oss")[0])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge them first"):
+        experts.quantize_experts(model)
+    model.unmerge_adapter()
     fastlora.replace_linear(experts.quantize_experts(model))
     with pytest.raises(ValueError, match="parametrized already"):
         experts.quantize_experts(model)
+    with pytest.raises(ValueError, match="packed, and peft computes no adapters"):
+        fastlora.restore(model)
+    with pytest.raises(ValueError, match="packed in 4 bits"):
+        fastlora.merge(model)
     with pytest.raises(ValueError, match="packed in 4 bits and cannot take an update"):
         model.merge_adapter()
     x, chosen, weights, _ = (t.float() if t.is_floating_point() else t for t in routed(layer))
@@ -225,7 +233,7 @@ STEPS_BACK = {
     "the experts have hooks": lambda model, layer: layer.get_base_layer().register_forward_hook(lambda *_: None),
     "a wrapper inside has hooks": lambda model, layer: layer.base_layer.register_forward_hook(lambda *_: None),
     "experts are spread": lambda model, layer: setattr(layer.get_base_layer(), "_is_expert_parallel", True),
-    "dtypes: input": lambda model, layer: layer.get_base_layer().to(torch.bfloat16),
+    "dtypes: computed in": lambda model, layer: layer.get_base_layer().to(torch.bfloat16),
     "experts_implementation=deepgemm": lambda model, layer: setattr(
         layer.get_base_layer().config, "_experts_implementation", "deepgemm"
     ),
@@ -297,7 +305,7 @@ def test_both_ways_of_the_grouped_linear(way, with_bias, rank, monkeypatch):
     if way is None:
         if not hasattr(torch.nn.functional, "grouped_mm"):
             pytest.skip("this torch has no grouped_mm")
-        monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, weight: x.dtype is torch.bfloat16)
+        monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, *_: x.dtype is torch.bfloat16)
     generator = torch.Generator().manual_seed(4)
     sizes = {"x": (20, 32), "w": (3, 24, 32), "a": (3, rank, 32), "b": (3, 24, rank), "bias": (3, 24), "dy": (20, 24)}
     drawn = {name: torch.randn(shape, generator=generator).bfloat16().double() for name, shape in sizes.items()}
@@ -305,6 +313,7 @@ def test_both_ways_of_the_grouped_linear(way, with_bias, rank, monkeypatch):
 
     def run(dtype, compute):
         given = {name: value.to(dtype).requires_grad_(name != "dy") for name, value in drawn.items()}
+        given["b"].data = given["b"].data.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # as peft packs it
         y = compute(given)
         y.backward(given["dy"])
         grads = {name: value.grad for name, value in given.items() if value.grad is not None}
@@ -328,7 +337,7 @@ def test_both_ways_of_the_grouped_linear(way, with_bias, rank, monkeypatch):
 @pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
 @pytest.mark.parametrize("rows", [40, grouped.FEW_ROWS], ids=["grouped", "segments"])
 def test_a_packed_stack_either_way(rows, monkeypatch):
-    monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, weight: x.dtype is torch.bfloat16)
+    monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, *_: x.dtype is torch.bfloat16)
     taken = []
     monkeypatch.setattr(grouped, "_grouped", lambda *args, way=grouped._grouped: taken.append(1) or way(*args))
     generator = torch.Generator().manual_seed(5)
@@ -352,6 +361,69 @@ def test_a_packed_stack_either_way(rows, monkeypatch):
     for name, value in run(torch.bfloat16, weight).items():
         assert_as_accurate(value, baseline[name], oracle[name], name)
     assert bool(taken) is (rows > grouped.FEW_ROWS)
+
+
+def test_rows_beyond_the_last_expert_are_nobodys():
+    x, offsets = torch.randn(5, 8, requires_grad=True), torch.tensor([2, 4], dtype=torch.int32)
+    y = grouped_lora_linear(x, torch.randn(2, 4, 8), torch.ones(2, 1, 8), torch.ones(2, 4, 1), 1.0, offsets)
+    assert y[:4].abs().min() > 0
+    assert torch.equal(y[4], torch.zeros(4))
+    y.sum().backward()
+    assert torch.equal(x.grad[4], torch.zeros(8))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_tokens(name):
+    model, layer = stack(name)
+    fastlora.replace_linear(model)
+    nothing = torch.zeros(0, 2, dtype=torch.long)
+    assert layer(torch.zeros(0, 64), nothing, torch.zeros(0, 2)).shape == (0, 64)
+
+
+def test_adapters_come_after_the_swap():
+    model, layer = stack()
+    fastlora.replace_linear(model)
+    model.add_adapter("other", peft.LoraConfig(r=5, target_modules=[], target_parameters=list(BOTH)))
+    randomize(model)
+    model.base_model.set_adapter(["default", "other"])
+    fastlora.restore(model)
+    assert_as_good(model, layer, torch.float32)
+    model.delete_adapter("other")
+    results(copy.deepcopy(layer), torch.float32)
+    assert list(layer.lora_A) == ["default"]
+
+
+def test_the_other_layout_of_older_peft_is_left_to_it():
+    model, layer = stack()
+    for wrapper in experts.chain(layer):
+        wrapper._did_swap_in_out_features = False
+    with pytest.raises(ValueError, match=r"peft>=0\.20"):
+        fastlora.replace_linear(model)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_packed_stack_serves_any_dtype(stored, given, autocast):
+    pytest.importorskip("bitsandbytes")
+    _, layer = stack(dtype=stored)
+    quantized, _ = packed(layer)
+    y = results(quantized, given, autocast=autocast)["y"]
+    assert quantized.fastlora_calls.fused == 1
+    close_to = results(quantized, torch.float32)["y"]
+    assert y.dtype == given
+    assert (y - close_to).norm() < 0.02 * close_to.norm()
+
+
+def test_a_packed_stack_moves_as_a_whole():
+    pytest.importorskip("bitsandbytes")
+    _, layer = stack()
+    quantized, _ = packed(layer)
+    quantized.to("meta")
+    for name in ("gate_up_proj", "down_proj"):
+        stored = quantized.get_base_layer().parametrizations[name]
+        state = stored[0].quant_state
+        assert {stored.original.device.type, state.absmax.device.type, state.state2.absmax.device.type} == {"meta"}
 
 
 def test_no_rows_at_all():
@@ -387,7 +459,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def test_torch_compile_sees_no_break():
-    model, layer = stack(dtype=torch.bfloat16, adapters=torch.bfloat16)
+    model, layer = stack(dtype=torch.bfloat16, adapters=torch.bfloat16, r=8)  # a rank that nobody pads
     x, chosen, weights, _ = routed(layer)
     given = x.bfloat16(), chosen, weights.bfloat16()
     with torch.no_grad():

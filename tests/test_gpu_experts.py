@@ -20,7 +20,7 @@ def test_as_exact_as_formed_weights(rows, packed, dtype):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
-    drawn, dy = (draw(rows, K), draw(EXPERTS, R, K) / 16, draw(EXPERTS, N, R) / 4), draw(rows, N)
+    drawn, dy = (draw(rows, K), draw(EXPERTS, R, K) / 16, draw(N, R, EXPERTS).permute(2, 0, 1) / 4), draw(rows, N)
     weight = nf4.quantize(draw(EXPERTS * N, K))
     values = weight.dequantize(dtype).view(EXPERTS, N, K)
     ends = torch.randint(0, rows, (EXPERTS - 1,), generator=generator, device="cuda").sort().values
