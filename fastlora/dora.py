@@ -3,7 +3,8 @@
 The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight, so on the
 CPU it is kept until A, B or the weight change: gradient accumulation, recomputation under checkpointing and evaluation
 find it there. A and B are compared with copies, for writes through `.data`, by bitsandbytes' optimizers, and by FSDP
-leave no trace on a tensor. On other devices that comparison would wait for the device, and the norm is formed anew.
+leave no trace on a tensor; of the frozen weight such writes are not seen. On other devices that comparison would wait
+for the device, and the norm is formed anew.
 
 Source: arXiv:2402.09353, equation 5 and section 4.3.
 """
@@ -56,9 +57,10 @@ class KeptNorms:
         frozen = weight.codes if isinstance(weight, NF4Weight) else weight
         if torch.compiler.is_compiling() or not frozen.is_cpu or frozen.is_inference() or frozen.requires_grad:
             return row_norms(weight, lora_a, lora_b, scaling)
-        facts, adapters = (frozen.data_ptr(), frozen._version, scaling), (lora_a.detach(), lora_b.detach())
-        if self._norms is None or self._weight is not weight or self._facts != facts or not self._same(adapters):
-            self._weight, self._facts = weight, facts
+        facts = (frozen.data_ptr(), frozen.shape, frozen.stride(), frozen.dtype, frozen._version, scaling)
+        adapters = (lora_a.detach(), lora_b.detach())
+        if self._norms is None or self._facts != facts or not self._same(adapters):
+            self._weight, self._facts = weight, facts  # held, so that its memory is nobody else's
             with torch.inference_mode(False):  # training may need them later
                 self._adapters = tuple(adapter.clone() for adapter in adapters)
                 self._norms = row_norms(weight, lora_a, lora_b, scaling)

@@ -59,7 +59,7 @@ def lora_linear(
         weight: [N, K], dense in x's dtype, or an `NF4Weight`.
         lora_a: [R, K], fp32 or x's dtype. lora_b: [N, R], likewise.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
-        bias: [N], in x's dtype or fp32, which is rounded to x's dtype before it is added.
+        bias: [N], in x's dtype or fp32; either is added as it is.
         dropout_p: share of x's elements that the update does not see, in steps of 2**-16; only while `training`.
     Returns:
         [..., N], dtype of x, accumulated in fp32.

@@ -40,6 +40,8 @@ class KeptWeight:
             return
         self.forget()
         base = layer.get_base_layer()
+        if base.weight.is_inference():
+            return  # changes of such a tensor are not counted
         if not is_linear4bit(base) and type(base.weight) not in (nn.Parameter, Tensor):
             return  # sharded, or of another library's kind: peft's subtraction it is
         # peft gives a Linear4bit a new parameter, and writes into that of a dense layer
@@ -55,6 +57,7 @@ class KeptWeight:
         if not layer.merged:
             self.forget()
         elif self._weight is not None:
+            changed(layer)
             self._merged = _identity(layer)
 
     def fits(self, layer: Any) -> bool:
@@ -74,11 +77,19 @@ class KeptWeight:
             base.weight = self._weight.to(base.weight.device)
         else:
             base.weight.data.copy_(self._weight)
+            changed(layer)
         if self._bias is not None:
             base.bias.data.copy_(self._bias)
         layer.merged_adapters.clear()
         self.forget()
         return True
+
+
+def changed(layer: Any) -> None:
+    """Count a change that went through `.data`, for other layers that share the weight."""
+    weight = layer.get_base_layer().weight
+    if not weight.is_inference() and type(weight) in (nn.Parameter, Tensor):
+        torch.autograd.graph.increment_version(weight)
 
 
 def _identity(layer: Any) -> tuple[Any, ...]:

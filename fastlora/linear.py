@@ -89,9 +89,9 @@ class NF4Linear(nn.Module):
         return functional.nf4_linear(x, self.weight, self.bias_for(x))
 
     def bias_for(self, x: Tensor) -> Tensor | None:
-        """The bias in x's dtype: an NF4 weight goes with any input, and so shall the bias."""
+        """The bias in x's dtype, or wider in fp32: an NF4 weight goes with any input, and so shall the bias."""
         bias = self.bias
-        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        return bias if bias is None or bias.dtype in (x.dtype, torch.float32) else bias.to(x.dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A plain `nn.Linear`, or `Conv1D`, with the dequantized weight, in `dtype` or that before quantization."""

@@ -11,7 +11,9 @@ from fastlora.survey import Site, output_head
 from fastlora.targets import within
 
 
-def decide(model: nn.Module, sites: dict[str, Site], excluded: Collection[str]) -> None:
+def decide(
+    model: nn.Module, sites: dict[str, Site], excluded: Collection[str], rows_trained: Collection[str] = ()
+) -> None:
     """Mark the sites whose weight shall become NF4, with the reason on those whose weight shall not.
 
     Raises:
@@ -23,6 +25,8 @@ def decide(model: nn.Module, sites: dict[str, Site], excluded: Collection[str]) 
             continue
         if site.trained:
             site.no_quantize = "trained in full"
+        elif name in rows_trained:
+            site.no_quantize = "some of its rows are trained"
         elif site.shared_with:
             site.no_quantize = f"its weight is shared with {site.shared_with}"
         elif name in excluded:

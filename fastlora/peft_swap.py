@@ -31,7 +31,7 @@ from torch import Tensor, compiler, nn
 from fastlora import dora, experts, functional, mixed_batch, peft_conditions
 from fastlora.conv1d import dense_weight, is_conv1d, is_dense
 from fastlora.dora import KeptNorms
-from fastlora.kept_weight import KeptWeight
+from fastlora.kept_weight import KeptWeight, changed
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, kernels_of, lora_linear_4bit
 from fastlora.mixed_batch import Adapter, mixed_linear, total_bias
@@ -118,6 +118,7 @@ class _Fused(_Marked):
         """The weight as it was before the merge, to the bit; by peft's subtraction where it has been changed since."""
         if not (self.merged and self.fastlora_kept.put_back(self)):
             super().unmerge()  # type: ignore[misc]
+            changed(self)
 
 
 class FusedLinear(_Fused, peft_layer.Linear):

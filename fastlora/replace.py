@@ -237,7 +237,7 @@ def carry_out(
                 f"{name} has trained tokens, its own or of a tied weight: leave it out of the other options"
             )
     if quantize:
-        nf4_layers.decide(model, sites, excluded)
+        nf4_layers.decide(model, sites, excluded, trained_tokens.places(model, tokens))
     adapted = {name: site for name, site in sites.items() if site.adapt}
     for site in adapted.values():
         if not site.quantize and not is_linear4bit(site.module):

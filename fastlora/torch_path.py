@@ -99,11 +99,12 @@ def few_rows(x: Tensor, weight: Tensor, lora: Lora, bias: Tensor | None) -> Tens
     rows = x.view(-1, x.shape[-1])
     h = (rows.to(lora.dtype) @ lora.a.t().to(lora.dtype)) * lora.scaling
     right = lora.b.t().to(lora.dtype)
-    if bias is not None and bias.dtype == lora.dtype:
-        update = torch.addmm(bias, h, right)
+    if bias is not None and bias.dtype != x.dtype:  # see `_adapted`
+        y = (rows @ weight.t() + (h @ right + bias)).to(x.dtype)
     else:
-        update = h @ right if bias is None else h @ right + bias
-    return torch.addmm(update.to(x.dtype), rows, weight.t()).view(*x.shape[:-1], weight.shape[0])
+        update = h @ right if bias is None else torch.addmm(bias.to(lora.dtype), h, right)
+        y = torch.addmm(update.to(x.dtype), rows, weight.t())
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _merges(x: Tensor, base: Base, lora: Lora) -> bool:

@@ -134,6 +134,28 @@ def wrap(model: nn.Module, wanted: Mapping[str, Sequence[int]], trains: bool) ->
         parent, _, attribute = name.rpartition(".")
         layer = TrainedTokens(model.get_submodule(name), wanted[source], rows[source])
         setattr(model.get_submodule(parent), attribute, layer)
+    _tell_ties(model)
+
+
+def _tell_ties(model: Any) -> None:
+    """Keep transformers' table of tied weights, {"lm_head.weight": "embed_tokens.weight"}, true to the wrapped modules.
+
+    It is what `save_pretrained` and Trainer's checkpoints ask before they write a shared tensor once.
+    """
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, TrainedTokens)}
+    for table in ("_tied_weights_keys", "all_tied_weights_keys"):
+        known = getattr(model, table, None)
+        if not isinstance(known, dict):
+            continue
+        told: dict[str, str] = {}
+        for head, embedding in known.items():
+            plain = [key.removesuffix(".weight").removesuffix(".base_layer") for key in (head, embedding)]
+            if all(name in wrapped for name in plain):
+                told |= {f"{plain[0]}.{part}": f"{plain[1]}.{part}" for part in ("base_layer.weight", "trained_rows")}
+            elif not head.endswith(".trained_rows"):
+                told[head.replace(".base_layer.weight", ".weight")] = embedding.replace(".base_layer.weight", ".weight")
+        if told != known:
+            setattr(model, table, told)
 
 
 def layers(model: nn.Module) -> dict[str, TrainedTokens]:
@@ -158,3 +180,4 @@ def fold(model: nn.Module) -> None:
         for attribute, child in list(parent._modules.items()):
             if isinstance(child, TrainedTokens):
                 setattr(parent, attribute, child.fold())
+    _tell_ties(model)

@@ -6,9 +6,10 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fastlora import reference
+from fastlora import functional, nf4, reference
 from fastlora.linear import LoRALinear, NF4Linear, is_linear4bit
 from fastlora.nf4 import NF4Weight
 from tests.numerics import assert_as_accurate
@@ -333,3 +334,22 @@ def test_repr_names_the_numbers():
     shown = repr(make_layer("nf4"))
     for part in ("r=8", "lora_alpha=16", "scaling=2", "in_features=128", "nf4, blocksize=64, nested scales"):
         assert part in shown
+
+
+@pytest.mark.parametrize("rows", [8, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+def test_a_wider_bias_is_rounded_with_the_sum(packed, dtype, rows):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(96, 64, generator=generator) / 8, torch.randn(rows, 64, generator=generator).to(dtype)
+    bias = 3 * torch.randn(96, generator=generator)
+    a, b = torch.randn(4, 64, generator=generator) / 8, torch.randn(96, 4, generator=generator) / 2
+    base = nf4.quantize(weight.to(dtype)) if packed else weight.to(dtype)
+    exact = (base.dequantize(torch.float32) if packed else base).double()
+    oracle = x.double() @ (exact + b.double() @ a.double()).t() + bias.double()
+    separate = F.linear(x, exact.to(dtype)) + (x.float() @ a.t() @ b.t() + bias)
+    assert_as_accurate(functional.lora_linear(x, base, a, b, 1.0, bias), separate.to(dtype), oracle)
+    if packed:
+        alone = x.double() @ exact.t() + bias.double()
+        layer = NF4Linear(base, bias)
+        assert_as_accurate(layer(x), (F.linear(x, exact.to(dtype)) + bias).to(dtype), alone)

@@ -347,3 +347,29 @@ def test_the_report_stays_right_through_merging_and_back():
     merged = merge(model)
     with pytest.raises(ValueError, match="nothing to report on"):
         fastlora.report(merged)
+
+
+def test_layers_that_share_a_weight_are_unmerged_one_after_the_other():
+    model = nn.Module()
+    model.one, model.two = nn.Linear(16, 16), nn.Linear(16, 16)
+    model.two.weight = model.one.weight
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["one", "two"]), model)
+    randomize(model)
+    fastlora.replace_linear(model)
+    before = model.one.base_layer.weight.detach().clone()
+    for layer in (model.one, model.two):
+        layer.merge()
+    assert (model.one.base_layer.weight - before).abs().max() > 0.01
+    for layer in (model.one, model.two):
+        layer.unmerge()
+    torch.testing.assert_close(model.one.base_layer.weight, before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_made_in_inference_mode_is_merged_and_unmerged():
+    with torch.inference_mode():
+        model = wrapped()
+        logits_before = logits(model)
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), logits_before, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), logits_before, rtol=1e-4, atol=1e-4)

@@ -179,3 +179,29 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_adapter(model, tmp_path)
         assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_saves_and_resumes_tied_rows(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = replace_linear(tied(), r=2, trainable_token_indices=[1, 2])
+    rows = [{"input_ids": row, "labels": row} for row in tokens()]
+    options = {"max_steps": 2, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(str(tmp_path), **options)
+    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    transformers.Trainer(model, arguments, train_dataset=rows).train(str(tmp_path / "checkpoint-1"))
+    model.tie_weights()
+    assert model.lm_head.trained_rows is model.model.embed_tokens.trained_rows
+    ties = dict(tied()._tied_weights_keys)
+    merge(model)
+    assert model._tied_weights_keys == model.all_tied_weights_keys == ties
+    model.save_pretrained(tmp_path / "merged")
+
+
+def test_a_quantized_models_trained_rows_stay():
+    model = nn.Sequential()
+    model.body, model.decoder = nn.Linear(64, 64), nn.Linear(64, 64)
+    replace_linear(model, target_modules=["body"], quantize="nf4", trainable_token_indices={"decoder": [1, 2]})
+    assert model.decoder.trained_rows.requires_grad
+    row = next(row for row in model.fastlora_report.rows if row.name == "decoder")
+    assert "some of its rows are trained" in row.reason
