@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 from fastlora.grouped import grouped_lora_linear
 from fastlora.layer_report import Row
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
+from fastlora.peft_conditions import EXPECTED, active_names, adapter, is_plain
 
 # None in a peft that has no target_parameters yet.
 ParamWrapper: Any = getattr(peft_layer, "ParamWrapper", None)
@@ -94,19 +95,19 @@ def standing_reason(layer: Any) -> str:
 def step_back_reason(wrappers: list[Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Why this call must go to peft's forward; empty where the fused path computes the same."""
     outer, experts = wrappers[0], wrappers[-1].base_layer
-    if not all(map(_is_plain, wrappers[1:])):
+    if outer.disable_adapters:
+        return EXPECTED[0]
+    if outer.merged:
+        return EXPECTED[1]
+    if not any(_active(wrapper) for wrapper in wrappers):
+        return EXPECTED[2]
+    if not all(map(is_plain, wrappers[1:])):
         return "a wrapper inside has hooks or a forward of its own"
     reason = next(filter(None, map(_wrapper_reason, wrappers)), "") or _experts_reason(experts)
     if reason:
         return reason
-    if outer.disable_adapters:
-        return "adapters are disabled"
-    if outer.merged:
-        return "adapters are merged"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "hooks for all modules are registered"
-    if not any(_active(wrapper) for wrapper in wrappers):
-        return "no adapter of this layer is active"
     routing = routing_of(experts, x, args, kwargs)
     if routing is None or x.ndim != 2:
         return "called with other arguments than tokens, their experts and weights"
@@ -249,20 +250,15 @@ def _project(experts: Any, name: str, updates: dict[str, Update], rows: Tensor, 
 
 
 def _unpack(wrapper: Any, name: str) -> Update:
-    a, b = (wrapper._modules[part]._modules[name].weight for part in ("lora_A", "lora_B"))
+    a, b, scaling, *_ = adapter(wrapper, name)
     count = wrapper.num_experts
     a = a.reshape(count, -1, a.shape[1])  # [E·r, K] -> [E, r, K]
     b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)  # [N, r·E] -> [E, N, r]
-    scaling = wrapper.scaling[name]
-    if isinstance(scaling, Tensor):  # peft prepares for hot-swapping under torch.compile so: no number in the graph
-        return Update(a, b * scaling, 1.0)
     return Update(a, b, scaling)
 
 
 def _active(wrapper: Any) -> list[str]:
-    if wrapper.disable_adapters or wrapper.merged:
-        return []
-    return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    return [] if wrapper.disable_adapters or wrapper.merged else active_names(wrapper)
 
 
 def _wrapper_reason(wrapper: Any) -> str:
@@ -271,7 +267,7 @@ def _wrapper_reason(wrapper: Any) -> str:
     reason = standing_reason(wrapper)
     for name in _active(wrapper):
         parts = [wrapper._modules[part]._modules[name] for part in ("lora_A", "lora_B")]
-        if any(type(part) is not nn.Linear or not _is_plain(part) or part.bias is not None for part in parts):
+        if any(type(part) is not nn.Linear or not is_plain(part) or part.bias is not None for part in parts):
             return reason or "A or B is no plain nn.Linear without hooks and bias"
         if any(type(part.weight) not in _PLAIN for part in parts):
             return reason or f"A is a {type(parts[0].weight).__name__}"
@@ -279,7 +275,7 @@ def _wrapper_reason(wrapper: Any) -> str:
 
 
 def _experts_reason(experts: Any) -> str:
-    if not _is_plain(experts):
+    if not _is_plain_but_for_bitsandbytes(experts):
         return "the experts have hooks or a forward of their own"
     for name in _projections(experts):
         if parametrize.is_parametrized(experts, name):
@@ -320,7 +316,7 @@ def _dtype_reason(x: Tensor, experts: Any, wrappers: list[Any]) -> str:
     return "" if adapters <= {torch.float32, computed} else f"dtypes: adapters {', '.join(map(str, adapters))}"
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain_but_for_bitsandbytes(module: nn.Module) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     # bitsandbytes' own keep its expanded stacks for the length of a call: there are none here.
     others = [hook for hook in hooks if getattr(hook, "__module__", "") != "bitsandbytes.nn.parametrize"]

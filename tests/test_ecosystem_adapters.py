@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fastlora
-from tests.models import bnb_llama, llama, randomize, tokens
+from tests.models import bnb_llama, llama, tokens
+from tests.peft_models import wrapped
 
 peft = pytest.importorskip("peft")
 hotswap = pytest.importorskip("peft.utils.hotswap")
@@ -15,12 +16,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def plain(base=llama, **options):
-    """A PeftModel with an update that can be seen."""
-    model = base()
-    if base is bnb_llama:
-        model.is_loaded_in_4bit = True
-    torch.manual_seed(3)
-    return randomize(peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})))
+    return wrapped(base, **{"target_modules": TARGETS, **options})
 
 
 def pair(base=llama, **options):

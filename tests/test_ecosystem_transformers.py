@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 import fastlora
 from tests.models import bnb_llama, llama, qwen2, randomize, tokens
+from tests.peft_models import counts, wrapped
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -15,17 +16,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def in_peft(base=llama, **options):
-    """A PeftModel with an update that can be seen."""
-    model = base()
-    if base is bnb_llama:
-        model.is_loaded_in_4bit = True
-    torch.manual_seed(3)
-    return randomize(peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "target_modules": TARGETS, **options})))
-
-
-def calls(model):
-    found = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
-    return sum(c.fused for c in found), sum(c.stepped_back for c in found)
+    return wrapped(base, **{"target_modules": TARGETS, **options})
 
 
 def gradients(model):
@@ -54,7 +45,7 @@ def test_gradients_are_the_same_with_checkpointing(kind, dropout, use_reentrant)
     loss, expected = gradients(model)
     assert len(expected) in (2 * 6, 2 * 14)
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
-    before = calls(model)[0]
+    before = counts(model)[0]
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
@@ -63,7 +54,7 @@ def test_gradients_are_the_same_with_checkpointing(kind, dropout, use_reentrant)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert torch.equal(gradient, expected[name]), name
-    fused, back = calls(model)
+    fused, back = counts(model)
     assert back == 0
     assert fused == 3 * before, "each layer runs forward, forward again, and recomputes"
 
@@ -90,7 +81,7 @@ def test_generation_gives_pefts_tokens(base, cache):
     assert expected.sequences.shape == (2, 17)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
-    assert calls(fused) == (6 * 12, 0)
+    assert counts(fused) == (6 * 12, 0)
     with plain.disable_adapter():
         assert not torch.equal(plain.generate(**given, **options), expected.sequences), "the update is seen"
 
@@ -102,7 +93,7 @@ def test_generation_over_bitsandbytes():
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
     given = {"input_ids": tokens()[:, :5], "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     assert torch.equal(fused.generate(**given, **options), plain.generate(**given, **options))
-    assert calls(fused) == (14 * 8, 0)
+    assert counts(fused) == (14 * 8, 0)
 
 
 def test_generation_compiled_by_transformers():
@@ -111,7 +102,7 @@ def test_generation_compiled_by_transformers():
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
     given = {"input_ids": tokens()[:, :5], "attention_mask": torch.ones(2, 5, dtype=torch.long)}
     expected = fused.generate(**given, **options)
-    before = calls(fused)[0]
+    before = counts(fused)[0]
     torch._dynamo.reset()
     counters.clear()
     how = transformers.CompileConfig(backend="aot_eager", fullgraph=True)
@@ -119,7 +110,7 @@ def test_generation_compiled_by_transformers():
     assert torch.equal(fused.generate(**given, **options, compile_config=how), expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert calls(fused)[0] - before < before, "what is compiled is not counted"
+    assert counts(fused)[0] - before < before, "what is compiled is not counted"
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -135,4 +126,4 @@ def test_training_after_inference_mode(base, use_dora):
     expected_loss, expected = gradients(fresh.train())
     assert torch.equal(loss, expected_loss)
     assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
-    assert calls(fused) == (28, 0)
+    assert counts(fused) == (28, 0)
