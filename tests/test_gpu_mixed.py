@@ -18,9 +18,9 @@ def run(device, dtype, adapter_dtype, tokens, base, p):
     drawn = {
         "x": torch.randn(len(NAMES), tokens, K, generator=generator),
         "a1": torch.randn(16, K, generator=generator) / K**0.5,
-        "b1": torch.randn(N, 16, generator=generator) / 4,
+        "b1": torch.randn(N, 16, generator=generator) / 16,
         "a2": torch.randn(40, K, generator=generator) / K**0.5,
-        "b2": torch.randn(N, 40, generator=generator) / 40**0.5,
+        "b2": torch.randn(N, 40, generator=generator) / 20,
     }
     weight = nf4.quantize(torch.randn(N, K, generator=generator) / K**0.5)
     values = weight.dequantize(torch.float32).to(dtype)
@@ -28,7 +28,9 @@ def run(device, dtype, adapter_dtype, tokens, base, p):
     drawn = {name: value.to(dtype if name == "x" else adapter_dtype).to(device) for name, value in drawn.items()}
 
     def compute(wide, ours):
-        given = {name: value.to(wide or value.dtype).requires_grad_() for name, value in drawn.items()}
+        given = {
+            name: value.detach().to(wide or value.dtype, copy=True).requires_grad_() for name, value in drawn.items()
+        }
         adapters = {
             name: Adapter(given[f"a{serial}"], given[f"b{serial}"], scaling, None, p, True)
             for name, serial, scaling in (("one", 1, 2.0), ("two", 2, 0.75))
