@@ -100,8 +100,7 @@ def mixed_linear(
         if side_by_side and x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0):
             update = _side_by_side(x, bias, present, names)
         elif x.numel() and not functional.seen_by_others(x, None) and functional.backend(x.device).name == "triton":
-            y = _by_kernels(rows, weight, bias, present, names, wide)
-            return y if isinstance(weight, Tensor) else y.to(x.dtype)
+            return _by_kernels(x, dtype, weight, bias, present, names, wide)
         else:
             update = _in_segments(x, bias, present, names, dtype if isinstance(weight, Tensor) else x.dtype)
         return _added(rows, weight, update, wide, x.dtype)
@@ -158,32 +157,34 @@ def _added(rows: Tensor, weight: Tensor | NF4Weight, update: Tensor, wide: bool,
 
 
 def _by_kernels(
-    rows: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
     weight: Tensor | NF4Weight,
     bias: Tensor | None,
     adapters: Mapping[str, Adapter],
     names: Sequence[str],
     wide: bool,
 ) -> Tensor:
-    """The whole of it by the Triton kernels of `fastlora.mixed_path`; rows: [B, ..., K]."""
+    """The whole of it by the Triton kernels of `fastlora.mixed_path`; x: [B, ..., K], cast to `dtype`."""
     from fastlora import mixed_path
 
-    parts, places = list(adapters.values()), _places(adapters, names)
+    parts, places, k = list(adapters.values()), _places(adapters, names), x.shape[-1]
     facts = tuple((part.scaling, part.dropout_p if _drops(part) else 0.0) for part in parts)
-    k = rows.shape[-1]
-    stretches = mixed_path.rows_of(
-        places, rows.numel() // k // len(names), facts, rows.device, torch.is_inference_mode_enabled()
-    )
+    inference = torch.is_inference_mode_enabled()
+    stretches = mixed_path.rows_of(places, x.numel() // k // len(names), facts, x.device, inference)
     biases = None
     if wide or bias is not None:
-        nothing = rows.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias
+        nothing = x.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias
         totals = (total_bias(bias, part) for part in parts)
         biases = torch.stack([*(nothing if total is None else total for total in totals), nothing])
-    dtype = torch.float32 if torch.float32 in map(_dtype, parts) else rows.dtype
-    lora_a = mixed_path.stacked([part.lora_a.to(dtype) for part in parts], 0)
-    lora_b = mixed_path.stacked([part.lora_b.to(dtype) for part in parts], 1)
-    y = mixed_path.linear(rows.reshape(-1, k), _base(weight, rows.dtype), lora_a, lora_b, biases, wide, stretches)
-    return y.view(*rows.shape[:-1], weight.shape[0])
+    adapted = torch.float32 if torch.float32 in map(_dtype, parts) else dtype
+    lora_a = mixed_path.stacked([part.lora_a.to(adapted) for part in parts], 0)
+    lora_b = mixed_path.stacked([part.lora_b.to(adapted) for part in parts], 1)
+    result = dtype if isinstance(weight, Tensor) else torch.promote_types(x.dtype, dtype)
+    y = mixed_path.linear(
+        x.reshape(-1, k), _base(weight, dtype), lora_a, lora_b, biases, wide, stretches, dtype, result
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _base(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Base:

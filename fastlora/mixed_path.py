@@ -6,8 +6,9 @@ Neither samples nor updates are moved: neighbours with the same adapter are one 
 stretches what they do for a plain linear (`kernels.lora`, `kernels.segments`), each adapter with its own rate of
 dropout. The adapters of a call are stacked, padded to the largest rank: a copy of a few hundred kilobytes, so that the
 number of launches does not grow with the number of adapters. The update is written first, and cuBLAS adds the base
-product with beta = 1; where an adapter has a bias, which may be larger than all else, the base product comes first and
-the sum is formed in fp32. Saved for backward: x (where dA is wanted), h in fp32, the stacked adapters.
+product with beta = 1. Where an adapter has a bias, which may be larger than all else, or where few rows meet an NF4
+weight, which is then read packed (`fastlora.triton_path`), the base product comes first and the sum is formed in fp32.
+Saved for backward: x (where dA is wanted), h in fp32, the stacked adapters.
 
 Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea of one launch for all adapters.
 """
@@ -21,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora import triton_path
 from fastlora.kernels import lora as kernel
 from fastlora.kernels.lora import Dropout
 from fastlora.kernels.segments import KEEP, Segments
-from fastlora.operands import Base, refuse_second_derivative
+from fastlora.operands import Base, Needs, refuse_second_derivative
 
 
 class Rows(NamedTuple):
@@ -80,18 +82,20 @@ def stacked(adapters: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def linear(
-    x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, wide: bool, rows: Rows
-) -> Tensor:
+    x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, wide: bool, rows: Rows,
+    dtype: torch.dtype, result: torch.dtype,
+) -> Tensor:  # fmt: skip
     """y [M, N], each row with its own adapter; differentiable in x, the adapters, the biases and a dense weight.
 
     Args:
-        x: [M, K], bf16, fp16 or fp32. base: a weight [N, K], dense in x's dtype or NF4.
-        lora_a: [adapters, R, K]. lora_b: [adapters, N, R]. Both fp32 or both x's dtype.
+        x: [M, K], bf16, fp16 or fp32. base: a weight [N, K], dense in `dtype` or NF4.
+        lora_a: [adapters, R, K]. lora_b: [adapters, N, R]. Both fp32 or both `dtype`.
         bias: [adapters + 1, N], the last for rows without an adapter.
         wide: whether a bias may be larger than all else, and must not be rounded before the sum.
+        dtype: of the products; x is cast to it. result: dtype of y; a sum formed in fp32 is rounded to it alone.
     """
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device) if rows.drops else None
-    y: Tensor = _Linear.apply(x, base.weight, lora_a, lora_b, bias, base, seed, wide, rows)
+    y: Tensor = _Linear.apply(x, base.weight, lora_a, lora_b, bias, base, seed, wide, rows, dtype, result)
     return y
 
 
@@ -99,27 +103,29 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, base: Base,
-        seed: Tensor | None, wide: bool, rows: Rows,
+        seed: Tensor | None, wide: bool, rows: Rows, dtype: torch.dtype, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
+        ctx.given, x = x.dtype, x.to(dtype)
         segments, dropout = rows.segments, _dropout(seed)
         h = kernel.shrink(x, lora_a, dropout, segments=segments)
-        base_first = bias is not None and wide
-        dtype = torch.float32 if base_first else x.dtype
-        update = kernel.expand(h, lora_b, 1.0, dtype, Dropout(), bias, segments)
-        dense = base.dense(x.dtype).t()
-        y = torch.add(x @ dense, update).to(x.dtype) if base_first else update.addmm_(x, dense)
+        base_first = (bias is not None and wide) or triton_path.reads_packed("linear", x, base)
+        update = kernel.expand(h, lora_b, 1.0, torch.float32 if base_first else dtype, Dropout(), bias, segments)
+        if base_first:
+            y = torch.add(triton_path.forward(x, base, None, None, False)[0], update)
+        else:
+            y = update.addmm_(x, base.dense(dtype).t())
         _, need_weight, need_a, need_b, *_ = ctx.needs_input_grad
         kept = x if need_weight or need_a else None, h if need_b else None
         ctx.save_for_backward(*kept, weight, lora_a, lora_b, seed)
-        ctx.base, ctx.rows, ctx.bias_dtype = base, rows, None if bias is None else bias.dtype
-        return y
+        ctx.base, ctx.rows, ctx.dtype, ctx.bias_dtype = base, rows, dtype, None if bias is None else bias.dtype
+        return y.to(result)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative()
         x, h, weight, lora_a, lora_b, seed = ctx.saved_tensors
         need_x, need_weight, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
-        segments, dropout = ctx.rows.segments, _dropout(seed)
+        segments, dropout, dy = ctx.rows.segments, _dropout(seed), dy.to(ctx.dtype)
         dx = dw = da = db = dbias = g = None
         if need_x or need_a or need_b:
             g, db = kernel.dy_pass(dy, lora_b, dy if h is None else h, 1.0, need_x or need_a, need_b, segments=segments)
@@ -128,13 +134,24 @@ class _Linear(torch.autograd.Function):
             da = kernel.x_pass(x, g, dropout, lora_a.dtype, segments=segments).to(lora_a.dtype)
         if need_x:
             assert g is not None
-            dx = kernel.expand(g, lora_a.mT, 1.0, dy.dtype, dropout, segments=segments, column=KEEP)
-            dx.addmm_(dy, ctx.base._replace(weight=weight).dense(dy.dtype))
+            dx = _dx(dy, g, lora_a, ctx.base._replace(weight=weight), segments, dropout).to(ctx.given)
         if need_weight:
             dw = dy.t() @ x
         if need_bias:
             dbias = _bias_gradient(dy, ctx.rows).to(ctx.bias_dtype)
-        return dx, dw, da, None if db is None else db.to(lora_b.dtype), dbias, None, None, None, None
+        return dx, dw, da, None if db is None else db.to(lora_b.dtype), dbias, *(None,) * 6
+
+
+def _dx(dy: Tensor, g: Tensor, lora_a: Tensor, base: Base, segments: Segments, dropout: Dropout) -> Tensor:
+    """dx [M, K], in dy's dtype, or in fp32 where it was formed so."""
+    base_first = triton_path.reads_packed("linear_t", dy, base)
+    dtype = torch.float32 if base_first else dy.dtype
+    dx = kernel.expand(g, lora_a.mT, 1.0, dtype, dropout, segments=segments, column=KEEP)
+    if not base_first:
+        return dx.addmm_(dy, base.dense(dy.dtype))
+    of_base = triton_path.backward(dy, None, None, base, None, Needs(True, False, False)).x
+    assert of_base is not None
+    return torch.add(of_base, dx)
 
 
 def _dropout(seed: Tensor | None) -> Dropout:

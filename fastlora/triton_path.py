@@ -126,6 +126,17 @@ def _choose(op: str, rows: Tensor, base: Base, lora: Lora | None, run: Callable[
     return chosen
 
 
+def reads_packed(op: str, rows: Tensor, base: Base) -> bool:
+    """Whether a plain product of these rows with the base ("linear", or "linear_t" for dx) expands no whole weight."""
+
+    def run(other: Choice) -> object:
+        if op == "linear":
+            return forward_by(other, rows, base, None, None, False)
+        return backward_by(other, rows, None, None, base, None, Needs(True, False, False))
+
+    return _choose(op, rows, base, None, run).kernel != "dequantize"
+
+
 _WORDS = {
     "decode-cuda": "decode (CUDA C++)",
     "decode": "decode (Triton)",

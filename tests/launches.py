@@ -87,7 +87,7 @@ def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
     base = Base(torch.randn(n, k).bfloat16(), None, None, None, None, n, k, 0)
     a, b = torch.randn(2, 16, k).to(adapter).requires_grad_(), torch.randn(2, n, 16).to(adapter).requires_grad_()
     x = torch.randn(160, k).bfloat16().requires_grad_()
-    mixed_path.linear(x, base, a, b, torch.randn(3, n), True, rows).sum().backward()
+    mixed_path.linear(x, base, a, b, torch.randn(3, n), True, rows, torch.bfloat16, torch.bfloat16).sum().backward()
 
 
 def decomposed(adapter: torch.dtype, base: str, k: int = 512, n: int = 768, m: int = 300) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import mixed_batch
+from fastlora import mixed_batch, nf4
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, randomize
 from tests.peft_models import counts, wrapped
@@ -127,3 +127,35 @@ def test_a_name_for_each_sample():
     x, weight = torch.randn(3, 2, 8), torch.randn(4, 8)
     with pytest.raises(ValueError, match="one adapter name for each sample: got 2 names for a batch of 3"):
         mixed_batch.mixed_linear(x, weight, None, {}, ["a", "b"])
+
+
+@pytest.mark.parametrize("rows", [3, 40, 700])
+def test_kernels_read_an_nf4_weight_packed_where_rows_are_few(rows, monkeypatch):
+    """Decoding, the fused product, and the expanded weight: each against the products of the samples alone."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+    from fastlora import triton_path
+
+    expanded = []
+    real = triton_path.Base.dense if hasattr(triton_path, "Base") else None
+    assert real is not None
+    monkeypatch.setattr(triton_path.Base, "dense", lambda self, dtype: expanded.append(1) or real(self, dtype))
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    weight = nf4.quantize(draw(128, 128) / 12)
+    values = weight.dequantize(torch.float32)
+    adapters = {name: mixed_batch.Adapter(draw(4, 128) / 12, draw(128, 4) / 8, 0.5) for name in ("one", "two")}
+    names = ["two", "none", "one"]
+    x, dy = draw(3, rows, 128).requires_grad_(), draw(3, rows, 128)
+    y = mixed_batch.mixed_linear(x, weight, None, adapters, names)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for place, name in enumerate(names):
+        merged = values
+        if name in adapters:
+            merged = values + 0.5 * adapters[name].lora_b @ adapters[name].lora_a
+        torch.testing.assert_close(y[place], x[place] @ merged.t(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dx[place], dy[place] @ merged, rtol=1e-4, atol=1e-4)
+    assert len(expanded) == {3: 1, 40: 2, 700: 2}[rows]
