@@ -116,7 +116,7 @@ def load_adapter(
     others = {_PREFIX + name for name in extra} | {f"{_PREFIX}{name}.{trained_tokens.KEY}" for name in rows}
     pairs = _pairs({key: tensor for key, tensor in tensors.items() if key not in others})
     settings = dataclasses.replace(settings, modules_to_save=_owners(extra))
-    _check_start(settings.init_lora_weights, layers, adapter_name, replace_options)
+    _check_start(settings, layers, adapter_name, replace_options)
     if not layers:
         _replace_and_load(bare, settings, pairs, adapter_name, replace_options)
         trained_modules.load(bare, extra)
@@ -264,9 +264,10 @@ def _owners(extra: dict[str, Tensor]) -> list[str] | None:
 
 
 def _check_start(
-    init: bool | str, layers: dict[str, LoRALinear], adapter_name: str, replace_options: dict[str, Any]
+    settings: LoRASettings, layers: dict[str, LoRALinear], adapter_name: str, replace_options: dict[str, Any]
 ) -> None:
     """Raise ValueError where the file's A and B mean something on another base than the model's."""
+    init = settings.init_lora_weights
     taken_out = [name for name, layer in layers.items() if adapter_name in layer.taken_out]
     if taken_out:
         raise ValueError(
@@ -274,7 +275,7 @@ def _check_start(
             "into a model without adapters"
         )
     told = f"the file's init_lora_weights={init!r} means a base that it does not hold"
-    if starts.changes_base(init) and layers:
+    if starts.changes_base(init, settings.loftq_iter) and layers:
         raise ValueError(f"{told}: load it into a model without adapters, whose base is then changed likewise")
     if isinstance(init, str) and "_niter_" in init:
         raise ValueError(f"{told}, and that was drawn at random: merge the adapter into its base where it was trained")

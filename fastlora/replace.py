@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import functional, nf4_layers, starts, survey, trained_modules, trained_tokens
-from fastlora.conv1d import dense_weight
+from fastlora import functional, new_layers, nf4_layers, survey, trained_modules, trained_tokens
 from fastlora.layer_report import Report
-from fastlora.linear import LoRALinear, NF4Linear, base_weight, check_adapter_dtype, is_linear4bit, kernels_of
+from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linear4bit, kernels_of
 from fastlora.nf4 import BLOCKSIZES
 from fastlora.survey import Site, find_sites, output_head
 from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
@@ -44,6 +43,9 @@ def replace_linear(
     init_lora_weights: bool | str = True,
     modules_to_save: Any = None,
     trainable_token_indices: Any = None,
+    eva_config: Any = None,
+    loftq_config: Any = None,
+    eva_dataloader: Any = None,
     quantize: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
@@ -57,8 +59,7 @@ def replace_linear(
 
     Args:
         model: any module; changed in place.
-        config: a peft `LoraConfig` instead of the options of LoRA; `quantize`, `blocksize`, `double_quant`,
-            `adapter_name` and `adapter_dtype` go with either.
+        config: a peft `LoraConfig` instead of the options of LoRA; those from `eva_dataloader` on go with either.
         r, lora_alpha, lora_dropout, use_rslora: as in peft.
         target_modules: "all-linear" (all but the output head), a list of names or ends of names, or a regular
             expression for the whole name.
@@ -66,10 +67,15 @@ def replace_linear(
         rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
         init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
-            "pissa_niter_<N>", "olora", or, with `quantize`, "loftq".
+            "pissa_niter_<N>", "olora", "eva" or, with `quantize`, "loftq".
         modules_to_save: ends of the names of modules that are trained in full and saved with the adapter.
         trainable_token_indices: tokens of the input embedding whose rows are trained and saved with the adapter, or
             {name of an embedding or output head: tokens}; a tied head shares them.
+        eva_config: for "eva", peft's `EvaConfig` or a mapping: rho, tau, use_label_mask, label_mask_value, whiten,
+            adjust_scaling_factors.
+        loftq_config: for "loftq", peft's `LoftQConfig` or a mapping: loftq_iter.
+        eva_dataloader: for "eva", batches of your data, a DataLoader or a list: the model runs on them as it is given,
+            before `quantize`. It decides the rank of every layer (`fastlora.eva`).
         quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
             excluded layers and of those that share their weight. Layer by layer: the peak is the model and one layer.
         blocksize, double_quant: of the quantization.
@@ -96,9 +102,12 @@ def replace_linear(
         "init_lora_weights": init_lora_weights,
         "modules_to_save": modules_to_save,
         "trainable_token_indices": trainable_token_indices,
+        "eva_config": eva_config,
+        "loftq_config": loftq_config,
     }
     if carries_peft(model):
-        return _speed_up_peft(model, config, {**keywords, "quantize": quantize, "adapter_dtype": adapter_dtype})
+        others = {"quantize": quantize, "adapter_dtype": adapter_dtype, "eva_dataloader": eva_dataloader}
+        return _speed_up_peft(model, config, {**keywords, **others})
     if config is not None:
         _refuse_both(keywords)
         settings = settings_from_config(config)
@@ -120,6 +129,7 @@ def replace_linear(
         double_quant=double_quant,
         adapter_name=adapter_name,
         adapter_dtype=adapter_dtype,
+        eva_dataloader=eva_dataloader,
     )
 
 
@@ -220,6 +230,7 @@ def carry_out(
     double_quant: bool = True,
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
+    eva_dataloader: Any = None,
 ) -> nn.Module:
     """Replace the marked sites: check the last arguments, make the adapters, hang them in, quantize layer by layer.
 
@@ -242,8 +253,11 @@ def carry_out(
     for site in adapted.values():
         if not site.quantize and not is_linear4bit(site.module):
             check_adapter_dtype(adapter_dtype, site.module.weight)
-    _check_starts(settings.init_lora_weights, adapted)
-    layers = _make_layers(adapted, settings, adapter_name, adapter_dtype, blocksize, double_quant)
+    new_layers.check(settings.init_lora_weights, adapted)
+    started = new_layers.from_data(model, adapted, settings, eva_dataloader)
+    layers, taken_out = new_layers.make(adapted, settings, adapter_name, adapter_dtype, blocksize, double_quant)
+    for name, a in started.items():
+        layers[name].adapter()[0].data.copy_(a)
     report = survey.report(model, sites)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -255,42 +269,13 @@ def carry_out(
     for module in trained.values():
         module.requires_grad_(not settings.inference_mode)
     trained_tokens.wrap(model, tokens, trains=not settings.inference_mode)
-    nf4_layers.quantize(sites, layers, blocksize, double_quant)
+    nf4_layers.quantize(sites, layers, blocksize, double_quant, taken_out)
     let_inputs_require_grad(model)
     admit_training(model)
     model.fastlora_report = report  # type: ignore[assignment]
     settings = dataclasses.replace(settings, modules_to_save=list(trained) or None)
     model.fastlora_settings = settings  # type: ignore[assignment]
     return model
-
-
-def _check_starts(init: bool | str, adapted: dict[str, Site]) -> None:
-    """Raise ValueError where a layer cannot start by this name."""
-    for name, site in adapted.items():
-        starts.check_layer(init, name, base_weight(site.module), site.r, site.shared_with, site.quantize)
-
-
-def _make_layers(
-    adapted: dict[str, Site],
-    settings: LoRASettings,
-    adapter_name: str,
-    adapter_dtype: torch.dtype | None,
-    blocksize: int,
-    double_quant: bool,
-) -> dict[str, LoRALinear]:
-    """The adapters, over the layers as they are now, with A and B as they start."""
-    dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
-    first = True if init == "loftq" else init
-    layers = {}
-    for name, site in adapted.items():
-        layer = LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, first)
-        if init == "loftq":
-            lora_a, lora_b, scaling = layer.adapter()
-            pair = starts.loftq(dense_weight(site.module).detach(), site.r, scaling, blocksize, double_quant)
-            for parameter, value in zip((lora_a, lora_b), pair, strict=True):
-                parameter.data.copy_(value)
-        layers[name] = layer
-    return layers
 
 
 def carries_peft(model: nn.Module) -> bool:
@@ -302,7 +287,7 @@ def carries_peft(model: nn.Module) -> bool:
 
 def _speed_up_peft(model: nn.Module, config: Any, options: dict[str, Any]) -> nn.Module:
     """Change the class of peft's layers, after making sure that no option was given."""
-    defaults = {**vars(LoRASettings()), "quantize": None, "adapter_dtype": None}
+    defaults = {**vars(LoRASettings()), "quantize": None, "adapter_dtype": None, "eva_dataloader": None}
     given = [name for name, value in options.items() if value != defaults[name]]
     if config is not None or given:
         raise ValueError(

@@ -36,6 +36,7 @@ class Site:
     lora_alpha: float = 0.0
     quantize: bool = False
     trained: bool = False
+    without: str = ""
 
     @property
     def kind(self) -> str:
@@ -166,9 +167,9 @@ def _why(site: Site, head: str | None) -> str:
     if site.obstacle:
         return site.obstacle
     if not site.adapt and not site.quantize:
-        what = "output head, left alone" if within(site.name, head) else "not a target"
+        what = site.without or ("output head, left alone" if within(site.name, head) else "not a target")
         return f"{what}; not quantized: {site.no_quantize}" if site.no_quantize and what == "not a target" else what
-    adapter = f"adapter r={site.r}" if site.adapt else "no adapter: not a target"
+    adapter = f"adapter r={site.r}" if site.adapt else f"no adapter: {site.without or 'not a target'}"
     if site.quantize:
         return f"{adapter}, weight quantized to NF4"
     if is_linear4bit(site.module):

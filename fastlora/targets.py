@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlora import starts
+from fastlora import eva, starts
 
 ALL_LINEAR = "all-linear"
 
@@ -31,6 +31,8 @@ _TAKEN = (
     "init_lora_weights",
     "modules_to_save",
     "trainable_token_indices",
+    "eva_config",
+    "loftq_config",
     "task_type",
     "base_model_name_or_path",
     "revision",
@@ -65,6 +67,8 @@ class LoRASettings:
     init_lora_weights: bool | str = True
     modules_to_save: Collection[str] | None = None
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    eva_config: Any = None
+    loftq_config: Any = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -82,6 +86,11 @@ class LoRASettings:
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
         starts.check(self.init_lora_weights)
+        for init, option in (("eva", "eva_config"), ("loftq", "loftq_config")):
+            if getattr(self, option) is not None and self.init_lora_weights != init:
+                raise ValueError(f"{option} is for init_lora_weights={init!r}, and that is {self.init_lora_weights!r}")
+        eva.config_of(self.eva_config)
+        starts.loftq_iterations(self.loftq_config)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -96,6 +105,11 @@ class LoRASettings:
         r = next((r for key, r in self.rank_pattern.items() if _fits_pattern(key, name)), self.r)
         alpha = next((a for key, a in self.alpha_pattern.items() if _fits_pattern(key, name)), self.lora_alpha)
         return r, alpha
+
+    @property
+    def loftq_iter(self) -> int:
+        """How many iterations of LoftQ."""
+        return starts.loftq_iterations(self.loftq_config)
 
     def check_patterns(self, names: Collection[str]) -> None:
         """Raise ValueError where an entry of rank_pattern or alpha_pattern fits none of the adapted layers."""
@@ -119,15 +133,14 @@ def settings_from_config(config: Any) -> LoRASettings:
     for name, value in options.items():
         if name in _TAKEN or name in _INERT:
             continue
-        if name == "loftq_config" and options.get("init_lora_weights") == "loftq":
-            _check_loftq(value)
-            continue
         if not (value in _OFF if isinstance(value, (bool, int, str, type(None))) else _is_empty(value)):
             raise ValueError(
                 f"{name}={value!r} is not supported by replace_linear: leave it off, or wrap the model with peft "
                 "(get_peft_model) and call replace_linear on the result, which speeds up the layers it can"
             )
     taken = {name: options[name] for name in _TAKEN if options.get(name) is not None}
+    if not taken.get("loftq_config"):  # an empty mapping where peft has none
+        taken.pop("loftq_config", None)
     for name in ("rank_pattern", "alpha_pattern"):
         taken[name] = dict(taken.get(name) or {})
     taken.setdefault("target_modules", None)
@@ -241,15 +254,6 @@ def _check_names(option: str, value: str | Collection[str] | None) -> None:
         odd = [entry for entry in value if not isinstance(entry, str)]
         if odd:
             raise ValueError(f"{option} must hold strings; got {odd[0]!r}")
-
-
-def _check_loftq(config: Any) -> None:
-    options = dict(config) if isinstance(config, Mapping) else dict(vars(config))
-    if options.get("loftq_bits", 4) != 4 or options.get("loftq_iter", 1) != 1:
-        raise ValueError(
-            f"loftq_config={options} is not supported: 4 bits and one iteration are. After more the base is no longer "
-            "what quantizing the checkpoint gives, and the adapter alone would not bring it back"
-        )
 
 
 def _is_empty(value: Any) -> bool:
