@@ -8,14 +8,12 @@ Files are written under another name and moved into place, so that a crash leave
 safetensors only, never pickle, and checks every key and shape before it changes anything.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,16 @@ from torch import Tensor, nn
 from fastlora import replace, starts, trained_modules, trained_tokens
 from fastlora.linear import LoRALinear
 from fastlora.merging import unwrapped
-from fastlora.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, load_with_peft, peft_adapter, read_adapter
-from fastlora.survey import find_sites
+from fastlora.peft_files import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    load_with_peft,
+    moved_into,
+    peft_adapter,
+    read_adapter,
+)
+from fastlora.survey import adapted_experts, find_sites
 from fastlora.targets import LoRASettings, settings_from_config
 
 _PREFIX = PREFIX
@@ -58,13 +64,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     if replace.carries_peft(model):
         config, tensors = peft_adapter(model, adapter_name)
     else:
-        layers = adapted_layers(model)
-        odd = [name for name, layer in layers.items() if adapter_name not in layer.lora_A]
-        if not layers or odd:
-            names = sorted({name for layer in layers.values() for name in layer.lora_A})
-            raise ValueError(f"the model has no adapter {adapter_name!r}; it has {names or 'none'}")
+        layers, experts = adapted_layers(model), adapted_experts(model)
+        names = {name for layer in layers.values() for name in layer.lora_A}
+        names |= {layer.active_adapter for layer in experts.values()}
+        if names != {adapter_name}:
+            raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(names) or 'none'}")
         config = adapter_config(model, layers, adapter_name)
-        tensors = {}
+        tensors = {f"{_PREFIX}{key}": value for layer in experts.items() for key, value in layer[1].saved(layer[0])}
         for name, layer in layers.items():
             for part, value in zip(("lora_A", "lora_B"), _saved_pair(layer, adapter_name), strict=True):
                 tensors[f"{_PREFIX}{name}.{part}.weight"] = value
@@ -74,8 +80,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     with (
-        _moved_into(directory / CONFIG_NAME) as config_path,
-        _moved_into(directory / WEIGHTS_NAME) as weights_path,
+        moved_into(directory / CONFIG_NAME) as config_path,
+        moved_into(directory / WEIGHTS_NAME) as weights_path,
     ):
         config_path.write_text(text)
         save_file(tensors, weights_path, metadata={"format": "pt"})
@@ -116,9 +122,12 @@ def load_adapter(
     others = {_PREFIX + name for name in extra} | {f"{_PREFIX}{name}.{trained_tokens.KEY}" for name in rows}
     pairs = _pairs({key: tensor for key, tensor in tensors.items() if key not in others})
     settings = dataclasses.replace(settings, modules_to_save=_owners(extra))
+    experts = adapted_experts(bare)
+    stacks = _of_stacks(bare, settings, pairs, bool(layers or experts))
     _check_start(settings, layers, adapter_name, replace_options)
-    if not layers:
+    if not layers and not experts:
         _replace_and_load(bare, settings, pairs, adapter_name, replace_options)
+        _load_stacks(bare, settings, stacks)
         trained_modules.load(bare, extra)
         _load_rows(bare, rows)
         return model
@@ -133,6 +142,7 @@ def load_adapter(
     for name, layer in layers.items():
         layer.set_scaling(settings.rank_and_alpha(name)[1], settings.use_rslora)
     _copy(pairs, layers, adapter_name)
+    _load_stacks(bare, settings, stacks)
     trained_modules.load(bare, extra)
     _load_rows(bare, rows)
     return model
@@ -156,8 +166,11 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
         widen = 2 if adapter_name in layer.taken_out else 1
         ranks[name] = layer.r[adapter_name] * widen
         alphas[name] = layer.lora_alpha[adapter_name] * (widen**0.5 if layer.use_rslora[adapter_name] else widen)
+    first: Any = next(iter([*layers.values(), *adapted_experts(model).values()]))
+    for name, experts in adapted_experts(model).items():
+        ranks |= {f"{name}.{key}": r for key, r in experts.r.items()}
+        alphas |= {f"{name}.{key}": alpha for key, alpha in experts.lora_alpha.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    first = next(iter(layers.values()))
     settings = getattr(model, "fastlora_settings", None) or LoRASettings()
     task = next((task for end, task in _TASKS if type(model).__name__.endswith(end)), None)
     base = settings.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -169,12 +182,13 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": getattr(first.lora_dropout[adapter_name], "p", 0.0),
-        "use_rslora": first.use_rslora[adapter_name],
+        "lora_dropout": getattr(first.lora_dropout[adapter_name], "p", 0.0) if layers else 0.0,
+        "use_rslora": first.use_rslora[adapter_name] if layers else first.use_rslora,
         "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != r},
         "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
         "target_modules": _target_names(model, layers),
         "exclude_modules": None,
+        "target_parameters": _target_parameters(model),
         "bias": "none",
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
@@ -188,6 +202,26 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
         "use_dora": False,
         "lora_bias": False,
     }
+
+
+def _target_parameters(model: nn.Module) -> list[str] | None:
+    """`target_parameters` that mean these stacks and no others: the user's entries, or whole names."""
+    return [f"{name}.{key}" for name, experts in adapted_experts(model).items() for key in experts.r] or None
+
+
+def _of_stacks(model: nn.Module, settings: LoRASettings, pairs: Pairs, adapted: bool) -> dict[tuple[str, str], Any]:
+    """The pairs of a file that belong to stacks of experts, taken out of the others."""
+    if not settings.target_parameters and not adapted_experts(model):
+        return {}
+    from fastlora import expert_layers  # with it comes peft, where that is installed
+
+    return expert_layers.take(model, settings, pairs, adapted)
+
+
+def _load_stacks(model: nn.Module, settings: LoRASettings, stacks: dict[tuple[str, str], Any]) -> None:
+    for (name, parameter), pair in stacks.items():
+        alpha = settings.rank_and_alpha(f"{name}.{parameter}")[1]
+        adapted_experts(model)[name].load(parameter, pair, alpha, settings.use_rslora)
 
 
 def _trained_names(model: nn.Module, settings: LoRASettings) -> list[str] | None:
@@ -365,21 +399,3 @@ def _target_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] 
         if meant == layers.keys():
             return targets
     return "|".join(re.escape(name) for name in layers)
-
-
-@contextlib.contextmanager
-def _moved_into(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path` that takes its place when all went well, and vanishes otherwise."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(scratch)
-        with open(scratch, "rb") as file:  # noqa: PTH123
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)  # noqa: PTH101
-        os.replace(scratch, path)  # noqa: PTH105
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)  # noqa: PTH108

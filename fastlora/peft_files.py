@@ -1,7 +1,10 @@
 """The two files of a saved adapter, and those that peft's own code writes and reads."""
 
+import contextlib
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,21 @@ def load_with_peft(
         else {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     )
     set_peft_model_state_dict(model, given, adapter_name=adapter_name)
+
+
+@contextlib.contextmanager
+def moved_into(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path` that takes its place when all went well, and vanishes otherwise."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(scratch)
+        with open(scratch, "rb") as file:  # noqa: PTH123
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)  # noqa: PTH101
+        os.replace(scratch, path)  # noqa: PTH105
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)  # noqa: PTH108

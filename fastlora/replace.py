@@ -35,6 +35,7 @@ def replace_linear(
     lora_dropout: float = 0.0,
     target_modules: Any = ALL_LINEAR,
     exclude_modules: Any = None,
+    target_parameters: Any = None,
     use_rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
@@ -64,6 +65,8 @@ def replace_linear(
         target_modules: "all-linear" (all but the output head), a list of names or ends of names, or a regular
             expression for the whole name.
         exclude_modules: a list or a regular expression; these get no adapter and are not quantized.
+        target_parameters: names or ends of names of stacks of experts, such as "mlp.experts.down_proj"; every expert
+            gets an adapter. With `target_modules=[]` they alone do.
         rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
         init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
@@ -77,7 +80,8 @@ def replace_linear(
         eva_dataloader: for "eva", batches of your data, a DataLoader or a list: the model runs on them as it is given,
             before `quantize`. It decides the rank of every layer (`fastlora.eva`).
         quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
-            excluded layers and of those that share their weight. Layer by layer: the peak is the model and one layer.
+            excluded layers and of those that share their weight; and the stacks of adapted experts. Layer by layer: the
+            peak is the model and one layer.
         blocksize, double_quant: of the quantization.
         adapter_name: the key of the adapter in parameter names.
         adapter_dtype: dtype of A and B; fp32 where None, as in peft.
@@ -94,6 +98,7 @@ def replace_linear(
         "lora_dropout": lora_dropout,
         "target_modules": target_modules,
         "exclude_modules": exclude_modules,
+        "target_parameters": target_parameters,
         "use_rslora": use_rslora,
         "rank_pattern": rank_pattern or {},
         "alpha_pattern": alpha_pattern or {},
@@ -150,10 +155,14 @@ def report(model: nn.Module) -> Report:
     said: Report | None = getattr(model, "fastlora_report", None)
     if said is None:
         raise ValueError("nothing to report on: call fastlora.replace_linear(model) on this model first")
-    rows, live = [], {}
+    rows, live, stacks, modules = [], {}, survey.adapted_experts(model), dict(model.named_modules())
     for row in said.rows:
-        module: Any = model.get_submodule(row.name)
-        if row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
+        name = row.name.rpartition(".")[0]
+        module: Any = modules.get(row.name)
+        if row.replaced and name in stacks:
+            (row,) = (new for new in stacks[name].rows(name, bool(stacks[name].packed)) if new.name == row.name)
+            live[row.path] = functional.backend(next(stacks[name].parameters()).device)
+        elif row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
             base: Any = module.base_layer if isinstance(module, LoRALinear) else module
             backend = functional.backend(base.weight.device)
             live[backend.name] = backend
@@ -196,14 +205,15 @@ def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, str
     chosen, excluded = select(settings, names, sites.keys(), head, strict)
     chosen = _without_trained(model, settings, chosen)
     able = {name for name in chosen if not sites[name].obstacle}
-    if not chosen:
+    stacks = [name for name, _ in model.named_parameters() if settings.means_parameter(name)]
+    if not chosen and not settings.target_parameters:
         raise ValueError("the model has no linear layers but its output head")
-    if not able:
+    if chosen and not able:
         reasons = Counter(sites[name].obstacle for name in chosen)
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
         raise ValueError(f"none of the {len(chosen)} targeted linear layers can be replaced: {told}")
     _refuse_unable_targets(settings, sites, chosen, able)
-    settings.check_patterns(able)
+    settings.check_patterns([*able, *stacks])
     for name in able:
         sites[name].adapt = True
         sites[name].r, sites[name].lora_alpha = settings.rank_and_alpha(name)
@@ -254,22 +264,30 @@ def carry_out(
         if not site.quantize and not is_linear4bit(site.module):
             check_adapter_dtype(adapter_dtype, site.module.weight)
     new_layers.check(settings.init_lora_weights, adapted)
+    stacks = new_layers.stacks(model, settings, quantize is not None, blocksize, adapter_dtype)
     started = new_layers.from_data(model, adapted, settings, eva_dataloader)
     layers, taken_out = new_layers.make(adapted, settings, adapter_name, adapter_dtype, blocksize, double_quant)
     for name, a in started.items():
         layers[name].adapter()[0].data.copy_(a)
-    report = survey.report(model, sites)
+    experts = new_layers.experts(model, stacks, settings, adapter_name, adapter_dtype)
+    in_nf4 = quantize is not None
+    report = survey.report(model, sites, [row for name, each in experts.items() for row in each.rows(name, in_nf4)])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, layer in layers.items():
+    for layer in (*layers.values(), *experts.values()):
         layer.requires_grad_(False)
         for part in (layer.lora_A, layer.lora_B):
             part.requires_grad_(not settings.inference_mode)
+    for name, layer in layers.items():
         sites[name].hang(layer)
+    for layer in experts.values():
+        survey.put(model, layer.base_layer, layer)
     for module in trained.values():
         module.requires_grad_(not settings.inference_mode)
     trained_tokens.wrap(model, tokens, trains=not settings.inference_mode)
     nf4_layers.quantize(sites, layers, blocksize, double_quant, taken_out)
+    for each in experts.values() if quantize else ():
+        each.quantize(blocksize, double_quant)
     let_inputs_require_grad(model)
     admit_training(model)
     model.fastlora_report = report  # type: ignore[assignment]
@@ -315,6 +333,8 @@ def _with_default_targets(settings: LoRASettings, model: nn.Module) -> LoRASetti
         raise ValueError("target_modules=None means peft's defaults, and peft is not installed") from error
 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in DEFAULTS and settings.target_parameters:
+        return dataclasses.replace(settings, target_modules=[])
     if model_type not in DEFAULTS:
         raise ValueError(f"target_modules is None, and peft has no default for model_type={model_type!r}: name them")
     return LoRASettings(**{**vars(settings), "target_modules": list(DEFAULTS[model_type])})
@@ -323,6 +343,7 @@ def _with_default_targets(settings: LoRASettings, model: nn.Module) -> LoRASetti
 def check_free(model: nn.Module) -> None:
     """Raise ValueError where the model has fastlora's adapters already."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    adapted += survey.adapted_experts(model)
     if adapted:
         raise ValueError(
             f"the model has fastlora's adapters already, in {len(adapted)} layers such as {adapted[0]!r}: merge(model) "

@@ -23,6 +23,7 @@ _TAKEN = (
     "lora_dropout",
     "target_modules",
     "exclude_modules",
+    "target_parameters",
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
@@ -59,6 +60,7 @@ class LoRASettings:
     lora_dropout: float = 0.0
     target_modules: str | Collection[str] | None = ALL_LINEAR
     exclude_modules: str | Collection[str] | None = None
+    target_parameters: Collection[str] | None = None
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -95,9 +97,10 @@ class LoRASettings:
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save must be a list of names: pass [{self.modules_to_save!r}]")
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a list of names: pass [{getattr(self, name)!r}]")
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             _check_names(name, getattr(self, name))
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
@@ -106,13 +109,17 @@ class LoRASettings:
         alpha = next((a for key, a in self.alpha_pattern.items() if _fits_pattern(key, name)), self.lora_alpha)
         return r, alpha
 
+    def means_parameter(self, name: str) -> bool:
+        """Whether a parameter of this name is one of `target_parameters`."""
+        return any(means(entry, name) for entry in self.target_parameters or ())
+
     @property
     def loftq_iter(self) -> int:
         """How many iterations of LoftQ."""
         return starts.loftq_iterations(self.loftq_config)
 
     def check_patterns(self, names: Collection[str]) -> None:
-        """Raise ValueError where an entry of rank_pattern or alpha_pattern fits none of the adapted layers."""
+        """Raise ValueError where an entry of rank_pattern or alpha_pattern fits none of these layers and stacks."""
         names = list(names)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
@@ -175,6 +182,8 @@ def select(
         raise ValueError(f"exclude_modules={settings.exclude_modules!r} matches no module")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return {name for name in linear if name not in excluded and not within(name, head)}, excluded
+    if not targets and settings.target_parameters:
+        return set(), excluded
     if targets is None:
         raise ValueError("the config names no target_modules: give a list of names or 'all-linear'")
     matched = {name for name in names if _matches(targets, name)}
@@ -198,6 +207,11 @@ def select(
         hint = f"; linear layers in it: {', '.join(inside)}" if inside else ""
         raise ValueError(f"target_modules={_shown(targets)} matches {wrong[0]!r}, which is not a linear layer{hint}")
     return chosen, excluded
+
+
+def means(entry: str, name: str) -> bool:
+    """Whether an entry of a list is this name, or its end from a dot on."""
+    return name == entry or name.endswith(f".{entry}")
 
 
 def within(name: str, head: str | None) -> bool:
@@ -224,7 +238,7 @@ def _matches(wanted: str | Collection[str] | None, name: str) -> bool:
         return False
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in wanted)
+    return any(means(entry, name) for entry in wanted)
 
 
 def _layer_wanted(settings: LoRASettings, name: str) -> bool:
