@@ -11,8 +11,6 @@ safetensors only, never pickle, and checks every key and shape before it changes
 import dataclasses
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora import replace, starts, trained_modules, trained_tokens
+from fastlora import replace, sharded, starts, trained_modules, trained_tokens
+from fastlora.adapter_config import adapted_layers, adapter_config, trained_names
 from fastlora.linear import LoRALinear
 from fastlora.merging import unwrapped
 from fastlora.peft_files import (
@@ -37,7 +36,6 @@ from fastlora.survey import adapted_experts, find_sites
 from fastlora.targets import LoRASettings, settings_from_config
 
 _PREFIX = PREFIX
-_TASKS = (("ForCausalLM", "CAUSAL_LM"), ("ForConditionalGeneration", "SEQ_2_SEQ_LM"))
 # Ways to start that leave the base weight as it is: a trained adapter needs them no more.
 _HARMLESS_INITS = ("eva", "orthogonal")
 
@@ -53,6 +51,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Each of the two files is written whole and then moved into place: a crash leaves the old file. A model that carries
     peft's own layers is saved by peft's code, to a directory beside, and moved likewise.
 
+    Where FSDP2 has spread the model over processes (`fully_shard`), every process calls this; process 0 writes the full
+    tensors, the files that one process would have written, and the others wait for it.
+
     Args:
         model: a model from `replace_linear`, or one that carries peft's adapters.
         directory: created where missing.
@@ -61,6 +62,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ValueError: the model has no such adapter.
     """
     directory, model = Path(directory), unwrapped(model)
+    sharded.settle(model)
     if replace.carries_peft(model):
         config, tensors = peft_adapter(model, adapter_name)
     else:
@@ -76,7 +78,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
                 tensors[f"{_PREFIX}{name}.{part}.weight"] = value
         extra = trained_modules.tensors(model, config["modules_to_save"] or ())
         tensors |= {f"{_PREFIX}{name}": value for name, value in (extra | trained_tokens.tensors(model)).items()}
-    tensors = {key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}
+    tensors = {key: sharded.whole(tensor).to("cpu").contiguous() for key, tensor in tensors.items()}
+    sharded.by_first(lambda: _write(directory, config, tensors), sharded.is_sharded(model))
+
+
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     with (
@@ -96,6 +102,9 @@ def load_adapter(
     adapters gets fastlora layers first, for exactly the modules in the file, as `replace_linear` would make them;
     they can be trained on. A model that carries peft's adapters loads with peft's own code.
 
+    Where FSDP2 has spread a model with fastlora's adapters over processes, every process calls this and takes its part
+    of what process 0 has read. Any other model is loaded into before it is sharded.
+
     Args:
         model: the same base model as the adapter's.
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -109,6 +118,9 @@ def load_adapter(
     """
     bare, directory = unwrapped(model), Path(directory)
     config, tensors = read_adapter(directory)
+    if sharded.is_sharded(bare) and (replace.carries_peft(bare) or not (adapted_layers(bare) or adapted_experts(bare))):
+        kind = "with peft's adapters" if replace.carries_peft(bare) else "without adapters"
+        raise ValueError(f"the model is sharded, and {kind}: call load_adapter before fully_shard")
     if replace.carries_peft(bare):
         if replace_options:
             raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one carries peft's")
@@ -134,11 +146,12 @@ def load_adapter(
     if replace_options:
         raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one has them")
     _check_fit(pairs, {name: _shapes(layer, adapter_name) for name, layer in layers.items()})
-    trained = _trained_names(bare, getattr(bare, "fastlora_settings", None) or LoRASettings()) or []
+    trained = trained_names(bare, getattr(bare, "fastlora_settings", None) or LoRASettings()) or []
     if sorted(_owners(extra) or []) != sorted(trained):
         raise ValueError(
             f"modules_to_save: the file holds {_owners(extra) or 'none'}, the model trains {trained or 'none'}"
         )
+    sharded.settle(bare)
     for name, layer in layers.items():
         layer.set_scaling(settings.rank_and_alpha(name)[1], settings.use_rslora)
     _copy(pairs, layers, adapter_name)
@@ -146,67 +159,6 @@ def load_adapter(
     trained_modules.load(bare, extra)
     _load_rows(bare, rows)
     return model
-
-
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's `LoRALinear` layers by name, without torch.compile's part in the names."""
-    return {
-        name.replace("_orig_mod.", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-    }
-
-
-def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name: str) -> dict[str, Any]:
-    """What peft needs to put the same adapters on the same modules: the contents of `adapter_config.json`."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, layer in layers.items():
-        # what has been taken out of the base doubles the rank, and the scaling stays what it is
-        widen = 2 if adapter_name in layer.taken_out else 1
-        ranks[name] = layer.r[adapter_name] * widen
-        alphas[name] = layer.lora_alpha[adapter_name] * (widen**0.5 if layer.use_rslora[adapter_name] else widen)
-    first: Any = next(iter([*layers.values(), *adapted_experts(model).values()]))
-    for name, experts in adapted_experts(model).items():
-        ranks |= {f"{name}.{key}": r for key, r in experts.r.items()}
-        alphas |= {f"{name}.{key}": alpha for key, alpha in experts.lora_alpha.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    settings = getattr(model, "fastlora_settings", None) or LoRASettings()
-    task = next((task for end, task in _TASKS if type(model).__name__.endswith(end)), None)
-    base = settings.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {
-        "peft_type": "LORA",
-        "task_type": settings.task_type or task,
-        "base_model_name_or_path": base or None,
-        "revision": settings.revision,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": getattr(first.lora_dropout[adapter_name], "p", 0.0) if layers else 0.0,
-        "use_rslora": first.use_rslora[adapter_name] if layers else first.use_rslora,
-        "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != r},
-        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
-        "target_modules": _target_names(model, layers),
-        "exclude_modules": None,
-        "target_parameters": _target_parameters(model),
-        "bias": "none",
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
-        "init_lora_weights": True,
-        "modules_to_save": _trained_names(model, settings),
-        "trainable_token_indices": {
-            name: layer.indices.tolist() for name, layer in trained_tokens.layers(model).items()
-        }
-        or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "use_dora": False,
-        "lora_bias": False,
-    }
-
-
-def _target_parameters(model: nn.Module) -> list[str] | None:
-    """`target_parameters` that mean these stacks and no others: the user's entries, or whole names."""
-    return [f"{name}.{key}" for name, experts in adapted_experts(model).items() for key in experts.r] or None
 
 
 def _of_stacks(model: nn.Module, settings: LoRASettings, pairs: Pairs, adapted: bool) -> dict[tuple[str, str], Any]:
@@ -224,14 +176,12 @@ def _load_stacks(model: nn.Module, settings: LoRASettings, stacks: dict[tuple[st
         adapted_experts(model)[name].load(parameter, pair, alpha, settings.use_rslora)
 
 
-def _trained_names(model: nn.Module, settings: LoRASettings) -> list[str] | None:
-    names = list(trained_modules.find(model, settings.modules_to_save))
-    return trained_modules.tied_names(model, names) or None
-
-
 def _saved_pair(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A and B as they mean the same on the base that everybody has."""
-    pair = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+    pair = (
+        sharded.whole(layer.lora_A[adapter_name].weight.detach()),
+        sharded.whole(layer.lora_B[adapter_name].weight.detach()),
+    )
     taken_out = layer.taken_out.get(adapter_name)
     return pair if taken_out is None else starts.standalone(pair, taken_out, layer.scaling[adapter_name])
 
@@ -290,7 +240,7 @@ def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: dict[s
 def _load_rows(model: nn.Module, rows: dict[str, Tensor]) -> None:
     for name, values in rows.items():
         layer: Any = model.get_submodule(name)
-        layer.trained_rows.copy_(values)
+        sharded.fill(layer.trained_rows, values)
 
 
 def _owners(extra: dict[str, Tensor]) -> list[str] | None:
@@ -366,7 +316,7 @@ def _copy(pairs: Pairs, layers: dict[str, LoRALinear], adapter_name: str) -> Non
     with torch.no_grad():
         for name, layer in layers.items():
             for part, tensor in pairs[name].items():
-                getattr(layer, part)[adapter_name].weight.copy_(tensor)
+                sharded.fill(getattr(layer, part)[adapter_name].weight, tensor)
 
 
 def _replace_and_load(
@@ -386,16 +336,3 @@ def _replace_and_load(
     settings = dataclasses.replace(settings, inference_mode=False)
     replace.carry_out(model, sites, settings, adapter_name=adapter_name, **options)
     _copy(pairs, adapted_layers(model), adapter_name)
-
-
-def _target_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
-    """`target_modules` that by peft's rule means these layers and no others: ends of names, names, or a pattern."""
-    names = [name.replace("_orig_mod.", "") for name, _ in model.named_modules()]
-    # what lies inside a fastlora layer is not there when peft looks at the bare model
-    outside = [name for name in names if not any(name.startswith(f"{layer}.") for layer in layers)]
-    ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    for targets in (ends, sorted(layers)):
-        meant = {name for name in outside if any(name == end or name.endswith(f".{end}") for end in targets)}
-        if meant == layers.keys():
-            return targets
-    return "|".join(re.escape(name) for name in layers)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora import experts, functional, trained_modules
+from fastlora import experts, functional, sharded, trained_modules
 from fastlora.layer_report import Row
 from fastlora.linear import NF4Linear
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
@@ -172,7 +172,7 @@ class LoRAExperts(nn.Module):
         """Take A and B of one parameter, which fit, and their scaling."""
         self.set_scaling(parameter, lora_alpha, use_rslora)
         for part, target in zip(("lora_A", "lora_B"), self.adapter(parameter)[:2], strict=True):
-            target.copy_(pair[part])
+            sharded.fill(target, pair[part])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={r}, scaling={self.scaling[name]:g}" for name, r in self.r.items())

@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastlora.sharded import is_sharded, whole
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -51,8 +53,10 @@ def peft_adapter(model: Any, adapter_name: str) -> tuple[dict[str, Any], dict[st
     if adapter_name not in known:
         raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(known) or 'none'}")
     if isinstance(model, PeftModel):
+        own = {key: value for key, value in model.state_dict().items() if f".{adapter_name}" in key}
+        state = {key: whole(value) for key, value in own.items()} if is_sharded(model) else None
         with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch, selected_adapters=[adapter_name])
+            model.save_pretrained(scratch, selected_adapters=[adapter_name], state_dict=state)
             return read_adapter(Path(scratch) / ("" if adapter_name == "default" else adapter_name))
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in tensors.items()}
