@@ -147,11 +147,14 @@ class LoRAExperts(nn.Module):
         return stacked(self.base_layer, name)
 
     def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module of experts, with the updates folded into its parameters."""
-        for name in experts._projections(self.base_layer):
-            if name in self.r or name in self.packed:
-                setattr(self.base_layer, name, nn.Parameter(self.merged(name, dtype), requires_grad=False))
-        return self.base_layer
+        """The module of experts, with the updates folded into its parameters; with a dtype, all of them have it."""
+        base: Any = self.base_layer
+        for name in experts._projections(base):
+            if name in self.r or name in self.packed or dtype is not None:
+                setattr(base, name, nn.Parameter(self.merged(name, dtype), requires_grad=False))
+            if dtype is not None and base.has_bias:
+                setattr(base, f"{name}_bias", nn.Parameter(getattr(base, f"{name}_bias").detach().to(dtype), False))
+        return base
 
     def rows(self, name: str, packed: bool) -> Iterator[Row]:
         """The rows of the report; name: of this module. packed: whether it is in NF4, or about to be."""

@@ -143,6 +143,9 @@ def test_packed_stacks(name, double_quant, tmp_path):
     assert_as_accurate(found, *results)
     save_adapter(model, tmp_path / "packed")
     assert torch.equal(logits(load_adapter(moe(name), tmp_path / "packed")), logits(plain))
+    other = replace_linear(moe(name), **ALONE, quantize="nf4", double_quant=double_quant)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), found)
     moved = copy.deepcopy(model).to("meta")
     assert {buffer.device.type for buffer in layer_of(moved).buffers()} == {"meta"}
     with pytest.raises(ValueError, match="do not stay in NF4"):
@@ -161,6 +164,9 @@ def test_merged_it_is_the_models_own_class(name):
         n: v.shape for n, v in moe(name).state_dict().items()
     }
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    one = merge(ours(name, target_parameters=["experts.down_proj"]), torch.bfloat16)
+    experts = next(module for key, module in one.named_modules() if key.endswith("mlp.experts"))
+    assert {parameter.dtype for parameter in experts.parameters()} == {torch.bfloat16}
     broken = ours(name)
     layer_of(broken).adapter("down_proj")[1].data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="would not be finite after merging"):
