@@ -180,7 +180,10 @@ class IncrementalSVD:
 def _svd(rows: Tensor, q: int) -> tuple[Tensor, Tensor]:
     """(singular values, right singular vectors as rows); the largest element of each vector is positive."""
     with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
-        torch.manual_seed(SEED)
+        # this device's generator alone: torch.manual_seed would set those of all devices
+        (torch.cuda.default_generators[rows.device.index] if rows.is_cuda else torch.default_generator).manual_seed(
+            SEED
+        )
         _, singular, v = torch.svd_lowrank(rows, q=q, niter=NITER)
     vectors = v.t()
     largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))

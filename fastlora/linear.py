@@ -76,8 +76,7 @@ class NF4Linear(nn.Module):
         if taken_out is not None:
             weight = torch.addmm(weight.float(), taken_out[1], taken_out[0], alpha=-1)
         packed = dataclasses.replace(quantize(weight, blocksize, double_quant), dtype=plain.weight.dtype)
-        new = cls(packed, linear.bias, transposed)
-        return new.train(linear.training)
+        return cls(packed, linear.bias, transposed).train(linear.training)
 
     @property
     def weight(self) -> NF4Weight:
@@ -253,9 +252,7 @@ class LoRALinear(nn.Module):
         if starts.changes_base(init_lora_weights):
             assert isinstance(weight, Tensor)
             start = starts.from_weight(str(init_lora_weights), weight.detach(), r, self.scaling[adapter_name])
-            lora_a.weight.data, lora_b.weight.data = (
-                part.clone(memory_format=torch.contiguous_format) for part in start
-            )
+            lora_a.weight.data, lora_b.weight.data = (part.clone() for part in start)
             self.taken_out[adapter_name] = start[0].cpu(), (start[1] * self.scaling[adapter_name]).cpu()
         device, dtype = weight.device, adapter_dtype or torch.float32
         self.lora_A = nn.ModuleDict({adapter_name: lora_a.to(device, dtype)})

@@ -183,4 +183,4 @@ def _leading(matrix: Tensor, r: int, niter: int | None, scaling: float) -> Pair:
         u, s, v = torch.svd_lowrank(matrix, r, niter=niter)
         vh = v.t()
     root = (s[:r] / scaling).sqrt()
-    return root.unsqueeze(1) * vh[:r], u[:, :r] * root
+    return (root.unsqueeze(1) * vh[:r]).contiguous(), (u[:, :r] * root).contiguous()

@@ -208,7 +208,7 @@ def test_gpt2_and_a_bare_sequence():
 def test_the_incremental_svd_is_that_of_all_rows():
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(600, 24, generator=generator, dtype=torch.float64) * 0.4 ** torch.arange(24) + 3
-    svd = eva.IncrementalSVD("layer", 4, 0.99)
+    svd, state = eva.IncrementalSVD("layer", 4, 0.99), torch.get_rng_state()
     for part in rows.float().split([100, 200, 3, 250, 47]):
         svd.update(part)
     kept = torch.cat([rows[:300], rows[303:]])
@@ -218,6 +218,7 @@ def test_the_incremental_svd_is_that_of_all_rows():
     shares = singular[:4] ** 2 / (kept - kept.mean(0)).square().sum()
     torch.testing.assert_close(svd.explained, shares, rtol=1e-4, atol=0)
     assert (svd.rows, svd.largest) == (597, 250)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Once:

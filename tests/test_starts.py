@@ -71,6 +71,7 @@ def test_the_model_computes_at_first_what_it_did(init, base):
     expected, weights = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
     replace_linear(model, r=4, lora_alpha=6, init_lora_weights=init)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert all(p.is_contiguous() for p in model.parameters() if p.requires_grad), "as FSDP2 wants them"
     changed = [
         name for name, layer in model.named_modules()
         if isinstance(layer, LoRALinear) and not torch.equal(layer.base_layer.weight, weights[f"{name}.weight"])
