@@ -186,12 +186,10 @@ def _variant_reason(layer: Any, name: str) -> str:
     """DoRA is computed; every other variant is peft's."""
     if type(layer.lora_variant[name]) is not DoraLinearVariant:
         return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
-    magnitude, dropout = layer.lora_magnitude_vector._modules[name], layer.lora_dropout._modules[name]
+    magnitude = layer.lora_magnitude_vector._modules[name]
     if type(magnitude.weight) not in _PLAIN or not is_plain(magnitude):
         return "DoRA's magnitude has hooks, a forward of its own, or is no plain tensor"
-    if layer.ephemeral_gpu_offload:
-        return "DoRA with ephemeral_gpu_offload"
-    return "DoRA drops the base's input too" if dropout.training and getattr(dropout, "p", 0.0) > 0 else ""
+    return "DoRA with ephemeral_gpu_offload" if layer.ephemeral_gpu_offload else ""
 
 
 def computed_in(x: Tensor, base: Any) -> torch.dtype:

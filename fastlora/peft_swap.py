@@ -36,6 +36,7 @@ from fastlora.kept_weight import KeptWeight, changed
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, kernels_of, lora_linear_4bit
 from fastlora.mixed_batch import Adapter, mixed_linear, several_linear, total_bias
+from fastlora.nf4 import NF4Weight
 from fastlora.peft_conditions import EXPECTED, active_names, sampled_names, step_back_reason
 
 logger = logging.getLogger(__name__)
@@ -97,15 +98,18 @@ class _Fused(_Marked):
         return several_linear(x.to(compute_dtype(base, x)), weight, base.bias, adapters).to(x.dtype)
 
     def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
-        dense, (lora_a, lora_b, scaling, *_) = is_dense(base), adapter
-        weight = dense_weight(base) if dense else self.fastlora_adopted.of(base)
+        lora_a, lora_b, scaling, _, p, training = adapter
+        given, bias = x.dtype, base._parameters["bias"]
+        if is_dense(base):
+            weight: Tensor | NF4Weight = dense_weight(base)
+        else:
+            weight, x = self.fastlora_adopted.of(base), x.to(compute_dtype(base, x))
         magnitude = self.lora_magnitude_vector._modules[name].weight
         norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
-        if dense and lora_a.dtype != peft_conditions.computed_in(x, base):
-            return dora.over_16_bits(x, weight, lora_a, lora_b, scaling, magnitude, norms, base.bias)
-        y = functional.lora_linear(x if dense else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
-        y = dora.rescale(y, magnitude, norms, base.bias)
-        return y if dense else y.to(x.dtype)
+        operands = x, weight, lora_a, lora_b, scaling, magnitude, norms, bias
+        drops = training and p > 0
+        y = dora.dora_linear_with_dropout(*operands, p) if drops else dora.dora_linear(*operands)
+        return y if is_dense(base) else y.to(given)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()

@@ -111,7 +111,10 @@ OPTIONS = {
     "DoRA, trained": Option(
         {"use_dora": True}, change=_train_base, dense_only=True, wide_adapters_step_back=_WIDE_DORA
     ),
-    "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, steps_back="DoRA drops the base's input too"),
+    "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, base_bias=True),
+    "DoRA, kernels": Option({"use_dora": True}, backend="triton"),
+    "DoRA, kernels, bias": Option({"use_dora": True}, change=_train_bias, base_bias=True, backend="triton"),
+    "DoRA, kernels, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, base_bias=True, backend="triton"),
     "one for all": Option(change=_second_adapter, call={"adapter_names": ["other"] * M}),
     "none for all": Option(call={"adapter_names": ["__base__"] * M}, base_bias=True),
     "mixed batch": Option(change=_second_adapter, call=MIXED),
