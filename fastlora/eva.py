@@ -173,8 +173,8 @@ class IncrementalSVD:
 
     @property
     def explained(self) -> Tensor:
-        """[count]: the share of the variance that each vector explains."""
-        return (self.singular.square() / self._scatter).cpu()
+        """[count]: the share of the variance that each vector explains; 0 where the rows are all the same."""
+        return (self.singular.square() / self._scatter).nan_to_num(0.0).cpu()
 
 
 def _svd(rows: Tensor, q: int) -> tuple[Tensor, Tensor]:

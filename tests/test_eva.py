@@ -205,6 +205,16 @@ def test_gpt2_and_a_bare_sequence():
         torch.testing.assert_close((a @ exact.t()).abs(), torch.eye(2), rtol=0, atol=1e-3)
 
 
+def test_a_layer_whose_inputs_never_vary_gets_no_rank():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    nn.init.zeros_(model[0].weight)
+    data = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
+    options = {"r": 2, "init_lora_weights": "eva", "eva_config": {"tau": 0.0}, "target_modules": ["0", "2"]}
+    replace_linear(model, eva_dataloader=list(data), **options)
+    assert model[0].r == {"default": 4}
+    assert type(model[2]) is nn.Linear
+
+
 def test_the_incremental_svd_is_that_of_all_rows():
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(600, 24, generator=generator, dtype=torch.float64) * 0.4 ** torch.arange(24) + 3
