@@ -118,9 +118,7 @@ def load_adapter(
     """
     bare, directory = unwrapped(model), Path(directory)
     config, tensors = read_adapter(directory)
-    if sharded.is_sharded(bare) and (replace.carries_peft(bare) or not (adapted_layers(bare) or adapted_experts(bare))):
-        kind = "with peft's adapters" if replace.carries_peft(bare) else "without adapters"
-        raise ValueError(f"the model is sharded, and {kind}: call load_adapter before fully_shard")
+    _check_sharding(bare)
     if replace.carries_peft(bare):
         if replace_options:
             raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one carries peft's")
@@ -245,6 +243,14 @@ def _load_rows(model: nn.Module, rows: dict[str, Tensor]) -> None:
 
 def _owners(extra: dict[str, Tensor]) -> list[str] | None:
     return sorted({name.rpartition(".")[0] for name in extra}) or None
+
+
+def _check_sharding(model: nn.Module) -> None:
+    """Raise ValueError where FSDP2 has sharded a model that can only be loaded into before."""
+    peft = replace.carries_peft(model)
+    if sharded.is_sharded(model) and (peft or not (adapted_layers(model) or adapted_experts(model))):
+        kind = "with peft's adapters" if peft else "without adapters"
+        raise ValueError(f"the model is sharded, and {kind}: call load_adapter before fully_shard")
 
 
 def _check_start(

@@ -272,16 +272,7 @@ def carry_out(
     experts = new_layers.experts(model, stacks, settings, adapter_name, adapter_dtype)
     in_nf4 = quantize is not None
     report = survey.report(model, sites, [row for name, each in experts.items() for row in each.rows(name, in_nf4)])
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for layer in (*layers.values(), *experts.values()):
-        layer.requires_grad_(False)
-        for part in (layer.lora_A, layer.lora_B):
-            part.requires_grad_(not settings.inference_mode)
-    for name, layer in layers.items():
-        sites[name].hang(layer)
-    for layer in experts.values():
-        survey.put(model, layer.base_layer, layer)
+    _hang(model, sites, layers, experts, trains=not settings.inference_mode)
     for module in trained.values():
         module.requires_grad_(not settings.inference_mode)
     trained_tokens.wrap(model, tokens, trains=not settings.inference_mode)
@@ -294,6 +285,22 @@ def carry_out(
     settings = dataclasses.replace(settings, modules_to_save=list(trained) or None)
     model.fastlora_settings = settings  # type: ignore[assignment]
     return model
+
+
+def _hang(
+    model: nn.Module, sites: dict[str, Site], layers: dict[str, LoRALinear], experts: dict[str, Any], trains: bool
+) -> None:
+    """Put new layers in their places; of all the model's parameters only A and B are trained, where `trains`."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in (*layers.values(), *experts.values()):
+        layer.requires_grad_(False)
+        for part in (layer.lora_A, layer.lora_B):
+            part.requires_grad_(trains)
+    for name, layer in layers.items():
+        sites[name].hang(layer)
+    for layer in experts.values():
+        survey.put(model, layer.base_layer, layer)
 
 
 def carries_peft(model: nn.Module) -> bool:
