@@ -133,13 +133,14 @@ def load_adapter(
     pairs = _pairs({key: tensor for key, tensor in tensors.items() if key not in others})
     settings = dataclasses.replace(settings, modules_to_save=_owners(extra))
     experts = adapted_experts(bare)
+    odd = [layer.active_adapter for layer in experts.values() if layer.active_adapter != adapter_name]
+    if odd:
+        raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(set(odd))}")
     stacks = _of_stacks(bare, settings, pairs, bool(layers or experts))
     _check_start(settings, layers, adapter_name, replace_options)
     if not layers and not experts:
         _replace_and_load(bare, settings, pairs, adapter_name, replace_options)
-        _load_stacks(bare, settings, stacks)
-        trained_modules.load(bare, extra)
-        _load_rows(bare, rows)
+        _load_rest(bare, settings, stacks, extra, rows)
         return model
     if replace_options:
         raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one has them")
@@ -153,9 +154,7 @@ def load_adapter(
     for name, layer in layers.items():
         layer.set_scaling(settings.rank_and_alpha(name)[1], settings.use_rslora)
     _copy(pairs, layers, adapter_name)
-    _load_stacks(bare, settings, stacks)
-    trained_modules.load(bare, extra)
-    _load_rows(bare, rows)
+    _load_rest(bare, settings, stacks, extra, rows)
     return model
 
 
@@ -168,10 +167,19 @@ def _of_stacks(model: nn.Module, settings: LoRASettings, pairs: Pairs, adapted: 
     return expert_layers.take(model, settings, pairs, adapted)
 
 
-def _load_stacks(model: nn.Module, settings: LoRASettings, stacks: dict[tuple[str, str], Any]) -> None:
+def _load_rest(
+    model: nn.Module,
+    settings: LoRASettings,
+    stacks: dict[tuple[str, str], Any],
+    extra: dict[str, Tensor],
+    rows: dict[str, Tensor],
+) -> None:
+    """Put in what a file holds beside the pairs of linear layers: of stacks of experts, modules and tokens."""
     for (name, parameter), pair in stacks.items():
         alpha = settings.rank_and_alpha(f"{name}.{parameter}")[1]
         adapted_experts(model)[name].load(parameter, pair, alpha, settings.use_rslora)
+    trained_modules.load(model, extra)
+    _load_rows(model, rows)
 
 
 def _saved_pair(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -266,6 +266,9 @@ def test_what_cannot_be_adapted_says_why(tmp_path):
         load_adapter(ours(r=2), tmp_path)
     with pytest.raises(ValueError, match="matches no parameter"):
         load_adapter(dense, tmp_path)
+    for call in (load_adapter, save_adapter):
+        with pytest.raises(ValueError, match=r"the model has no adapter 'other'; it has \['default'\]"):
+            call(ours(), tmp_path, "other")
     save_adapter(replace_linear(moe(), target_modules=["q_proj"]), tmp_path / "linear")
     with pytest.raises(ValueError, match=r"experts\.lora_A\.weight is missing from the file"):
         load_adapter(ours(target_modules=["q_proj"]), tmp_path / "linear")
