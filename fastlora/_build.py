@@ -12,6 +12,7 @@ CUDA's run-time library is linked in and its symbols hidden: loading asks for no
 driver only once a kernel runs. `FASTLORA_CUDA_ARCHS=90` (or `80,90`) compiles less, sooner.
 """
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -19,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -145,6 +147,35 @@ def compile_cuda_library(target: Path) -> Path:
     architectures = _architectures(nvcc)
     flags = [*shlex.split(_NVCC_FLAGS), f"--threads={os.cpu_count() or 1}", *_code_flags(architectures)]
     return _compile([nvcc], flags, shlex.split(_NVCC_LINK_FLAGS), ".cu", target)
+
+
+def open_built(
+    path: Path,
+    find: Callable[[], object],
+    open_library: Callable[[Path], ctypes.CDLL],
+    version_of: Callable[[ctypes.CDLL], int],
+    wanted: int,
+) -> tuple[ctypes.CDLL | None, str]:
+    """A compiled library and its path, or None and why it cannot be used and what to do.
+
+    Args:
+        find: finds the compiler for it, or raises BuildError. open_library: opens it and declares its functions.
+        version_of: asks it for the version of its interface. wanted: the version that this package needs.
+    """
+    if not path.is_file():
+        try:
+            find()
+        except BuildError as error:
+            return None, f"{path} has not been built: {error}"
+        return None, f"{path} has not been built: run `{REBUILD}`"
+    try:
+        library = open_library(path)
+        version = version_of(library)
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded ({error}): run `{REBUILD}`"
+    if version != wanted:
+        return None, f"{path} is stale: it has interface {version}, this fastlora needs {wanted}; run `{REBUILD}`"
+    return library, str(path)
 
 
 def _architectures(nvcc: str) -> tuple[str, ...]:

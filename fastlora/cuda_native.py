@@ -61,24 +61,14 @@ class _Decode(ctypes.Structure):
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and what it is, or None and why not."""
-    path = _build.cuda_library_path()
-    if not path.is_file():
-        try:
-            _build.find_nvcc()
-        except _build.BuildError as error:
-            return None, f"{path} has not been built: {error}"
-        return None, f"{path} has not been built: run `{_build.REBUILD}`"
-    try:
-        library = open_library(path)
-    except (OSError, AttributeError) as error:
-        return None, f"{path} cannot be loaded ({error}): run `{_build.REBUILD}`"
-    if (version := library.fastlora_cuda_abi_version()) != _build.CUDA_ABI_VERSION:
-        return None, (
-            f"{path} is stale: it has interface {version}, this fastlora needs {_build.CUDA_ABI_VERSION}; "
-            f"run `{_build.REBUILD}`"
-        )
+    path, version = _build.cuda_library_path(), _build.CUDA_ABI_VERSION
+    library, text = _build.open_built(
+        path, _build.find_nvcc, open_library, lambda it: it.fastlora_cuda_abi_version(), version
+    )
+    if library is None:
+        return None, text
     names = library.fastlora_cuda_architectures().decode().split("_")
-    return library, f"{path} (for {', '.join(f'sm_{name}' for name in names)} and later)"
+    return library, f"{text} (for {', '.join(f'sm_{name}' for name in names)} and later)"
 
 
 def open_library(path: Path) -> ctypes.CDLL:

@@ -57,25 +57,13 @@ class Weight(ctypes.Structure):
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and what it is, or None and why not."""
-    path = _build.library_path()
-    if not path.is_file():
-        try:
-            _build.find_compiler()
-        except _build.BuildError as error:
-            return None, f"{path} has not been built: {error}"
-        return None, f"{path} has not been built: run `{_build.REBUILD}`"
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.fastlora_abi_version()
-    except (OSError, AttributeError) as error:
-        return None, f"{path} cannot be loaded ({error}): run `{_build.REBUILD}`"
-    if version != _build.ABI_VERSION:
-        return None, (
-            f"{path} is stale: it has interface {version}, this fastlora needs {_build.ABI_VERSION}; "
-            f"run `{_build.REBUILD}`"
-        )
-    _declare(library)
-    return library, str(path)
+    path, version = _build.library_path(), _build.ABI_VERSION
+    library, text = _build.open_built(
+        path, _build.find_compiler, lambda path: ctypes.CDLL(str(path)), lambda it: it.fastlora_abi_version(), version
+    )
+    if library is not None:
+        _declare(library)
+    return library, text
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -28,3 +29,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `isa` runs on every instruction set of the CPU library that this machine has."""
+    if "isa" in metafunc.fixturenames:
+        from fastlora import native
+
+        metafunc.parametrize("isa", native.isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The instruction set that the CPU library uses for the length of a test."""
+    from fastlora import native
+
+    monkeypatch.setenv("FASTLORA_CPU_ISA", request.param)
+    assert request.param in native.status()[1]
+    return str(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: small tensors are quicker so."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

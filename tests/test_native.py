@@ -20,6 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NF4 = torch.tensor(NF4_CODE)
 
 loaded = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Packed(NamedTuple):
@@ -61,22 +62,6 @@ def dequantize(w: Packed, n: int, k: int, dtype: torch.dtype, *adapter: Tensor |
     out = torch.full((n, k), torch.nan, dtype=dtype)
     native.nf4_dequantize(*w, out, *adapter)  # type: ignore[arg-type]
     return out
-
-
-@pytest.fixture(params=native.isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTLORA_CPU_ISA", request.param)
-    assert request.param in native.status()[1]
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are quicker so; what threads change has its own tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_loaded_wherever_there_is_a_compiler() -> None:

@@ -1,7 +1,6 @@
 """Whole LoRA linears in the compiled CPU library: the tolerance rule, bits of the weight, threads, refusals."""
 
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,18 +15,12 @@ from tests.numerics import assert_as_accurate, rms
 BF16, FP32 = torch.bfloat16, torch.float32
 SCALING = 2.0
 
-pytestmark = pytest.mark.skipif(
-    native.isas()[-1:] != ("avx512bf16",), reason="this processor, or this build, has no AVX512_BF16"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are quicker so; what threads change has its own tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        native.isas()[-1:] != ("avx512bf16",), reason="this processor, or this build, has no AVX512_BF16"
+    ),
+]
 
 
 def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:

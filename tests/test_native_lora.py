@@ -1,7 +1,5 @@
 """The low-rank products and the mask of dropout in the compiled CPU library, on every instruction set here."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,22 +13,7 @@ SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 1, 0x123456789ABCDEF0]
 RMS_LIMIT = 1e-6
 
 loaded = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
-
-
-@pytest.fixture(params=native.isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTLORA_CPU_ISA", request.param)
-    assert request.param in native.status()[1]
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are quicker so; what threads change has its own test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,7 +1,5 @@
 """NF4 quantization in the compiled CPU library: the bits of the way in torch, itself held against bitsandbytes."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,21 +9,7 @@ from fastlora import native, native_quantize, nf4
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 loaded = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
-
-
-@pytest.fixture(params=native.isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTLORA_CPU_ISA", request.param)
-    assert request.param in native.status()[1]
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weight(*shape: int, dtype: torch.dtype) -> Tensor:
