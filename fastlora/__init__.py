@@ -17,6 +17,7 @@ if not (_root / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from fastlora.adapter import load_adapter, save_adapter
+    from fastlora.expert_layers import LoRAExperts
     from fastlora.experts import quantize_experts
     from fastlora.functional import backend, lora_linear, nf4_dequantize, nf4_linear
     from fastlora.grouped import grouped_lora_linear
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FastLoRANF4Config",
+    "LoRAExperts",
     "LoRALinear",
     "NF4Linear",
     "NF4Weight",
@@ -52,6 +54,7 @@ __all__ = [
 # Imported at first use: the command line answers without waiting for torch.
 _HOMES = {
     "adapter": ("load_adapter", "save_adapter"),
+    "expert_layers": ("LoRAExperts",),
     "experts": ("quantize_experts",),
     "functional": ("backend", "lora_linear", "nf4_dequantize", "nf4_linear"),
     "grouped": ("grouped_lora_linear",),

@@ -8,14 +8,10 @@ Files are written under another name and moved into place, so that a crash leave
 safetensors only, never pickle, and checks every key and shape before it changes anything.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import re
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +19,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora import replace, starts, trained_modules, trained_tokens
+from fastlora import replace, sharded, starts, trained_modules, trained_tokens
+from fastlora.adapter_config import adapted_layers, adapter_config, trained_names
 from fastlora.linear import LoRALinear
 from fastlora.merging import unwrapped
-from fastlora.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, load_with_peft, peft_adapter, read_adapter
-from fastlora.survey import find_sites
+from fastlora.peft_files import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    load_with_peft,
+    moved_into,
+    peft_adapter,
+    read_adapter,
+)
+from fastlora.survey import adapted_experts, find_sites
 from fastlora.targets import LoRASettings, settings_from_config
 
 _PREFIX = PREFIX
-_TASKS = (("ForCausalLM", "CAUSAL_LM"), ("ForConditionalGeneration", "SEQ_2_SEQ_LM"))
 # Ways to start that leave the base weight as it is: a trained adapter needs them no more.
 _HARMLESS_INITS = ("eva", "orthogonal")
 
@@ -47,6 +51,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Each of the two files is written whole and then moved into place: a crash leaves the old file. A model that carries
     peft's own layers is saved by peft's code, to a directory beside, and moved likewise.
 
+    Where FSDP2 has spread the model over processes (`fully_shard`), every process calls this; process 0 writes the full
+    tensors, the files that one process would have written, and the others wait for it.
+
     Args:
         model: a model from `replace_linear`, or one that carries peft's adapters.
         directory: created where missing.
@@ -55,27 +62,32 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ValueError: the model has no such adapter.
     """
     directory, model = Path(directory), unwrapped(model)
+    sharded.settle(model)
     if replace.carries_peft(model):
         config, tensors = peft_adapter(model, adapter_name)
     else:
-        layers = adapted_layers(model)
-        odd = [name for name, layer in layers.items() if adapter_name not in layer.lora_A]
-        if not layers or odd:
-            names = sorted({name for layer in layers.values() for name in layer.lora_A})
-            raise ValueError(f"the model has no adapter {adapter_name!r}; it has {names or 'none'}")
+        layers, experts = adapted_layers(model), adapted_experts(model)
+        names = {name for layer in layers.values() for name in layer.lora_A}
+        names |= {layer.active_adapter for layer in experts.values()}
+        if names != {adapter_name}:
+            raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(names) or 'none'}")
         config = adapter_config(model, layers, adapter_name)
-        tensors = {}
+        tensors = {f"{_PREFIX}{key}": value for layer in experts.items() for key, value in layer[1].saved(layer[0])}
         for name, layer in layers.items():
             for part, value in zip(("lora_A", "lora_B"), _saved_pair(layer, adapter_name), strict=True):
                 tensors[f"{_PREFIX}{name}.{part}.weight"] = value
         extra = trained_modules.tensors(model, config["modules_to_save"] or ())
         tensors |= {f"{_PREFIX}{name}": value for name, value in (extra | trained_tokens.tensors(model)).items()}
-    tensors = {key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}
+    tensors = {key: sharded.whole(tensor).to("cpu").contiguous() for key, tensor in tensors.items()}
+    sharded.by_first(lambda: _write(directory, config, tensors), sharded.is_sharded(model))
+
+
+def _write(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     with (
-        _moved_into(directory / CONFIG_NAME) as config_path,
-        _moved_into(directory / WEIGHTS_NAME) as weights_path,
+        moved_into(directory / CONFIG_NAME) as config_path,
+        moved_into(directory / WEIGHTS_NAME) as weights_path,
     ):
         config_path.write_text(text)
         save_file(tensors, weights_path, metadata={"format": "pt"})
@@ -90,6 +102,9 @@ def load_adapter(
     adapters gets fastlora layers first, for exactly the modules in the file, as `replace_linear` would make them;
     they can be trained on. A model that carries peft's adapters loads with peft's own code.
 
+    Where FSDP2 has spread a model with fastlora's adapters over processes, every process calls this and takes its part
+    of what process 0 has read. Any other model is loaded into before it is sharded.
+
     Args:
         model: the same base model as the adapter's.
         directory: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -103,6 +118,7 @@ def load_adapter(
     """
     bare, directory = unwrapped(model), Path(directory)
     config, tensors = read_adapter(directory)
+    _check_sharding(bare)
     if replace.carries_peft(bare):
         if replace_options:
             raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one carries peft's")
@@ -116,88 +132,62 @@ def load_adapter(
     others = {_PREFIX + name for name in extra} | {f"{_PREFIX}{name}.{trained_tokens.KEY}" for name in rows}
     pairs = _pairs({key: tensor for key, tensor in tensors.items() if key not in others})
     settings = dataclasses.replace(settings, modules_to_save=_owners(extra))
-    _check_start(settings.init_lora_weights, layers, adapter_name, replace_options)
-    if not layers:
+    experts = adapted_experts(bare)
+    odd = [layer.active_adapter for layer in experts.values() if layer.active_adapter != adapter_name]
+    if odd:
+        raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(set(odd))}")
+    stacks = _of_stacks(bare, settings, pairs, bool(layers or experts))
+    _check_start(settings, layers, adapter_name, replace_options)
+    if not layers and not experts:
         _replace_and_load(bare, settings, pairs, adapter_name, replace_options)
-        trained_modules.load(bare, extra)
-        _load_rows(bare, rows)
+        _load_rest(bare, settings, stacks, extra, rows)
         return model
     if replace_options:
         raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one has them")
     _check_fit(pairs, {name: _shapes(layer, adapter_name) for name, layer in layers.items()})
-    trained = _trained_names(bare, getattr(bare, "fastlora_settings", None) or LoRASettings()) or []
+    trained = trained_names(bare, getattr(bare, "fastlora_settings", None) or LoRASettings()) or []
     if sorted(_owners(extra) or []) != sorted(trained):
         raise ValueError(
             f"modules_to_save: the file holds {_owners(extra) or 'none'}, the model trains {trained or 'none'}"
         )
+    sharded.settle(bare)
     for name, layer in layers.items():
         layer.set_scaling(settings.rank_and_alpha(name)[1], settings.use_rslora)
     _copy(pairs, layers, adapter_name)
-    trained_modules.load(bare, extra)
-    _load_rows(bare, rows)
+    _load_rest(bare, settings, stacks, extra, rows)
     return model
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's `LoRALinear` layers by name, without torch.compile's part in the names."""
-    return {
-        name.replace("_orig_mod.", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-    }
+def _of_stacks(model: nn.Module, settings: LoRASettings, pairs: Pairs, adapted: bool) -> dict[tuple[str, str], Any]:
+    """The pairs of a file that belong to stacks of experts, taken out of the others."""
+    if not settings.target_parameters and not adapted_experts(model):
+        return {}
+    from fastlora import expert_layers  # with it comes peft, where that is installed
+
+    return expert_layers.take(model, settings, pairs, adapted)
 
 
-def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name: str) -> dict[str, Any]:
-    """What peft needs to put the same adapters on the same modules: the contents of `adapter_config.json`."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, layer in layers.items():
-        # what has been taken out of the base doubles the rank, and the scaling stays what it is
-        widen = 2 if adapter_name in layer.taken_out else 1
-        ranks[name] = layer.r[adapter_name] * widen
-        alphas[name] = layer.lora_alpha[adapter_name] * (widen**0.5 if layer.use_rslora[adapter_name] else widen)
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    first = next(iter(layers.values()))
-    settings = getattr(model, "fastlora_settings", None) or LoRASettings()
-    task = next((task for end, task in _TASKS if type(model).__name__.endswith(end)), None)
-    base = settings.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {
-        "peft_type": "LORA",
-        "task_type": settings.task_type or task,
-        "base_model_name_or_path": base or None,
-        "revision": settings.revision,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": getattr(first.lora_dropout[adapter_name], "p", 0.0),
-        "use_rslora": first.use_rslora[adapter_name],
-        "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != r},
-        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
-        "target_modules": _target_names(model, layers),
-        "exclude_modules": None,
-        "bias": "none",
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
-        "init_lora_weights": True,
-        "modules_to_save": _trained_names(model, settings),
-        "trainable_token_indices": {
-            name: layer.indices.tolist() for name, layer in trained_tokens.layers(model).items()
-        }
-        or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "use_dora": False,
-        "lora_bias": False,
-    }
-
-
-def _trained_names(model: nn.Module, settings: LoRASettings) -> list[str] | None:
-    names = list(trained_modules.find(model, settings.modules_to_save))
-    return trained_modules.tied_names(model, names) or None
+def _load_rest(
+    model: nn.Module,
+    settings: LoRASettings,
+    stacks: dict[tuple[str, str], Any],
+    extra: dict[str, Tensor],
+    rows: dict[str, Tensor],
+) -> None:
+    """Put in what a file holds beside the pairs of linear layers: of stacks of experts, modules and tokens."""
+    for (name, parameter), pair in stacks.items():
+        alpha = settings.rank_and_alpha(f"{name}.{parameter}")[1]
+        adapted_experts(model)[name].load(parameter, pair, alpha, settings.use_rslora)
+    trained_modules.load(model, extra)
+    _load_rows(model, rows)
 
 
 def _saved_pair(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A and B as they mean the same on the base that everybody has."""
-    pair = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+    pair = (
+        sharded.whole(layer.lora_A[adapter_name].weight.detach()),
+        sharded.whole(layer.lora_B[adapter_name].weight.detach()),
+    )
     taken_out = layer.taken_out.get(adapter_name)
     return pair if taken_out is None else starts.standalone(pair, taken_out, layer.scaling[adapter_name])
 
@@ -256,17 +246,26 @@ def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: dict[s
 def _load_rows(model: nn.Module, rows: dict[str, Tensor]) -> None:
     for name, values in rows.items():
         layer: Any = model.get_submodule(name)
-        layer.trained_rows.copy_(values)
+        sharded.fill(layer.trained_rows, values)
 
 
 def _owners(extra: dict[str, Tensor]) -> list[str] | None:
     return sorted({name.rpartition(".")[0] for name in extra}) or None
 
 
+def _check_sharding(model: nn.Module) -> None:
+    """Raise ValueError where FSDP2 has sharded a model that can only be loaded into before."""
+    peft = replace.carries_peft(model)
+    if sharded.is_sharded(model) and (peft or not (adapted_layers(model) or adapted_experts(model))):
+        kind = "with peft's adapters" if peft else "without adapters"
+        raise ValueError(f"the model is sharded, and {kind}: call load_adapter before fully_shard")
+
+
 def _check_start(
-    init: bool | str, layers: dict[str, LoRALinear], adapter_name: str, replace_options: dict[str, Any]
+    settings: LoRASettings, layers: dict[str, LoRALinear], adapter_name: str, replace_options: dict[str, Any]
 ) -> None:
     """Raise ValueError where the file's A and B mean something on another base than the model's."""
+    init = settings.init_lora_weights
     taken_out = [name for name, layer in layers.items() if adapter_name in layer.taken_out]
     if taken_out:
         raise ValueError(
@@ -274,7 +273,7 @@ def _check_start(
             "into a model without adapters"
         )
     told = f"the file's init_lora_weights={init!r} means a base that it does not hold"
-    if starts.changes_base(init) and layers:
+    if starts.changes_base(init, settings.loftq_iter) and layers:
         raise ValueError(f"{told}: load it into a model without adapters, whose base is then changed likewise")
     if isinstance(init, str) and "_niter_" in init:
         raise ValueError(f"{told}, and that was drawn at random: merge the adapter into its base where it was trained")
@@ -331,7 +330,7 @@ def _copy(pairs: Pairs, layers: dict[str, LoRALinear], adapter_name: str) -> Non
     with torch.no_grad():
         for name, layer in layers.items():
             for part, tensor in pairs[name].items():
-                getattr(layer, part)[adapter_name].weight.copy_(tensor)
+                sharded.fill(getattr(layer, part)[adapter_name].weight, tensor)
 
 
 def _replace_and_load(
@@ -351,34 +350,3 @@ def _replace_and_load(
     settings = dataclasses.replace(settings, inference_mode=False)
     replace.carry_out(model, sites, settings, adapter_name=adapter_name, **options)
     _copy(pairs, adapted_layers(model), adapter_name)
-
-
-def _target_names(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str] | str:
-    """`target_modules` that by peft's rule means these layers and no others: ends of names, names, or a pattern."""
-    names = [name.replace("_orig_mod.", "") for name, _ in model.named_modules()]
-    # what lies inside a fastlora layer is not there when peft looks at the bare model
-    outside = [name for name in names if not any(name.startswith(f"{layer}.") for layer in layers)]
-    ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    for targets in (ends, sorted(layers)):
-        meant = {name for name in outside if any(name == end or name.endswith(f".{end}") for end in targets)}
-        if meant == layers.keys():
-            return targets
-    return "|".join(re.escape(name) for name in layers)
-
-
-@contextlib.contextmanager
-def _moved_into(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path` that takes its place when all went well, and vanishes otherwise."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(scratch)
-        with open(scratch, "rb") as file:  # noqa: PTH123
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)  # noqa: PTH101
-        os.replace(scratch, path)  # noqa: PTH105
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)  # noqa: PTH108

@@ -46,3 +46,16 @@ def as_conv1d(linear: nn.Linear) -> nn.Module:
     conv.weight = nn.Parameter(linear.weight.detach().t().contiguous(), linear.weight.requires_grad)
     conv.bias = linear.bias if linear.bias is not None else nn.Parameter(linear.weight.new_zeros(n), False)
     return conv.train(linear.training)
+
+
+def plain_layer(weight: Tensor, bias: Tensor | None, training: bool, transposed: bool) -> nn.Module:
+    """An `nn.Linear`, or a `Conv1D`, over these tensors; a bias in another dtype is cast to the weight's."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(bias, nn.Parameter) and bias.dtype == weight.dtype:
+        linear.bias = bias
+    elif bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    linear.train(training)
+    return as_conv1d(linear) if transposed else linear

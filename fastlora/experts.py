@@ -20,7 +20,6 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
@@ -28,7 +27,13 @@ from torch.nn.utils import parametrize
 from fastlora.grouped import grouped_lora_linear
 from fastlora.layer_report import Row
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
-from fastlora.peft_conditions import EXPECTED, active_names, adapter, is_plain
+
+try:
+    from peft.tuners.lora import layer as peft_layer
+
+    from fastlora.peft_conditions import EXPECTED, active_names, adapter, is_plain
+except ImportError:  # without peft there are no wrappers of its, and `forward` serves `fastlora.expert_layers`
+    peft_layer = None  # type: ignore[assignment]
 
 # None in a peft that has no target_parameters yet.
 ParamWrapper: Any = getattr(peft_layer, "ParamWrapper", None)

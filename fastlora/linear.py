@@ -12,6 +12,7 @@ A base that is bitsandbytes' `Linear4bit` is adopted: its memory is read where i
 Source: arXiv:2106.09685, section 4.1 (LoRA); arXiv:2305.14314, section 3 (NF4); arXiv:2312.03732 (rsLoRA).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fastlora import functional, starts
 from fastlora.adopted import AdoptedWeight, compute_dtype, is_linear4bit
-from fastlora.conv1d import as_conv1d, as_linear, dense_weight, is_conv1d, is_dense
+from fastlora.conv1d import as_linear, dense_weight, is_conv1d, is_dense, plain_layer
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
 
 _BUFFERS = ("codes", "absmax", "absmax2", "code2", "offset")
@@ -59,16 +60,23 @@ class NF4Linear(nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
+    def from_linear(
+        cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True, taken_out: starts.Pair | None = None
+    ) -> "NF4Linear":
         """Quantize a plain `nn.Linear` or `Conv1D`, which is left as it is; the bias is shared with it.
 
+        Args:
+            taken_out: (A [R, K], B [N, R]) in fp32: W - B A is quantized, summed in fp32.
         Raises:
             ValueError: the weight has a dtype or values that NF4 cannot hold.
         """
         transposed = is_conv1d(linear)
         plain = as_linear(linear) if transposed else linear
-        new = cls(quantize(plain.weight, blocksize, double_quant), linear.bias, transposed)
-        return new.train(linear.training)
+        weight = plain.weight.detach()
+        if taken_out is not None:
+            weight = torch.addmm(weight.float(), taken_out[1], taken_out[0], alpha=-1)
+        packed = dataclasses.replace(quantize(weight, blocksize, double_quant), dtype=plain.weight.dtype)
+        return cls(packed, linear.bias, transposed).train(linear.training)
 
     @property
     def weight(self) -> NF4Weight:
@@ -95,7 +103,7 @@ class NF4Linear(nn.Module):
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A plain `nn.Linear`, or `Conv1D`, with the dequantized weight, in `dtype` or that before quantization."""
-        return _plain_layer(self.weight.dequantize(dtype), self.bias, self.training, self.fan_in_fan_out)
+        return plain_layer(self.weight.dequantize(dtype), self.bias, self.training, self.fan_in_fan_out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         kept = {name: buffer for name in _BUFFERS if (buffer := self._buffers[name]) is not None}
@@ -313,7 +321,7 @@ class LoRALinear(nn.Module):
         else:
             update = (weight.detach().float(), lora_b.detach().float(), lora_a.detach().float())
             merged = torch.addmm(*update, alpha=scaling).to(dtype or weight.dtype)
-        return _plain_layer(merged, self.bias, self.training, self.fan_in_fan_out)
+        return plain_layer(merged, self.bias, self.training, self.fan_in_fan_out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
         self._adopted.forget()
@@ -393,16 +401,3 @@ def base_weight(base_layer: nn.Module) -> Tensor | NF4Weight:
         "a LoRALinear goes over nn.Linear, Conv1D, NF4Linear or bitsandbytes' Linear4bit, not "
         f"{type(base_layer).__name__}"
     )
-
-
-def _plain_layer(weight: Tensor, bias: Tensor | None, training: bool, transposed: bool) -> nn.Module:
-    """An `nn.Linear`, or a `Conv1D`, over these tensors; a bias in another dtype is cast to the weight's."""
-    n, k = weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if isinstance(bias, nn.Parameter) and bias.dtype == weight.dtype:
-        linear.bias = bias
-    elif bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-    linear.train(training)
-    return as_conv1d(linear) if transposed else linear

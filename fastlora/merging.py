@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import functional, nf4, replace, trained_tokens
+from fastlora import functional, nf4, replace, survey, trained_tokens
 from fastlora.adopted import AdoptedWeight, is_linear4bit
 from fastlora.linear import LoRALinear, NF4Linear
 from fastlora.nf4 import NF4Weight
@@ -74,14 +74,25 @@ def merge(
     if replace.carries_peft(model):
         return _merge_with_peft(model, dtype, safe_merge)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, NF4Linear))]
-    outer: dict[str, Any] = {name: module for name, module in found if not name.endswith(".base_layer")}
-    if not outer:
+    experts = survey.adapted_experts(model)
+    inside = tuple(f"{name}." for name in experts)
+    outer: dict[str, Any] = {
+        name: module for name, module in found if not name.endswith(".base_layer") and not name.startswith(inside)
+    }
+    if quantize and any(layer.packed for layer in experts.values()):
+        raise ValueError("stacks of experts do not stay in NF4: merge(model) without quantize expands them")
+    if not outer and not experts:
         raise ValueError("the model has no fastlora layers to merge")
     if safe_merge:
         for name, module in outer.items():
             if isinstance(module, LoRALinear) and not _is_finite(module.to_linear(dtype)):
                 raise ValueError(f"{name} would not be finite after merging: its adapter or weight is broken")
+        for name, layer in experts.items():
+            if not all(torch.isfinite(layer.merged(key, dtype)).all() for key in layer.r):
+                raise ValueError(f"{name} would not be finite after merging: its adapter or weight is broken")
     _replace_each(model, outer, dtype, quantize)
+    for layer in experts.values():
+        survey.put(model, layer, layer.to_experts(dtype))
     trained_tokens.fold(model)
     for attribute in ("fastlora_report", "fastlora_settings"):
         if hasattr(model, attribute):

@@ -38,15 +38,24 @@ def decide(
             site.quantize = True
 
 
-def quantize(sites: dict[str, Site], layers: Mapping[str, LoRALinear], blocksize: int, double_quant: bool) -> None:
-    """Turn marked weights into NF4, letting go of each before the next."""
+def quantize(
+    sites: dict[str, Site],
+    layers: Mapping[str, LoRALinear],
+    blocksize: int,
+    double_quant: bool,
+    taken_out: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Turn marked weights into NF4, letting go of each before the next.
+
+    taken_out: (A, B) by name; of these weights W - B A is quantized, summed in fp32.
+    """
     done = 0
     for name, site in sites.items():
         linear, site.module = site.module, None
         if not site.quantize:
             continue
         try:
-            base = NF4Linear.from_linear(linear, blocksize, double_quant)
+            base = NF4Linear.from_linear(linear, blocksize, double_quant, taken_out.get(name))
         except Exception as error:
             raise RuntimeError(
                 f"quantizing {name} failed after {done} layers had been replaced; load the model again"

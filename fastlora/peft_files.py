@@ -1,12 +1,17 @@
 """The two files of a saved adapter, and those that peft's own code writes and reads."""
 
+import contextlib
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fastlora.sharded import is_sharded, whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -48,8 +53,10 @@ def peft_adapter(model: Any, adapter_name: str) -> tuple[dict[str, Any], dict[st
     if adapter_name not in known:
         raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(known) or 'none'}")
     if isinstance(model, PeftModel):
+        own = {key: value for key, value in model.state_dict().items() if f".{adapter_name}" in key}
+        state = {key: whole(value) for key, value in own.items()} if is_sharded(model) else None
         with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch, selected_adapters=[adapter_name])
+            model.save_pretrained(scratch, selected_adapters=[adapter_name], state_dict=state)
             return read_adapter(Path(scratch) / ("" if adapter_name == "default" else adapter_name))
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in tensors.items()}
@@ -97,3 +104,21 @@ def load_with_peft(
         else {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     )
     set_peft_model_state_dict(model, given, adapter_name=adapter_name)
+
+
+@contextlib.contextmanager
+def moved_into(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path` that takes its place when all went well, and vanishes otherwise."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(scratch)
+        with open(scratch, "rb") as file:  # noqa: PTH123
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)  # noqa: PTH101
+        os.replace(scratch, path)  # noqa: PTH105
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)  # noqa: PTH108

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import functional, nf4_layers, starts, survey, trained_modules, trained_tokens
-from fastlora.conv1d import dense_weight
+from fastlora import functional, new_layers, nf4_layers, survey, trained_modules, trained_tokens
 from fastlora.layer_report import Report
-from fastlora.linear import LoRALinear, NF4Linear, base_weight, check_adapter_dtype, is_linear4bit, kernels_of
+from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linear4bit, kernels_of
 from fastlora.nf4 import BLOCKSIZES
 from fastlora.survey import Site, find_sites, output_head
 from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
@@ -36,6 +35,7 @@ def replace_linear(
     lora_dropout: float = 0.0,
     target_modules: Any = ALL_LINEAR,
     exclude_modules: Any = None,
+    target_parameters: Any = None,
     use_rslora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
@@ -44,6 +44,9 @@ def replace_linear(
     init_lora_weights: bool | str = True,
     modules_to_save: Any = None,
     trainable_token_indices: Any = None,
+    eva_config: Any = None,
+    loftq_config: Any = None,
+    eva_dataloader: Any = None,
     quantize: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
@@ -57,21 +60,28 @@ def replace_linear(
 
     Args:
         model: any module; changed in place.
-        config: a peft `LoraConfig` instead of the options of LoRA; `quantize`, `blocksize`, `double_quant`,
-            `adapter_name` and `adapter_dtype` go with either.
+        config: a peft `LoraConfig` instead of the options of LoRA; those from `eva_dataloader` on go with either.
         r, lora_alpha, lora_dropout, use_rslora: as in peft.
         target_modules: "all-linear" (all but the output head), a list of names or ends of names, or a regular
             expression for the whole name.
         exclude_modules: a list or a regular expression; these get no adapter and are not quantized.
+        target_parameters: names or ends of names of stacks of experts, such as "mlp.experts.down_proj"; every expert
+            gets an adapter. With `target_modules=[]` they alone do.
         rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
         init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
-            "pissa_niter_<N>", "olora", or, with `quantize`, "loftq".
+            "pissa_niter_<N>", "olora", "eva" or, with `quantize`, "loftq".
         modules_to_save: ends of the names of modules that are trained in full and saved with the adapter.
         trainable_token_indices: tokens of the input embedding whose rows are trained and saved with the adapter, or
             {name of an embedding or output head: tokens}; a tied head shares them.
+        eva_config: for "eva", peft's `EvaConfig` or a mapping: rho, tau, use_label_mask, label_mask_value, whiten,
+            adjust_scaling_factors.
+        loftq_config: for "loftq", peft's `LoftQConfig` or a mapping: loftq_iter.
+        eva_dataloader: for "eva", batches of your data, a DataLoader or a list: the model runs on them as it is given,
+            before `quantize`. It decides the rank of every layer (`fastlora.eva`).
         quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
-            excluded layers and of those that share their weight. Layer by layer: the peak is the model and one layer.
+            excluded layers and of those that share their weight; and the stacks of adapted experts. Layer by layer: the
+            peak is the model and one layer.
         blocksize, double_quant: of the quantization.
         adapter_name: the key of the adapter in parameter names.
         adapter_dtype: dtype of A and B; fp32 where None, as in peft.
@@ -88,6 +98,7 @@ def replace_linear(
         "lora_dropout": lora_dropout,
         "target_modules": target_modules,
         "exclude_modules": exclude_modules,
+        "target_parameters": target_parameters,
         "use_rslora": use_rslora,
         "rank_pattern": rank_pattern or {},
         "alpha_pattern": alpha_pattern or {},
@@ -96,9 +107,12 @@ def replace_linear(
         "init_lora_weights": init_lora_weights,
         "modules_to_save": modules_to_save,
         "trainable_token_indices": trainable_token_indices,
+        "eva_config": eva_config,
+        "loftq_config": loftq_config,
     }
     if carries_peft(model):
-        return _speed_up_peft(model, config, {**keywords, "quantize": quantize, "adapter_dtype": adapter_dtype})
+        others = {"quantize": quantize, "adapter_dtype": adapter_dtype, "eva_dataloader": eva_dataloader}
+        return _speed_up_peft(model, config, {**keywords, **others})
     if config is not None:
         _refuse_both(keywords)
         settings = settings_from_config(config)
@@ -120,6 +134,7 @@ def replace_linear(
         double_quant=double_quant,
         adapter_name=adapter_name,
         adapter_dtype=adapter_dtype,
+        eva_dataloader=eva_dataloader,
     )
 
 
@@ -140,10 +155,14 @@ def report(model: nn.Module) -> Report:
     said: Report | None = getattr(model, "fastlora_report", None)
     if said is None:
         raise ValueError("nothing to report on: call fastlora.replace_linear(model) on this model first")
-    rows, live = [], {}
+    rows, live, stacks, modules = [], {}, survey.adapted_experts(model), dict(model.named_modules())
     for row in said.rows:
-        module: Any = model.get_submodule(row.name)
-        if row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
+        name = row.name.rpartition(".")[0]
+        module: Any = modules.get(row.name)
+        if row.replaced and name in stacks:
+            (row,) = (new for new in stacks[name].rows(name, bool(stacks[name].packed)) if new.name == row.name)
+            live[row.path] = functional.backend(next(stacks[name].parameters()).device)
+        elif row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
             base: Any = module.base_layer if isinstance(module, LoRALinear) else module
             backend = functional.backend(base.weight.device)
             live[backend.name] = backend
@@ -186,14 +205,15 @@ def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, str
     chosen, excluded = select(settings, names, sites.keys(), head, strict)
     chosen = _without_trained(model, settings, chosen)
     able = {name for name in chosen if not sites[name].obstacle}
-    if not chosen:
+    stacks = [name for name, _ in model.named_parameters() if settings.means_parameter(name)]
+    if not chosen and not settings.target_parameters:
         raise ValueError("the model has no linear layers but its output head")
-    if not able:
+    if chosen and not able:
         reasons = Counter(sites[name].obstacle for name in chosen)
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
         raise ValueError(f"none of the {len(chosen)} targeted linear layers can be replaced: {told}")
     _refuse_unable_targets(settings, sites, chosen, able)
-    settings.check_patterns(able)
+    settings.check_patterns([*able, *stacks])
     for name in able:
         sites[name].adapt = True
         sites[name].r, sites[name].lora_alpha = settings.rank_and_alpha(name)
@@ -220,6 +240,7 @@ def carry_out(
     double_quant: bool = True,
     adapter_name: str = "default",
     adapter_dtype: torch.dtype | None = None,
+    eva_dataloader: Any = None,
 ) -> nn.Module:
     """Replace the marked sites: check the last arguments, make the adapters, hang them in, quantize layer by layer.
 
@@ -242,20 +263,22 @@ def carry_out(
     for site in adapted.values():
         if not site.quantize and not is_linear4bit(site.module):
             check_adapter_dtype(adapter_dtype, site.module.weight)
-    _check_starts(settings.init_lora_weights, adapted)
-    layers = _make_layers(adapted, settings, adapter_name, adapter_dtype, blocksize, double_quant)
-    report = survey.report(model, sites)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name, layer in layers.items():
-        layer.requires_grad_(False)
-        for part in (layer.lora_A, layer.lora_B):
-            part.requires_grad_(not settings.inference_mode)
-        sites[name].hang(layer)
+    new_layers.check(settings.init_lora_weights, adapted)
+    stacks = new_layers.stacks(model, settings, quantize is not None, blocksize, adapter_dtype)
+    started = new_layers.from_data(model, adapted, settings, eva_dataloader)
+    layers, taken_out = new_layers.make(adapted, settings, adapter_name, adapter_dtype, blocksize, double_quant)
+    for name, a in started.items():
+        layers[name].adapter()[0].data.copy_(a)
+    experts = new_layers.experts(model, stacks, settings, adapter_name, adapter_dtype)
+    in_nf4 = quantize is not None
+    report = survey.report(model, sites, [row for name, each in experts.items() for row in each.rows(name, in_nf4)])
+    _hang(model, sites, layers, experts, trains=not settings.inference_mode)
     for module in trained.values():
         module.requires_grad_(not settings.inference_mode)
     trained_tokens.wrap(model, tokens, trains=not settings.inference_mode)
-    nf4_layers.quantize(sites, layers, blocksize, double_quant)
+    nf4_layers.quantize(sites, layers, blocksize, double_quant, taken_out)
+    for each in experts.values() if quantize else ():
+        each.quantize(blocksize, double_quant)
     let_inputs_require_grad(model)
     admit_training(model)
     model.fastlora_report = report  # type: ignore[assignment]
@@ -264,33 +287,20 @@ def carry_out(
     return model
 
 
-def _check_starts(init: bool | str, adapted: dict[str, Site]) -> None:
-    """Raise ValueError where a layer cannot start by this name."""
-    for name, site in adapted.items():
-        starts.check_layer(init, name, base_weight(site.module), site.r, site.shared_with, site.quantize)
-
-
-def _make_layers(
-    adapted: dict[str, Site],
-    settings: LoRASettings,
-    adapter_name: str,
-    adapter_dtype: torch.dtype | None,
-    blocksize: int,
-    double_quant: bool,
-) -> dict[str, LoRALinear]:
-    """The adapters, over the layers as they are now, with A and B as they start."""
-    dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
-    first = True if init == "loftq" else init
-    layers = {}
-    for name, site in adapted.items():
-        layer = LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, first)
-        if init == "loftq":
-            lora_a, lora_b, scaling = layer.adapter()
-            pair = starts.loftq(dense_weight(site.module).detach(), site.r, scaling, blocksize, double_quant)
-            for parameter, value in zip((lora_a, lora_b), pair, strict=True):
-                parameter.data.copy_(value)
-        layers[name] = layer
-    return layers
+def _hang(
+    model: nn.Module, sites: dict[str, Site], layers: dict[str, LoRALinear], experts: dict[str, Any], trains: bool
+) -> None:
+    """Put new layers in their places; of all the model's parameters only A and B are trained, where `trains`."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in (*layers.values(), *experts.values()):
+        layer.requires_grad_(False)
+        for part in (layer.lora_A, layer.lora_B):
+            part.requires_grad_(trains)
+    for name, layer in layers.items():
+        sites[name].hang(layer)
+    for layer in experts.values():
+        survey.put(model, layer.base_layer, layer)
 
 
 def carries_peft(model: nn.Module) -> bool:
@@ -302,7 +312,7 @@ def carries_peft(model: nn.Module) -> bool:
 
 def _speed_up_peft(model: nn.Module, config: Any, options: dict[str, Any]) -> nn.Module:
     """Change the class of peft's layers, after making sure that no option was given."""
-    defaults = {**vars(LoRASettings()), "quantize": None, "adapter_dtype": None}
+    defaults = {**vars(LoRASettings()), "quantize": None, "adapter_dtype": None, "eva_dataloader": None}
     given = [name for name, value in options.items() if value != defaults[name]]
     if config is not None or given:
         raise ValueError(
@@ -330,6 +340,8 @@ def _with_default_targets(settings: LoRASettings, model: nn.Module) -> LoRASetti
         raise ValueError("target_modules=None means peft's defaults, and peft is not installed") from error
 
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in DEFAULTS and settings.target_parameters:
+        return dataclasses.replace(settings, target_modules=[])
     if model_type not in DEFAULTS:
         raise ValueError(f"target_modules is None, and peft has no default for model_type={model_type!r}: name them")
     return LoRASettings(**{**vars(settings), "target_modules": list(DEFAULTS[model_type])})
@@ -338,6 +350,7 @@ def _with_default_targets(settings: LoRASettings, model: nn.Module) -> LoRASetti
 def check_free(model: nn.Module) -> None:
     """Raise ValueError where the model has fastlora's adapters already."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    adapted += survey.adapted_experts(model)
     if adapted:
         raise ValueError(
             f"the model has fastlora's adapters already, in {len(adapted)} layers such as {adapted[0]!r}: merge(model) "

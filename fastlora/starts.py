@@ -6,21 +6,24 @@
     "pissa"                s B A = the r largest singular triples of W; the base becomes W - s B A
     "pissa_niter_N"        the same by N subspace iterations from a random start
     "olora"                B, A = the first r columns and rows of Q and R, W = Q R; the base becomes W - s B A
-    "loftq"                s B A = the r largest singular triples of W - NF4(W); the base becomes NF4(W)
+    "loftq"                s B A = the r largest singular triples of W - Q; the base becomes Q = NF4(W), and with
+                           loftq_iter = N > 1 it is Q = NF4(W - s B A), N - 1 times over
+    "eva"                  A = leading singular vectors of the layer's inputs, B = 0 (`fastlora.eva`)
     False                  A and B as `nn.Linear` makes them: the update is not zero
 
 Drawn numbers come in peft's order, so that one seed gives both libraries the same start.
 
 Where the base changes, the adapter means something on that changed base alone. A model keeps its start, and saves
-s (B A - B0 A0), of rank 2 r, which means the same on the base that everybody has (`standalone`). "loftq" needs no such
-thing: whoever loads the base in NF4 has it. peft leaves its s out; divided by it here, so that the start is right for
-any `lora_alpha`, and peft's where that is r.
+s (B A - B0 A0), of rank 2 r, which means the same on the base that everybody has (`standalone`). "loftq" with one
+iteration needs no such thing: whoever loads the base in NF4 has it. peft leaves its s out; divided by it here, so that
+the start is right for any `lora_alpha`, and peft's where that is r.
 
-Source: arXiv:2404.02948 (PiSSA), arXiv:2406.01775 (OLoRA), arXiv:2310.08659 (LoftQ, one iteration);
+Source: arXiv:2404.02948 (PiSSA), arXiv:2406.01775 (OLoRA), arXiv:2310.08659 (LoftQ);
 https://datta0.github.io/posts/rethink-lora-init (orthogonal).
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from fastlora import nf4
 
 Pair = tuple[Tensor, Tensor]
 
-_NAMES = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+_NAMES = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 _NITER = re.compile(r"pissa_niter_(\d+)")
 
 
@@ -39,12 +42,6 @@ def check(init: Any) -> None:
     if isinstance(init, bool) or init in _NAMES or (isinstance(init, str) and _NITER.fullmatch(init)):
         return
     with_peft = "let peft initialize (get_peft_model) and call replace_linear on the result"
-    if init == "eva":
-        raise ValueError(
-            "init_lora_weights='eva' is not supported: it starts from activations of your data. Wrap the model with "
-            "get_peft_model, call peft's initialize_lora_eva_weights(model, dataloader), then replace_linear on the "
-            "result"
-        )
     raise ValueError(
         f"init_lora_weights={init!r} is not supported: use True, False, {', '.join(map(repr, _NAMES))} or "
         f"'pissa_niter_<N>', or {with_peft}"
@@ -56,9 +53,27 @@ def reads_weight(init: Any) -> bool:
     return isinstance(init, str) and init.startswith(("pissa", "olora", "loftq"))
 
 
-def changes_base(init: Any) -> bool:
+def changes_base(init: Any, loftq_iter: int = 1) -> bool:
     """Whether the base is no longer the checkpoint's, nor what quantizing it gives."""
-    return reads_weight(init) and init != "loftq"
+    return reads_weight(init) and (init != "loftq" or loftq_iter > 1)
+
+
+def loftq_iterations(config: Any) -> int:
+    """`loftq_iter` of peft's `loftq_config`, a mapping or an object; 1 where None.
+
+    Raises:
+        ValueError: an unknown option, another number of bits than 4, or a number of iterations below 1.
+    """
+    options = dict(config or {}) if isinstance(config, (Mapping, type(None))) else dict(vars(config))
+    unknown = [name for name in options if name not in ("loftq_bits", "loftq_iter")]
+    if unknown:
+        raise ValueError(f"loftq_config has no option {unknown[0]!r}; it has loftq_bits and loftq_iter")
+    if options.get("loftq_bits", 4) != 4:
+        raise ValueError(f"loftq_config={options} is not supported: loftq_bits must be 4, as NF4 has")
+    count = options.get("loftq_iter", 1)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"loftq_config: loftq_iter must be a whole number of at least 1, not {count!r}")
+    return count
 
 
 def check_layer(init: Any, name: str, weight: Any, r: int, shared_with: str, quantized: bool) -> None:
@@ -72,6 +87,8 @@ def check_layer(init: Any, name: str, weight: Any, r: int, shared_with: str, qua
     said = f"init_lora_weights={init!r}"
     if init == "orthogonal" and r % 2:
         raise ValueError(f"{said} needs an even rank; {name} has r={r}")
+    if init == "eva" and weight.device.type == "meta":
+        raise ValueError(f"{said} runs the model, and the weight of {name} is not loaded: load the weights first")
     if not reads_weight(init):
         return
     if isinstance(weight, nf4.NF4Weight):
@@ -105,6 +122,8 @@ def fill(init: Any, lora_a: nn.Linear, lora_b: nn.Linear, dtype: torch.dtype) ->
         lora_a.weight.data, lora_b.weight.data = (part.to(dtype).float().contiguous() for part in (a, b))
     if init in (True, "gaussian"):
         nn.init.zeros_(lora_b.weight)
+    elif init not in (False, "orthogonal") and not reads_weight(init):
+        raise ValueError(f"init_lora_weights={init!r} starts from data: replace_linear takes it, one layer does not")
 
 
 @torch.no_grad()
@@ -127,10 +146,22 @@ def from_weight(init: str, weight: Tensor, r: int, scaling: float) -> Pair:
 
 
 @torch.no_grad()
-def loftq(weight: Tensor, r: int, scaling: float, blocksize: int, double_quant: bool) -> Pair:
-    """(A0, B0) in fp32 that make up for the quantization of a weight [N, K], as far as rank r can."""
-    quantized = nf4.quantize(weight, blocksize, double_quant)
-    return _leading(weight.float() - quantized.dequantize(torch.float32), r, None, scaling)
+def loftq(
+    weight: Tensor, r: int, scaling: float, blocksize: int, double_quant: bool, iterations: int = 1
+) -> tuple[Pair, Pair | None]:
+    """(A0, B0) in fp32 that make up for the quantization of a weight [N, K], as far as rank r can.
+
+    Returns:
+        the pair, and that of the iteration before: the base is NF4(W - scaling · B A) of the latter, NF4(W) where None.
+    """
+    wide, pair, before = weight.float(), None, None
+    for _ in range(iterations):
+        before = pair
+        left = wide if before is None else torch.addmm(wide, before[1], before[0], alpha=-scaling)
+        quantized = nf4.quantize(left, blocksize, double_quant)
+        pair = _leading(wide - quantized.dequantize(torch.float32), r, None, scaling)
+    assert pair is not None
+    return pair, before
 
 
 def standalone(pair: Pair, taken_out: Pair, scaling: float) -> Pair:
@@ -152,4 +183,4 @@ def _leading(matrix: Tensor, r: int, niter: int | None, scaling: float) -> Pair:
         u, s, v = torch.svd_lowrank(matrix, r, niter=niter)
         vh = v.t()
     root = (s[:r] / scaling).sqrt()
-    return root.unsqueeze(1) * vh[:r], u[:, :r] * root
+    return (root.unsqueeze(1) * vh[:r]).contiguous(), (u[:, :r] * root).contiguous()

@@ -1,5 +1,6 @@
 """Which linear layers a model has, where they hang, and what speaks against replacing each."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ class Site:
     lora_alpha: float = 0.0
     quantize: bool = False
     trained: bool = False
+    without: str = ""
 
     @property
     def kind(self) -> str:
@@ -69,6 +71,14 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             if child is not None and id(child) in by_id:
                 by_id[id(child)].places.append((parent, attribute))
     return {site.name: site for site in by_id.values()}
+
+
+def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Hang a module in another's place, wherever the model uses that."""
+    places = [(parent, attribute) for parent in model.modules() for attribute, child in parent._modules.items()
+              if child is old and parent is not new]  # fmt: skip
+    for parent, attribute in places:
+        setattr(parent, attribute, new)
 
 
 def obstacle(module: Any) -> str:
@@ -127,27 +137,42 @@ def _linear_shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def expert_notes(model: nn.Module) -> list[str]:
-    """Experts kept as one 3-d parameter are no linear layers and easily overlooked."""
+def adapted_experts(model: nn.Module) -> dict[str, Any]:
+    """The model's `LoRAExperts` by name, without torch.compile's part in the names; told by what they can do, for the
+    file that defines them imports peft where it is installed."""
+    return {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if hasattr(type(module), "to_experts")
+    }
+
+
+def expert_notes(model: nn.Module, adapted: Collection[str] = ()) -> list[str]:
+    """Experts kept as one 3-d parameter are no linear layers and easily overlooked; adapted: those that are not."""
     experts = [
         f"{name}.{key}"
         for name, module in model.named_modules()
         for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3 and "expert" in f"{name}.{key}".lower()
+        if parameter is not None
+        and parameter.ndim == 3
+        and "expert" in f"{name}.{key}".lower()
+        and f"{name}.{key}" not in adapted
     ]
     if not experts:
         return []
     return [
-        f"{len(experts)} expert weights are 3-d parameters, not linear layers, and get no adapter: {experts[0]}, ..."
+        f"{len(experts)} expert weights are 3-d parameters, not linear layers, and get no adapter without "
+        f"target_parameters: {experts[0]}, ..."
     ]
 
 
-def report(model: nn.Module, sites: dict[str, Site]) -> Report:
-    """What becomes of every linear layer once the marked sites are replaced."""
+def report(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = ()) -> Report:
+    """What becomes of every linear layer once the marked sites are replaced; stacks: rows of stacks of experts."""
     devices = {site.module.weight.device for site in sites.values() if site.adapt}
+    devices |= {next(model.get_submodule(row.name.rpartition(".")[0]).parameters()).device for row in stacks}
     backends = {device: functional.backend(device) for device in sorted(devices, key=str)}
     head = output_head(model)
-    rows = []
+    rows = list(stacks)
     for name, site in sites.items():
         replaced = site.adapt or site.quantize
         path = functional.backend(site.module.weight.device).name if replaced else "unchanged"
@@ -156,7 +181,7 @@ def report(model: nn.Module, sites: dict[str, Site]) -> Report:
         why = _why(site, head)
         rows.append(Row(name, site.kind, site.shape, replaced, why, path, site.r, in_nf4, kernels=kernels))
     first = next(iter(backends.values()))
-    return Report(rows, first.name, first.reason, expert_notes(model))
+    return Report(rows, first.name, first.reason, expert_notes(model, [row.name for row in stacks]))
 
 
 def _why(site: Site, head: str | None) -> str:
@@ -166,9 +191,9 @@ def _why(site: Site, head: str | None) -> str:
     if site.obstacle:
         return site.obstacle
     if not site.adapt and not site.quantize:
-        what = "output head, left alone" if within(site.name, head) else "not a target"
+        what = site.without or ("output head, left alone" if within(site.name, head) else "not a target")
         return f"{what}; not quantized: {site.no_quantize}" if site.no_quantize and what == "not a target" else what
-    adapter = f"adapter r={site.r}" if site.adapt else "no adapter: not a target"
+    adapter = f"adapter r={site.r}" if site.adapt else f"no adapter: {site.without or 'not a target'}"
     if site.quantize:
         return f"{adapter}, weight quantized to NF4"
     if is_linear4bit(site.module):

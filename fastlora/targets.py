@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlora import starts
+from fastlora import eva, starts
 
 ALL_LINEAR = "all-linear"
 
@@ -23,6 +23,7 @@ _TAKEN = (
     "lora_dropout",
     "target_modules",
     "exclude_modules",
+    "target_parameters",
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
@@ -31,6 +32,8 @@ _TAKEN = (
     "init_lora_weights",
     "modules_to_save",
     "trainable_token_indices",
+    "eva_config",
+    "loftq_config",
     "task_type",
     "base_model_name_or_path",
     "revision",
@@ -57,6 +60,7 @@ class LoRASettings:
     lora_dropout: float = 0.0
     target_modules: str | Collection[str] | None = ALL_LINEAR
     exclude_modules: str | Collection[str] | None = None
+    target_parameters: Collection[str] | None = None
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -65,6 +69,8 @@ class LoRASettings:
     init_lora_weights: bool | str = True
     modules_to_save: Collection[str] | None = None
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
+    eva_config: Any = None
+    loftq_config: Any = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -82,13 +88,19 @@ class LoRASettings:
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
         starts.check(self.init_lora_weights)
+        for init, option in (("eva", "eva_config"), ("loftq", "loftq_config")):
+            if getattr(self, option) is not None and self.init_lora_weights != init:
+                raise ValueError(f"{option} is for init_lora_weights={init!r}, and that is {self.init_lora_weights!r}")
+        eva.config_of(self.eva_config)
+        starts.loftq_iterations(self.loftq_config)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save must be a list of names: pass [{self.modules_to_save!r}]")
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a list of names: pass [{getattr(self, name)!r}]")
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             _check_names(name, getattr(self, name))
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
@@ -97,8 +109,17 @@ class LoRASettings:
         alpha = next((a for key, a in self.alpha_pattern.items() if _fits_pattern(key, name)), self.lora_alpha)
         return r, alpha
 
+    def means_parameter(self, name: str) -> bool:
+        """Whether a parameter of this name is one of `target_parameters`."""
+        return any(means(entry, name) for entry in self.target_parameters or ())
+
+    @property
+    def loftq_iter(self) -> int:
+        """How many iterations of LoftQ."""
+        return starts.loftq_iterations(self.loftq_config)
+
     def check_patterns(self, names: Collection[str]) -> None:
-        """Raise ValueError where an entry of rank_pattern or alpha_pattern fits none of the adapted layers."""
+        """Raise ValueError where an entry of rank_pattern or alpha_pattern fits none of these layers and stacks."""
         names = list(names)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
@@ -119,15 +140,14 @@ def settings_from_config(config: Any) -> LoRASettings:
     for name, value in options.items():
         if name in _TAKEN or name in _INERT:
             continue
-        if name == "loftq_config" and options.get("init_lora_weights") == "loftq":
-            _check_loftq(value)
-            continue
         if not (value in _OFF if isinstance(value, (bool, int, str, type(None))) else _is_empty(value)):
             raise ValueError(
                 f"{name}={value!r} is not supported by replace_linear: leave it off, or wrap the model with peft "
                 "(get_peft_model) and call replace_linear on the result, which speeds up the layers it can"
             )
     taken = {name: options[name] for name in _TAKEN if options.get(name) is not None}
+    if not taken.get("loftq_config"):  # an empty mapping where peft has none
+        taken.pop("loftq_config", None)
     for name in ("rank_pattern", "alpha_pattern"):
         taken[name] = dict(taken.get(name) or {})
     taken.setdefault("target_modules", None)
@@ -162,6 +182,8 @@ def select(
         raise ValueError(f"exclude_modules={settings.exclude_modules!r} matches no module")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return {name for name in linear if name not in excluded and not within(name, head)}, excluded
+    if not targets and settings.target_parameters:
+        return set(), excluded
     if targets is None:
         raise ValueError("the config names no target_modules: give a list of names or 'all-linear'")
     matched = {name for name in names if _matches(targets, name)}
@@ -185,6 +207,11 @@ def select(
         hint = f"; linear layers in it: {', '.join(inside)}" if inside else ""
         raise ValueError(f"target_modules={_shown(targets)} matches {wrong[0]!r}, which is not a linear layer{hint}")
     return chosen, excluded
+
+
+def means(entry: str, name: str) -> bool:
+    """Whether an entry of a list is this name, or its end from a dot on."""
+    return name == entry or name.endswith(f".{entry}")
 
 
 def within(name: str, head: str | None) -> bool:
@@ -211,7 +238,7 @@ def _matches(wanted: str | Collection[str] | None, name: str) -> bool:
         return False
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in wanted)
+    return any(means(entry, name) for entry in wanted)
 
 
 def _layer_wanted(settings: LoRASettings, name: str) -> bool:
@@ -241,15 +268,6 @@ def _check_names(option: str, value: str | Collection[str] | None) -> None:
         odd = [entry for entry in value if not isinstance(entry, str)]
         if odd:
             raise ValueError(f"{option} must hold strings; got {odd[0]!r}")
-
-
-def _check_loftq(config: Any) -> None:
-    options = dict(config) if isinstance(config, Mapping) else dict(vars(config))
-    if options.get("loftq_bits", 4) != 4 or options.get("loftq_iter", 1) != 1:
-        raise ValueError(
-            f"loftq_config={options} is not supported: 4 bits and one iteration are. After more the base is no longer "
-            "what quantizing the checkpoint gives, and the adapter alone would not bring it back"
-        )
 
 
 def _is_empty(value: Any) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from fastlora import sharded
 from fastlora.adopted import is_linear4bit
 from fastlora.targets import nearest, within
 
@@ -53,8 +54,8 @@ def tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def check_fit(model: nn.Module, found: Mapping[str, Tensor], prefix: str) -> None:
-    """Raise ValueError where the model has no tensor of this name and shape."""
-    own = dict(model.state_dict(keep_vars=True))
+    """Raise ValueError where the model has no tensor of this name and shape, or one that cannot be filled."""
+    own, sharers = dict(model.state_dict(keep_vars=True)), _sharers(model)
     for name, value in found.items():
         if name not in own:
             raise ValueError(f"{prefix}{name} is in the file, but not in the model")
@@ -62,23 +63,30 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], prefix: str) -> Non
             raise ValueError(
                 f"{prefix}{name} has shape {list(value.shape)} in the file, {list(own[name].shape)} in the model"
             )
+        if sharded.is_sharded(model) and not all(other in found for other in sharers.get(id(own[name]), ())):
+            raise ValueError(f"{prefix}{name} would be tied no more, and the model is sharded: load it before that")
 
 
 @torch.no_grad()
 def load(model: nn.Module, found: Mapping[str, Tensor]) -> None:
     """Put these values into the model; what is shared with a tensor not among them gets a weight of its own."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    own = dict(model.state_dict(keep_vars=True))
+    own, sharers = dict(model.state_dict(keep_vars=True)), _sharers(model)
     for name, value in found.items():
         target = own[name]
-        if all(other in found for other in names.get(id(target), ())):
-            target.copy_(value)
+        if all(other in found for other in sharers.get(id(target), ())):
+            sharded.fill(target, value)
             continue
         owner, _, attribute = name.rpartition(".")
         fresh = nn.Parameter(value.to(target.device, target.dtype, copy=True), target.requires_grad)
         setattr(model.get_submodule(owner), attribute, fresh)
+
+
+def _sharers(model: nn.Module) -> dict[int, list[str]]:
+    """Names of each parameter, by its identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def _check_trainable(name: str, module: nn.Module) -> None:

@@ -33,3 +33,13 @@ def counts(model):
 
 def reasons(model):
     return {m.fastlora_calls.last_reason for m in model.modules() if hasattr(m, "fastlora_calls")} - {""}
+
+
+def add_another(model):
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"]))
+    randomize(model)
+    model.base_model.set_adapter(["default", "other"])
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
@@ -70,6 +71,7 @@ def test_the_model_computes_at_first_what_it_did(init, base):
     expected, weights = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
     replace_linear(model, r=4, lora_alpha=6, init_lora_weights=init)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert all(p.is_contiguous() for p in model.parameters() if p.requires_grad), "as FSDP2 wants them"
     changed = [
         name for name, layer in model.named_modules()
         if isinstance(layer, LoRALinear) and not torch.equal(layer.base_layer.weight, weights[f"{name}.weight"])
@@ -167,15 +169,21 @@ def test_the_rest_is_quantized():
     assert errors[0] < 0.9 * errors[1]
 
 
-def by_hand(weight, r):
-    """LoftQ with one iteration, from bitsandbytes' own quantization."""
+def by_hand(weight, r, iterations=1):
+    """LoftQ from bitsandbytes' own quantization, as in algorithm 1 of the paper: A, B and the base.
+
+    peft's runs on CUDA devices only.
+    """
     bnb = pytest.importorskip("bitsandbytes")
-    codes, state = bnb.functional.quantize_4bit(
-        weight.clone(), quant_type="nf4", compress_statistics=False, blocksize=64
-    )
-    residual = weight - bnb.functional.dequantize_4bit(codes, state)
-    u, s, vh = torch.linalg.svd(residual, full_matrices=False)
-    return s[:r].sqrt().unsqueeze(1) * vh[:r], u[:, :r] * s[:r].sqrt()
+    a, b = torch.zeros(r, weight.shape[1]), torch.zeros(weight.shape[0], r)
+    for _ in range(iterations):
+        codes, state = bnb.functional.quantize_4bit(
+            (weight - b @ a).contiguous(), quant_type="nf4", compress_statistics=False, blocksize=64
+        )
+        base = bnb.functional.dequantize_4bit(codes, state)
+        u, s, vh = torch.linalg.svd(weight - base, full_matrices=False)
+        a, b = s[:r].sqrt().unsqueeze(1) * vh[:r], u[:, :r] * s[:r].sqrt()
+    return a, b, base
 
 
 @pytest.mark.parametrize("alpha", [8, 20])
@@ -189,13 +197,82 @@ def test_loftq(alpha):
             continue
         weight = exact.get_submodule(name).weight.detach()
         a, b, scaling = layer.adapter()
-        true_a, true_b = by_hand(weight, 8)
+        true_a, true_b, _ = by_hand(weight, 8)
         torch.testing.assert_close(scaling * b @ a, true_b @ true_a, rtol=1e-3, atol=1e-5)
         if alpha == 8:  # peft's own matrices, but for the sign of each singular vector
             torch.testing.assert_close(a.abs(), true_a.abs(), rtol=1e-2, atol=1e-4)
         assert torch.equal(layer.base_layer.codes, plain.get_submodule(name).base_layer.codes)
         left = (layer.to_linear().weight - weight).norm()
         assert left < 0.95 * (layer.base_layer.weight.dequantize() - weight).norm()
+
+
+@pytest.mark.parametrize("iterations", [2, 5])
+@pytest.mark.parametrize("alpha", [8, 20])
+def test_loftq_with_more_iterations(iterations, alpha):
+    """Each makes the base that goes with the update before: what is left of the weight's error shrinks."""
+    exact = llama()
+    options = {"r": 8, "target_modules": TARGETS, "quantize": "nf4", "double_quant": False, "lora_alpha": alpha}
+    options["init_lora_weights"] = "loftq"
+    model = replace_linear(llama(), **options, loftq_config={"loftq_iter": iterations})
+    once = replace_linear(llama(), **options)
+    left = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoRALinear):
+            continue
+        weight = exact.get_submodule(name).weight.detach()
+        a, b, scaling = layer.adapter()
+        true_a, true_b, base = by_hand(weight, 8, iterations)
+        torch.testing.assert_close(scaling * b @ a, true_b @ true_a, rtol=1e-3, atol=1e-4)
+        # the sums before differ in their last bits, and with them scales; a value between two levels may take either
+        mine = layer.base_layer.weight.dequantize()
+        assert (~torch.isclose(mine, base, rtol=1e-5, atol=0)).float().mean() < 1e-3, name
+        for which, kind in ((layer, "more"), (once.get_submodule(name), "one")):
+            left.setdefault(kind, []).append((which.to_linear().weight - weight).norm().item())
+    assert sum(left["more"]) < 0.97 * sum(left["one"])
+
+
+def test_loftq_with_more_iterations_is_saved_for_the_base_as_everybody_has_it(tmp_path):
+    """Over the weights in full precision: what training added; with quantize, up to the error of quantization."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 8, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": "loftq"}
+    options |= {"loftq_config": peft.LoftQConfig(loftq_bits=4, loftq_iter=3), "quantize": "nf4"}
+    model = replace_linear(llama(), **options)
+    started = {name: layer.to_linear().weight for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    shaken(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).base_model.model
+    for name, start in started.items():
+        added = model.get_submodule(name).to_linear().weight - start
+        torch.testing.assert_close(theirs.get_submodule(name).get_delta_weight("default"), added, rtol=1e-3, atol=1e-4)
+    loaded = load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(theirs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="was changed by its start"):
+        load_adapter(model, tmp_path)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = replace_linear(llama(), **options)
+    other.load_state_dict(torch.load(buffer))
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_a_file_of_pefts_with_more_iterations_changes_its_base_likewise(tmp_path):
+    """peft saves A and B as they are: the base is made again from the same weights."""
+    options = {"r": 8, "lora_alpha": 8, "target_modules": TARGETS}
+    loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 3}}
+    model = shaken(replace_linear(llama(), **options, **loftq, quantize="nf4"))
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            layer.taken_out.clear()  # so that A and B are written as peft does
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | loftq))
+    again = load_adapter(llama(), tmp_path, quantize="nf4")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match=r"load it with quantize='nf4'"):
+        load_adapter(llama(), tmp_path)
+    with pytest.raises(ValueError, match="load it into a model without adapters"):
+        load_adapter(replace_linear(llama(), **options, quantize="nf4"), tmp_path)
 
 
 def test_loftq_is_saved_as_it_is_for_a_base_in_nf4(tmp_path):

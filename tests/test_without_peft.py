@@ -9,9 +9,20 @@ import sys
 sys.modules.update(peft=None, bitsandbytes=None)  # any import of either fails from here on
 import torch
 import fastlora
-from tests.models import gpt2, llama, tokens
+from tests.models import SIZES, gpt2, llama, tokens, transformers
 
+
+def mixtral():
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
+
+
+BATCHES = [{"input_ids": tokens()}]
+EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 CASES = [
+    (mixtral, EXPERTS),
+    (mixtral, {**EXPERTS, "quantize": "nf4"}),
+    (llama, {"init_lora_weights": "eva", "eva_dataloader": BATCHES}),
     (llama, {"init_lora_weights": "pissa"}),
     (llama, {"init_lora_weights": "olora", "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
     (llama, {"init_lora_weights": "loftq", "quantize": "nf4"}),
@@ -53,4 +64,4 @@ def test_start_train_save_load_merge(tmp_path):
     root = Path(__file__).parents[1]
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, check=False)
-    assert done.stdout.split("\n")[-2:] == ["done 4", ""], done.stderr[-3000:]
+    assert done.stdout.split("\n")[-2:] == ["done 7", ""], done.stderr[-3000:]

@@ -1,0 +1,358 @@
+"""Explained variance adaptation: A starts as the leading right singular vectors of what a layer is given, B = 0.
+
+Batches of the user's data run through the model as it is. The inputs of each layer, centred, go into an incremental
+SVD; those of layers that see the same input (q, k and v; gate and up) into one. After each batch the ranks are dealt
+out: of all components of all layers, those that explain the largest shares of their layer's variance get one of the
+r · (number of layers) places, at most rho · r in a layer. A layer is done when every component that it was dealt has
+moved by less than tau says (cosine similarity from one batch to the next), and the search when all layers are.
+
+A layer that is dealt nothing gets no adapter. With `adjust_scaling_factors` lora_alpha grows with the rank, so that
+lora_alpha / r stays what it was.
+
+The numbers are peft's for the same batches in the same order: the same randomized SVD from the same seed, in fp32 for
+the first batch and in fp64 from then on; like peft's, the batches are repeated for as long as it takes. One departure:
+`whiten` divides each layer's vectors once, where peft divides those that layers share once for each of them.
+
+Source: arXiv:2410.07170; arXiv:0811.4413 (the incremental SVD with a correction for the mean's change).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastlora.adopted import is_linear4bit
+
+if TYPE_CHECKING:
+    from fastlora.survey import Site
+
+SEED, NITER = 42, 4
+# A search that has not ended after so many passes over the data and so many batches will not.
+MAX_PASSES, MAX_BATCHES = 100, 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaConfig:
+    """EVA's options, under the names of peft's `EvaConfig`.
+
+    Args:
+        rho: a layer's rank is at most rho · r; 1 leaves every layer its r.
+        tau: cosine similarity of a component to that of the batch before, from which on it has converged.
+        use_label_mask: leave out positions whose label is `label_mask_value`, where batches have labels.
+        whiten: divide each vector by the root of its singular value.
+        adjust_scaling_factors: scale lora_alpha with the rank that a layer is dealt.
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rho", "tau"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"eva_config: {name} must be a number, not {value!r}")
+        if not self.rho >= 1:
+            raise ValueError(f"eva_config: rho must be at least 1, not {self.rho!r}")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"eva_config: tau must be between 0 and 1, not {self.tau!r}")
+
+
+def config_of(given: Any) -> EvaConfig:
+    """The options in a mapping, in peft's `EvaConfig`, or the defaults where None.
+
+    Raises:
+        ValueError: an unknown option, or a value out of its range.
+    """
+    if given is None or isinstance(given, EvaConfig):
+        return given or EvaConfig()
+    if not isinstance(given, Mapping) and not dataclasses.is_dataclass(given):
+        raise ValueError(f"eva_config must be a mapping or an EvaConfig, not {given!r}")
+    options = dict(given) if isinstance(given, Mapping) else dict(vars(given))
+    known = [field.name for field in dataclasses.fields(EvaConfig)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"eva_config has no option {unknown[0]!r}; it has {', '.join(known)}")
+    return EvaConfig(**options)
+
+
+@torch.no_grad()
+def components(model: nn.Module, sites: "Mapping[str, Site]", dataloader: Any, config: EvaConfig) -> dict[str, Tensor]:
+    """What A starts as in each layer; the model is run, and left as it was.
+
+    In a process group the inputs of all processes are put together, so that each finds the same: every process must
+    call this, with batches of its own.
+
+    Args:
+        sites: the layers by name, in the model's order.
+        dataloader: batches, as mappings of the model's arguments, tuples of them, or one tensor; read more than once.
+            Positions that `attention_mask` or `labels` mask are left out.
+    Returns:
+        A [R, K] by name, fp32 or fp64; R = 0 where a layer is dealt no rank.
+    Raises:
+        ValueError: no data, batches too small for the ranks, inputs that are not finite, a rank that rho raises above
+            the number of a layer's inputs, or a search that does not end.
+    """
+    counts = {name: round(site.r * config.rho) for name, site in sites.items()}
+    for name, site in sites.items():
+        if counts[name] > site.shape[1]:
+            raise ValueError(
+                f"EVA looks for rho * r = {counts[name]} components in the inputs of {name}, which have "
+                f"{site.shape[1]} features: lower rho={config.rho}, or r={site.r}"
+            )
+    first = _first(dataloader)
+    with _ready(model):
+        modules = {name: site.module for name, site in sites.items()}
+        leaders = _leaders(model, modules, first, config)
+        for name, leader in leaders.items():
+            counts[leader] = max(counts[leader], counts[name])
+        counts = {name: counts[leader] for name, leader in leaders.items()}
+        budget = sum(site.r for site in sites.values())
+        ranks, found = _search(model, modules, leaders, counts, budget, dataloader, config)
+    result = {}
+    for name in sites:
+        svd, rank = found[leaders[name]], ranks[name]
+        vectors = svd.components[:rank].clone()
+        result[name] = vectors / svd.singular[:rank].sqrt().unsqueeze(1) if config.whiten else vectors
+    return result
+
+
+class IncrementalSVD:
+    """The leading right singular vectors of rows that come in batches, centred by the mean of all rows so far.
+
+    Args:
+        name: of the layer, for messages. count: how many vectors. tau: from which similarity on one has converged.
+    """
+
+    components: Tensor
+    singular: Tensor
+    _mean: Tensor
+    _scatter: Tensor
+
+    def __init__(self, name: str, count: int, tau: float) -> None:
+        self.name, self.count, self.tau = name, count, tau
+        self.rows, self.largest = 0, 0
+        self.converged = torch.zeros(count, dtype=torch.bool)
+
+    def update(self, x: Tensor) -> None:
+        """Take in a batch [T, K]; one of fewer rows than vectors is left out."""
+        self.largest = max(self.largest, x.shape[0])
+        if x.shape[0] < self.count:
+            return
+        if not torch.isfinite(x).all():
+            raise ValueError(f"the inputs of {self.name} hold NaN or inf: EVA cannot start from them")
+        x, wide, before = x.float(), x.double(), self.rows
+        mean = wide.mean(0)
+        scatter = (wide - mean).square().sum()
+        if before:
+            # what the two means add to the scatter about their own is one more row
+            weight = before * x.shape[0] / (before + x.shape[0])
+            shift = (self._mean - mean) * weight**0.5
+            known = self.singular.unsqueeze(1) * self.components
+            rows = torch.cat((known, x - mean.float(), shift.unsqueeze(0)))
+            self._scatter = self._scatter + scatter + shift.square().sum()
+            self._mean = self._mean + (mean - self._mean) * (x.shape[0] / (before + x.shape[0]))
+        else:
+            rows, self._mean, self._scatter = (x - mean).float(), mean, scatter
+        self.rows = before + x.shape[0]
+        singular, vectors = _svd(rows, 2 * self.count)
+        if before:
+            similarity = torch.nn.functional.cosine_similarity(vectors[: self.count], self.components)
+            self.converged = similarity.cpu() >= self.tau
+        self.components, self.singular = vectors[: self.count], singular[: self.count]
+
+    @property
+    def explained(self) -> Tensor:
+        """[count]: the share of the variance that each vector explains; 0 where the rows are all the same."""
+        return (self.singular.square() / self._scatter).nan_to_num(0.0).cpu()
+
+
+def _svd(rows: Tensor, q: int) -> tuple[Tensor, Tensor]:
+    """(singular values, right singular vectors as rows); the largest element of each vector is positive."""
+    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        # this device's generator alone: torch.manual_seed would set those of all devices
+        (torch.cuda.default_generators[rows.device.index] if rows.is_cuda else torch.default_generator).manual_seed(
+            SEED
+        )
+        _, singular, v = torch.svd_lowrank(rows, q=q, niter=NITER)
+    vectors = v.t()
+    largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    return singular, vectors * largest.sign()
+
+
+def _search(
+    model: nn.Module, modules: dict[str, nn.Module], leaders: dict[str, str], counts: dict[str, int], budget: int,
+    dataloader: Any, config: EvaConfig,
+) -> tuple[dict[str, int], dict[str, IncrementalSVD]]:  # fmt: skip
+    """Run batches until every component that is dealt a rank has converged: ranks by name, and each leader's SVD."""
+    found = {name: IncrementalSVD(name, counts[name], config.tau) for name in leaders if leaders[name] == name}
+    ranks = dict(counts)
+    for steps, (number, batch) in enumerate(_repeated(dataloader)):
+        open_ones = [svd for name, svd in found.items() if not svd.converged[: ranks[name]].all()]
+        if not open_ones:
+            return ranks, found
+        if number and (short := next((svd for svd in found.values() if not svd.rows), None)):
+            raise ValueError(
+                f"EVA needs at least {short.count} positions in a batch (rho * r) for {short.name}, and no batch has "
+                f"more than {short.largest}: give larger batches, or lower rho or r"
+            )
+        if number >= MAX_PASSES and steps >= MAX_BATCHES:
+            raise ValueError(
+                f"EVA has not converged in {steps} batches, {len(open_ones)} layers such as {open_ones[0].name} are "
+                f"open: lower tau={config.tau} or rho={config.rho}, or give more data"
+            )
+        asked = {svd.name: modules[svd.name] for svd in open_ones}
+        _run(model, asked, batch, config, lambda name, x: found[name].update(x))
+        if all(svd.rows for svd in found.values()):
+            ranks = _dealt(found, leaders, counts, budget)
+    raise AssertionError("the batches are repeated without end")
+
+
+def _dealt(
+    found: dict[str, IncrementalSVD], leaders: dict[str, str], counts: dict[str, int], budget: int
+) -> dict[str, int]:
+    """The rank of each layer: the budget goes to the components that explain the largest shares."""
+    order = [*found, *(name for name in leaders if name not in found)]
+    owners = [name for name in order for _ in range(counts[name])]
+    shares = torch.cat([found[leaders[name]].explained[: counts[name]].double() for name in order])
+    ranks = dict.fromkeys(order, 0)
+    for place in shares.argsort(descending=True, stable=True)[:budget].tolist():
+        ranks[owners[place]] += 1
+    for name in order[len(found) :]:
+        leader = leaders[name]  # whose SVD is watched for both: it has the higher of two ranks that differ by a tie
+        ranks[leader], ranks[name] = max(ranks[leader], ranks[name]), min(ranks[leader], ranks[name])
+    return ranks
+
+
+def _leaders(model: nn.Module, modules: dict[str, nn.Module], batch: Any, config: EvaConfig) -> dict[str, str]:
+    """Layer -> the first layer that is given the same input, which may be itself; leaders first, then by leader."""
+    digests: dict[str, bytes] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        if name not in digests:
+            digests[name] = hashlib.blake2b(x.contiguous().cpu().view(torch.uint8).numpy().tobytes()).digest()
+
+    _run(model, modules, batch, config, note)
+    groups: dict[bytes, list[str]] = {}
+    for name in modules:
+        groups.setdefault(digests.get(name, name.encode()), []).append(name)
+    heads = {names[0]: names[0] for names in groups.values()}
+    return heads | {name: names[0] for names in groups.values() for name in names[1:]}
+
+
+def _run(
+    model: nn.Module, modules: dict[str, nn.Module], batch: Any, config: EvaConfig, take: Callable[[str, Tensor], None]
+) -> None:
+    """Call the model on a batch and hand on what each of these modules is given, [T, K], without masked positions."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    batch = _moved(batch, device)
+    mask = _mask(batch, config)
+    called = {id(module): name for name, module in modules.items()}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        masked = mask is not None and x.shape[:-1] == mask.shape
+        x = x[mask.to(x.device)] if mask is not None and masked else x.reshape(-1, x.shape[-1])
+        take(called[id(module)], _of_all_processes(x))
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules.values()]
+    try:
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask(batch: Any, config: EvaConfig) -> Tensor | None:
+    """[batch, positions]: which positions count; None where all do."""
+    if not isinstance(batch, Mapping):
+        return None
+    mask = batch.get("attention_mask")
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    labels = batch.get("labels") if config.use_label_mask else None
+    if isinstance(labels, Tensor) and labels.ndim == 2 and (mask is None or mask.shape == labels.shape):
+        labelled = labels != config.label_mask_value
+        mask = labelled if mask is None else mask & labelled
+    return mask
+
+
+def _of_all_processes(x: Tensor) -> Tensor:
+    """[T, K] of this process -> the rows of all processes, in their order."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
+    lengths = [int(size) for size in sizes]
+    padded = x.new_zeros(max(lengths), x.shape[1])
+    padded[: x.shape[0]] = x
+    parts = [torch.empty_like(padded) for _ in lengths]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+@contextlib.contextmanager
+def _ready(model: nn.Module) -> Iterator[None]:
+    """In eval mode, but for bitsandbytes' layers: on some CPUs those repack their weight when called in eval mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = is_linear4bit(module)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _first(dataloader: Any) -> Any:
+    """The first batch.
+
+    Raises:
+        ValueError: no batches, or such as can be read only once.
+    """
+    wanted = "a DataLoader or a list of batches"
+    if dataloader is None:
+        raise ValueError(f"init_lora_weights='eva' starts from data: pass eva_dataloader, {wanted}")
+    if not isinstance(dataloader, Iterable) or isinstance(dataloader, (Mapping, Tensor, str)):
+        raise ValueError(f"eva_dataloader must be {wanted}, not a {type(dataloader).__name__}")
+    iterator = iter(dataloader)
+    if iterator is dataloader:
+        raise ValueError(f"eva_dataloader is read more than once: pass {wanted}, not a {type(dataloader).__name__}")
+    for batch in iterator:
+        if not isinstance(batch, (Mapping, Tensor, tuple, list)):
+            raise ValueError(f"eva_dataloader gives a {type(batch).__name__}: a mapping, tuple or tensor is called for")
+        return batch
+    raise ValueError(f"eva_dataloader is empty: pass {wanted}")
+
+
+def _repeated(dataloader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """(number of the pass, batch) without end; later passes repeat the batches of the first, in its order."""
+    kept = []
+    for batch in dataloader:
+        kept.append(batch)
+        yield 0, batch
+    for number in itertools.count(1):
+        for batch in kept:
+            yield number, batch
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_moved(value, device) for value in batch]
+    return batch

@@ -1,0 +1,95 @@
+"""The adapters that are about to be hung into a model, made over its layers as they are, with A and B as they start."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import eva, starts
+from fastlora.conv1d import dense_weight
+from fastlora.linear import LoRALinear, base_weight
+from fastlora.survey import Site
+from fastlora.targets import LoRASettings
+
+
+def check(init: bool | str, adapted: dict[str, Site]) -> None:
+    """Raise ValueError where a layer cannot start by this name."""
+    for name, site in adapted.items():
+        starts.check_layer(init, name, base_weight(site.module), site.r, site.shared_with, site.quantize)
+
+
+def make(
+    adapted: dict[str, Site],
+    settings: LoRASettings,
+    adapter_name: str,
+    adapter_dtype: torch.dtype | None,
+    blocksize: int,
+    double_quant: bool,
+) -> tuple[dict[str, LoRALinear], dict[str, starts.Pair]]:
+    """The adapters, over the layers as they are now, with A and B as they start; what to take out before quantizing."""
+    dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
+    first = True if init in ("loftq", "eva") else init
+    layers, taken_out = {}, {}
+    for name, site in adapted.items():
+        layer = LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, first)
+        if init == "loftq":
+            lora_a, lora_b, scaling = layer.adapter()
+            weight = dense_weight(site.module).detach()
+            pair, before = starts.loftq(weight, site.r, scaling, blocksize, double_quant, settings.loftq_iter)
+            for parameter, value in zip((lora_a, lora_b), pair, strict=True):
+                parameter.data.copy_(value)
+            if before is not None:
+                layer.taken_out[adapter_name] = pair[0].cpu(), (pair[1] * scaling).cpu()
+                taken_out[name] = before[0], before[1] * scaling
+        layers[name] = layer
+    return layers, taken_out
+
+
+def from_data(model: nn.Module, adapted: dict[str, Site], settings: LoRASettings, dataloader: Any) -> dict[str, Tensor]:
+    """For "eva": A by name, after giving the sites the ranks that the data deals them; those without lose their mark.
+
+    Raises:
+        ValueError: no data, data for another start, or such as `eva.components` refuses. No site is changed.
+    """
+    if settings.init_lora_weights != "eva":
+        if dataloader is not None:
+            raise ValueError(f"eva_dataloader is for init_lora_weights='eva', not {settings.init_lora_weights!r}")
+        return {}
+    config = eva.config_of(settings.eva_config)
+    started = eva.components(model, adapted, dataloader, config)
+    for name, a in list(started.items()):
+        site, rank = adapted[name], a.shape[0]
+        if not rank:
+            site.adapt, site.r, site.without = False, 0, "EVA gave it no rank"
+            del adapted[name], started[name]
+            continue
+        if config.adjust_scaling_factors:
+            site.lora_alpha *= rank / site.r
+        site.r = rank
+    return started
+
+
+def stacks(model: nn.Module, settings: LoRASettings, packed: bool, blocksize: int, dtype: torch.dtype | None) -> Any:
+    """The stacks of experts that `target_parameters` means; packed: whether they are about to become NF4.
+
+    Raises:
+        ValueError: as `expert_layers.find` and `expert_layers.check`.
+    """
+    if not settings.target_parameters:
+        return []
+    from fastlora import expert_layers  # with it comes peft, where that is installed
+
+    found = expert_layers.find(model, settings)
+    expert_layers.check(model, found, packed, blocksize, dtype)
+    return found
+
+
+def experts(
+    model: nn.Module, found: Any, settings: LoRASettings, adapter_name: str, adapter_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """The modules of experts with their adapters by name, `LoRAExperts`."""
+    if not found:
+        return {}
+    from fastlora import expert_layers
+
+    return dict(expert_layers.make(model, found, settings, adapter_name=adapter_name, adapter_dtype=adapter_dtype))

@@ -1,0 +1,57 @@
+"""Tensors of a model that FSDP2 has spread over processes (`fully_shard`): read whole, and filled from whole ones.
+
+What is here is done together: every process of the group calls it, for the same tensors in the same order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter of the model is spread over processes."""
+    return any(_is_dtensor(parameter) for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of one that is spread over processes; any other as it is."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy a full tensor into a parameter; where that is spread, each process takes its part of process 0's value."""
+    if _is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        value = value.to(sharded.device, sharded.dtype).contiguous()
+        parameter.copy_(distribute_tensor(value, sharded.device_mesh, sharded.placements))
+    else:
+        parameter.copy_(value)
+
+
+def settle(model: nn.Module) -> None:
+    """Spread again what FSDP2 has left gathered after a forward: what is written into gathered copies is lost."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard) and hasattr(module, "unshard"):
+            reshard()
+
+
+def by_first(write: Callable[[], None], together: bool) -> None:
+    """Call in process 0 alone, and let the others wait until it has ended; in this one where not `together`."""
+    if not together or not distributed.is_initialized():
+        write()
+        return
+    try:
+        if distributed.get_rank() == 0:
+            write()
+    finally:
+        distributed.barrier()
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
