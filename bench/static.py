@@ -114,77 +114,66 @@ def _nf4_specimen(
 
 
 def _lora_specimens() -> Iterator[Specimen]:
-    from fastlora.kernels import lora
-
     for r in RANKS:
-        for adapter, dropout in (("bf16", False), ("fp32", False), ("bf16", True), ("fp32", True)):
-            how = "split" if adapter == "fp32" else "narrow"
-            block_r = lora.block_r(r)
-            rows, columns, warps = lora.tile(block_r, how)
-            shrink_rows, shrink_columns, shrink_warps = lora.shrink_tile(block_r, how, dropout)
-            suffix = f"_r{r}" + ("_fp32" if adapter == "fp32" else "") + ("_dropout" if dropout else "")
-            precision = {"MODE": how, "INTERPRETED": False}
-            drops = {"DROPOUT": dropout}
-            seed = {"seed_ptr": "*i64"}
-            yield Specimen(
-                "lora_shrink" + suffix,
-                lora._lora_shrink_kernel,
-                {"x_ptr": "*bf16", "a_ptr": f"*{adapter}", **seed, "h_ptr": "*fp32", "M": "i32", "K": "i32", "R": "i32"}
-                | {
-                    "k_per_split": "i32",
-                    "threshold": "i32",
-                    "keep_scale": "fp32",
-                    "stride_xm": "i32",
-                    "stride_ar": "i32",
-                },
-                drops
-                | precision
-                | {
-                    "stride_xk": 1,
-                    "stride_ak": 1,
-                    "BLOCK_M": shrink_rows,
-                    "BLOCK_K": shrink_columns,
-                    "BLOCK_R": block_r,
-                },
-                shrink_warps,
-            )
-            yield Specimen(
-                "lora_x" + suffix,
-                lora._lora_x_kernel,
-                {"x_ptr": "*bf16", "g_ptr": "*fp32", **seed, "da_ptr": "*fp32", "M": "i32", "K": "i32", "R": "i32"}
-                | {"m_per_split": "i32", "threshold": "i32", "keep_scale": "fp32"}
-                | {"stride_xm": "i32", "stride_dr": "i32"},
-                drops
-                | precision
-                | {"stride_xk": 1, "stride_dk": 1, "BLOCK_M": rows, "BLOCK_K": columns, "BLOCK_R": block_r},
-                warps,
-            )
-            yield Specimen(
-                "lora_expand" + suffix,
-                lora._lora_expand_kernel,
-                {"h_ptr": "*fp32", "b_ptr": f"*{adapter}", "bias_ptr": "*bf16", **seed, "out_ptr": "*bf16"}
-                | {"M": "i32", "N": "i32", "R": "i32", "scaling": "fp32", "threshold": "i32", "stride_bn": "i32"},
-                drops
-                | precision
-                | {"stride_br": 1, "HAS_BIAS": True}
-                | {
-                    "BLOCK_M": lora.EXPAND_ROWS,
-                    "BLOCK_N": lora.EXPAND_COLUMNS,
-                    "BLOCK_R": min(lora.MAX_EXPAND_BLOCK_R, block_r),
-                },
-                lora.EXPAND_WARPS,
-            )
-            if not dropout:
-                yield Specimen(
-                    "lora_dy" + suffix,
-                    lora._lora_dy_kernel,
-                    {"dy_ptr": "*bf16", "b_ptr": f"*{adapter}", "h_ptr": "*fp32", "g_ptr": "*fp32", "db_ptr": "*fp32"}
-                    | {"M": "i32", "N": "i32", "R": "i32", "m_per_split": "i32", "scaling": "fp32"}
-                    | {"stride_dm": "i32", "stride_bn": "i32"},
-                    precision | {"stride_dn": 1, "stride_br": 1, "NEED_G": True, "NEED_DB": True}
-                    | {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_R": block_r},
-                    warps,
-                )  # fmt: skip
+        for adapter, dropout in product(("bf16", "fp32"), (False, True)):
+            yield from _low_rank(r, adapter, dropout)
+    yield from _low_rank(16, "bf16", False, segments=128)  # experts
+    yield from _low_rank(16, "fp32", True, segments=32, owned=True)  # samples with different adapters
+
+
+def _low_rank(r: int, adapter: str, dropout: bool, segments: int = 0, owned: bool = False) -> Iterator[Specimen]:
+    """The four kernels for one rank; `segments`: for rows with adapters of their own."""
+    from fastlora.kernels import lora, lora_plan
+
+    how = "split" if adapter == "fp32" else "narrow"
+    block_r = lora.block_r(r)
+    rows, columns, warps = lora_plan.tile(block_r, how)
+    shrink_rows, shrink_columns, shrink_warps = lora_plan.shrink_tile(block_r, how, dropout)
+    suffix = f"_r{r}" + ("_fp32" if adapter == "fp32" else "") + ("_dropout" if dropout else "")
+    suffix += "_segments" if segments else ""
+    common: dict[str, Any] = {"MODE": how, "INTERPRETED": False, "SEGMENTS": segments, "OWNED": owned}
+    common |= {"FACTOR": 0 if owned else -1, "BLOCK_R": block_r}
+    masked, columns_last = common | {"DROPOUT": dropout}, {"stride_xk": 1}
+    kinds = {"ends_ptr": "*i32", "owner_ptr": "*i32", "facts_ptr": "*fp32", "segments": "i32", "adapters": "i32"}
+    kinds |= {"stride_adapter": "i32", "M": "i32", "R": "i32"}
+    seeded = kinds | {"seed_ptr": "*i64", "threshold": "i32"}
+    rows_of_x = seeded | {"x_ptr": "*bf16", "keep_scale": "fp32", "stride_xm": "i32", "K": "i32"}
+    yield Specimen(
+        "lora_shrink" + suffix,
+        lora._lora_shrink_kernel,
+        rows_of_x | {"a_ptr": f"*{adapter}", "h_ptr": "*fp32", "k_per_split": "i32", "stride_ar": "i32"},
+        masked | columns_last | {"stride_ak": 1, "BLOCK_M": shrink_rows, "BLOCK_K": shrink_columns},
+        shrink_warps,
+    )
+    yield Specimen(
+        "lora_x" + suffix,
+        lora._lora_x_kernel,
+        rows_of_x | {"g_ptr": "*fp32", "da_ptr": "*fp32", "m_per_split": "i32", "stride_dr": "i32"},
+        masked | columns_last | {"stride_dk": 1, "BLOCK_M": rows, "BLOCK_K": columns},
+        warps,
+    )
+    expanded = {"BLOCK_M": lora.EXPAND_ROWS, "BLOCK_N": lora.EXPAND_COLUMNS, "stride_br": 1, "HAS_BIAS": True}
+    yield Specimen(
+        "lora_expand" + suffix,
+        lora._lora_expand_kernel,
+        seeded
+        | {"h_ptr": "*fp32", "b_ptr": f"*{adapter}", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+        | {"N": "i32", "scaling": "fp32", "stride_bn": "i32"},
+        masked | expanded | {"BLOCK_R": min(lora.MAX_EXPAND_BLOCK_R, block_r)},
+        lora.EXPAND_WARPS,
+    )
+    if dropout and not segments:
+        return
+    yield Specimen(
+        "lora_dy" + suffix,
+        lora._lora_dy_kernel,
+        kinds
+        | {"dy_ptr": "*bf16", "b_ptr": f"*{adapter}", "h_ptr": "*fp32", "g_ptr": "*fp32", "db_ptr": "*fp32"}
+        | {"N": "i32", "m_per_split": "i32", "scaling": "fp32", "stride_dm": "i32", "stride_bn": "i32"},
+        common | {"stride_dn": 1, "stride_br": 1, "NEED_G": True, "NEED_DB": True}
+        | {"BLOCK_M": rows, "BLOCK_N": columns},
+        warps,
+    )  # fmt: skip
 
 
 def _fused_specimens() -> Iterator[Specimen]:

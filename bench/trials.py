@@ -119,7 +119,7 @@ def _truth_of_product(case: Case, operands: Operands, rows: Tensor) -> Truth:
 
 def low_rank_trials(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[list[Trial], Truth]:
     """The tiles of a low-rank kernel, the built-in one first, and the truth about it."""
-    from fastlora.kernels import lora
+    from fastlora.kernels import lora, lora_plan
     from fastlora.kernels.choice import Tile
 
     generator = torch.Generator(device).manual_seed(0)
@@ -152,7 +152,7 @@ def low_rank_trials(case: Case, device: torch.device, dtype: torch.dtype) -> tup
             return SCALING * torch.cat((product.flatten(), outer.t().flatten()))
         return (product if case.op == "shrink" else outer).flatten()
 
-    default = lora.tile_for(case.op, case.m, length, case.r, case.mode, False, device)
+    default = lora_plan.tile_for(case.op, case.m, length, case.r, case.mode, False, device)
     found = [
         Trial(case.mode, (cut.rows, cut.columns, 0, 0, cut.warps, cut.stages, 0), partial(call, cut), len(copies))
         for cut in dict.fromkeys((default, *(Tile(*tile) for tile in _TILES)))

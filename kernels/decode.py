@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastlora.kernels.lora import _dot, _interpreted, mode
+from fastlora.kernels.lora_plan import interpreted, mode
+from fastlora.kernels.lora_tile import dot
 from fastlora.kernels.nf4 import _load, _words, lookup, nf4_code, nf4_tile
 from torch import Tensor
 
@@ -160,7 +161,7 @@ def _partial_h(
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=x_mask, other=0.0)
         a_mask = (offs_k[:, None] < k_end) & (offs_r[None, :] < R)
         a = tl.load(a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar, mask=a_mask, other=0.0)
-        acc = _dot(x, a, acc, MODE, INTERPRETED)
+        acc = dot(x, a, acc, MODE, INTERPRETED)
     tl.store(h_ptr + offs_m[:, None] * R + offs_r[None, :], acc, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
 
 
@@ -337,7 +338,7 @@ def decode(
             m, n, k, r, cut.splits, cut.k_per_split, h_programs, max(1, parts), cut.k_per_h, x.stride(0), *a.stride(),
             BLOCKSIZE=blocksize, NESTED=nested, LOOKUP=lookup(x.device),
             EVEN=n % cut.block_n == 0 and k % cut.block_k == 0, DTYPE=DTYPES[x.dtype],
-            MODE=mode(x.dtype, adapters), INTERPRETED=_interpreted(), TOKENS=cut.tokens,
+            MODE=mode(x.dtype, adapters), INTERPRETED=interpreted(), TOKENS=cut.tokens,
             BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_R=cut.block_r, BLOCK_HK=BLOCK_HK,
             num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip

@@ -36,7 +36,8 @@ from fastlora.kernels.fused_config import Config as Config
 from fastlora.kernels.fused_config import accumulators, default_config, split_sum, uses_mma_sync
 from fastlora.kernels.fused_config import candidates as candidates
 from fastlora.kernels.fused_tile import block_indices, expand_words, level_table, load_words, tile_corner
-from fastlora.kernels.lora import Dropout, _interpreted, _keep, _top
+from fastlora.kernels.lora_plan import Dropout, interpreted
+from fastlora.kernels.lora_tile import keep_mask, top
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -92,8 +93,8 @@ def _update(
         b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
         b = tl.load(b_ptrs, mask=(offs_n[:, None] < N) & in_r, other=0.0)
         if FP32_ADAPTERS:
-            h1, b1 = _top(h), _top(b)
-            h2, b2 = _top(h - h1), _top(b - b1)
+            h1, b1 = top(h), top(b)
+            h2, b2 = top(h - h1), top(b - b1)
             h, b = _side_by_side(h1, h2, h1, h2, INTERPRETED), _side_by_side(b1, b1, b2, b2, INTERPRETED)
         acc = tl.dot(h.to(b.dtype), tl.trans(b), acc)
     return acc
@@ -132,7 +133,7 @@ def _nf4_fused_kernel(
         ) * scaling  # fmt: skip
         if DROPOUT:
             offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
-            keep = _keep(seed_ptr, offs_m, n_start, columns, threshold, BLOCK_M, BLOCK_N)
+            keep = keep_mask(seed_ptr, offs_m, n_start, columns, threshold, BLOCK_M, BLOCK_N)
             acc = tl.where(keep, acc, 0.0)
     table = level_table(code_ptr, LOOKUP)
     offset = 0.0
@@ -290,7 +291,6 @@ def _multiply(
     masked = lora and dropout.active
     tma = cut.tma and _has_tensor_maps(x, codes, capability)
     rows_of_w, columns_of_w = (cut.block_k, cut.block_n) if transposed else (cut.block_n, cut.block_k)
-    interpreted = _interpreted()
     h, b = (h.contiguous(), b) if h is not None and b is not None else (x, x)
     bias = bias.contiguous() if bias is not None else x
     with torch.cuda.device_of(x):
@@ -301,11 +301,11 @@ def _multiply(
             h, b, dropout.seed if masked else x, bias, sums,
             m, n, k, b.shape[1], k // 8, per_split, scaling * dropout.keep_scale, dropout.threshold,
             x.stride(0), *b.stride(),
-            TRANSPOSED=transposed, BLOCKSIZE=blocksize, NESTED=nested, LOOKUP="gather" if interpreted else "shfl",
+            TRANSPOSED=transposed, BLOCKSIZE=blocksize, NESTED=nested, LOOKUP="gather" if interpreted() else "shfl",
             TMA=tma, MMA_SYNC=uses_mma_sync(capability, cut.block_m),
             EVEN_SUM=length % cut.block_k == 0, EVEN_OUT=columns % cut.block_n == 0,
             LORA=lora, FP32_ADAPTERS=b.dtype == torch.float32, DROPOUT=masked, HAS_BIAS=has_bias and splits == 1,
-            SPLIT=splits > 1, INTERPRETED=interpreted,
+            SPLIT=splits > 1, INTERPRETED=interpreted(),
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
             num_warps=8 if accumulators(cut) > 64 and (masked or not tma) else cut.warps, num_stages=cut.stages,
             enable_fp_fusion=False,
@@ -321,7 +321,7 @@ def _has_tensor_maps(x: Tensor, codes: Tensor, capability: tuple[int, int]) -> b
     """Whether the device has them and they can describe these operands."""
     rows_aligned = x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
     pointers_aligned = x.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0
-    return (capability[0] >= 9 or _interpreted()) and rows_aligned and pointers_aligned
+    return (capability[0] >= 9 or interpreted()) and rows_aligned and pointers_aligned
 
 
 def _tensor_map(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -32,7 +32,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastlora.kernels.lora import _dot_bf16, _interpreted, _top
+from fastlora.kernels.lora_plan import interpreted
+from fastlora.kernels.lora_tile import dot_bf16, top
 from torch import Tensor
 
 NESTED_BLOCKSIZE = tl.constexpr(256)
@@ -209,10 +210,10 @@ def nf4_tile(
 def _dot(b, a, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """acc + b a. "split": two bf16 parts of each fp32 operand, 2**-15 from exact, to be rounded to bf16."""
     if PRECISION == "split":
-        a1, b1 = _top(a), _top(b)
-        acc = _dot_bf16(b1, a1, acc, INTERPRETED)
-        acc = _dot_bf16(b - b1, a1, acc, INTERPRETED)
-        acc = _dot_bf16(b1, a - a1, acc, INTERPRETED)
+        a1, b1 = top(a), top(b)
+        acc = dot_bf16(b1, a1, acc, INTERPRETED)
+        acc = dot_bf16(b - b1, a1, acc, INTERPRETED)
+        acc = dot_bf16(b1, a - a1, acc, INTERPRETED)
     elif PRECISION == "narrow":
         acc = tl.dot(b, a, acc)
     else:
@@ -320,7 +321,7 @@ def precision(out: torch.dtype, adapter: torch.dtype) -> str:
 
 def lookup(device: torch.device | None = None) -> str:
     """The lookup of launches on `device` (default: the current one): "shfl" or "gather"."""
-    if _interpreted() or torch.version.cuda is None:
+    if interpreted() or torch.version.cuda is None:
         return "gather"
     return _compiled_lookup(device.index if device is not None else None)
 
@@ -415,7 +416,7 @@ def dequantize(
             BLOCKSIZE=blocksize, NESTED=nested, ALIGNED=words,
             EVEN=words and n % cut.block_n == 0 and k % columns == 0,
             MERGE=merge, EXTEND=extend is not None, ROW_SCALE=row_scale is not None,
-            LOOKUP=lookup(out.device), PRECISION=how, INTERPRETED=_interpreted(),
+            LOOKUP=lookup(out.device), PRECISION=how, INTERPRETED=interpreted(),
             STEPS=cut.steps, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
             BLOCK_R=cut.block_r, WHOLE_R=not merge or r <= cut.block_r,
             num_warps=cut.warps, enable_fp_fusion=False,

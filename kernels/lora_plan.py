@@ -1,0 +1,137 @@
+"""How the low-rank products are launched: precision of the dots, tiles, and splits that fill the device.
+
+`kernels.lora` has the kernels and says what the modes mean.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from fastlora.kernels import choice
+from fastlora.kernels.choice import Tile
+from torch import Tensor
+
+PROGRAMS_PER_SM = 2
+STAGES = 3
+MAX_BLOCK_R = 64
+
+
+class Dropout:
+    """What the kernels need of dropout: p as a 16-bit threshold and the scale of what is kept.
+
+    Args:
+        p: share dropped, 0 <= p < 1. seed: int64, one element, on the device; None where p is 0.
+    """
+
+    def __init__(self, p: float = 0.0, seed: Tensor | None = None) -> None:
+        self.threshold = round(p * 65536) if seed is not None else 0
+        self.keep_scale = 65536 / (65536 - self.threshold)
+        self.seed = seed
+        self.active = self.threshold > 0
+
+    @classmethod
+    def by_adapter(cls, seed: Tensor) -> "Dropout":
+        """Thresholds and scales that differ from adapter to adapter: the facts of `kernels.segments` have them."""
+        found = cls(0.0, seed)
+        found.active = True
+        return found
+
+
+def mode(activation: torch.dtype, adapter: torch.dtype) -> str:
+    """How activations and adapters of these dtypes are multiplied; see the head of this file."""
+    if activation == torch.float32:
+        return "ieee"
+    if adapter != torch.float32:
+        return "narrow"
+    return "split" if activation == torch.bfloat16 else "tf32x3"
+
+
+def block_r(r: int) -> int:
+    """Ranks a program takes: a power of two from 16 to 64."""
+    return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(r)))
+
+
+def tile(r: int, how: str) -> tuple[int, int, int]:
+    """(rows, columns, warps) of an activation tile, for a padded rank and a mode."""
+    if how in ("ieee", "tf32x3"):
+        return 32, 64, 4
+    if how == "split" and r > 32:
+        return 32, 64, 8
+    return (64, 128, 4) if r <= 32 else (64, 64, 8)
+
+
+def interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def shrink_tile(r: int, how: str, dropout: bool) -> tuple[int, int, int]:
+    """As `tile`, for the shrink, where the mask and the split factor together need registers for half the columns."""
+    rows, columns, warps = tile(r, how)
+    return rows, columns // 2 if how == "split" and dropout and r <= 32 else columns, warps
+
+
+def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device) -> Tile:
+    """The tile for an activation [m, length]: from the table of choices where it has one, else as above."""
+    if found := choice.tile(op, m, length, r, how, dropout, device):
+        return found
+    return Tile(*(shrink_tile(block_r(r), how, dropout) if op == "shrink" else tile(block_r(r), how)), STAGES)
+
+
+class Plan(NamedTuple):
+    """A launch: its tile, the grid, and how long a piece of the reduction each program takes."""
+
+    cut: Tile
+    tiles: int
+    splits: int
+    per_split: int
+    block_r: int
+    r_parts: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.tiles, self.splits, self.r_parts
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_R": self.block_r, "num_warps": self.cut.warps, "num_stages": self.cut.stages}
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    op: str,
+    m: int,
+    length: int,
+    r: int,
+    how: str,
+    dropout: bool,
+    device: torch.device,
+    cut: Tile | None = None,
+    segments: int = 0,
+) -> Plan:
+    """How to launch on an activation [m, length]; the splits of its reduction, with the tiles, fill the device.
+
+    The shrink sums over `length`, the other two over m; where the rows lie in `segments`, over those of each, which so
+    many parts share that all together fill the device. Remembered, since working it out costs more than a launch.
+    """
+    cut = cut or tile_for(op, m, length, r, how, dropout, device)
+    parts = block_r(r), triton.cdiv(r, block_r(r))
+    rows, columns = triton.cdiv(m, cut.rows), triton.cdiv(length, cut.columns)
+    if op == "shrink":
+        tiles, total, block = rows + segments, length, cut.columns
+    elif segments:
+        shares = max(1, min(rows, programs_wanted(device.index) // (columns * segments)))
+        return Plan(cut, columns, shares * segments, 0, *parts)
+    else:
+        tiles, total, block = columns, m, cut.rows
+    splits = max(1, min(triton.cdiv(total, block), programs_wanted(device.index) // tiles))
+    per_split = triton.cdiv(triton.cdiv(total, splits), block) * block
+    return Plan(cut, tiles, triton.cdiv(total, per_split), per_split, *parts)
+
+
+@functools.cache
+def programs_wanted(device_index: int | None) -> int:
+    """Programs that fill the device."""
+    if device_index is None:
+        return 8  # the interpreter
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device_index).multi_processor_count
