@@ -120,16 +120,17 @@ def _stack(x: Tensor, op: str, offsets: Tensor, operands: tuple[Any, ...], rank:
 def _forward(x: Tensor, bias: Tensor | None, offsets: Tensor, *operands_and_save_h: Any) -> tuple[Tensor, Tensor]:
     from fastlora.kernels import grouped as kernel
     from fastlora.kernels import lora
+    from fastlora.kernels.segments import by_offsets
 
     *operands, lora_a, lora_b, scaling, save_h = operands_and_save_h
     if x.numel() == 0:
         y, h = _forward_fake(x, bias, offsets, *operands_and_save_h)
         return y.zero_(), h.zero_()
-    h = None
+    segments, h = by_offsets(offsets, x.shape[0]), None
     if lora_a is not None:
-        h = lora.shrink(x, lora_a, lora.Dropout(), 1.0, segments=lora.Segments(offsets, None))
+        h = lora.shrink(x, lora_a, lora.Dropout(), segments=segments)
     stack = _stack(x, "linear", offsets, tuple(operands), lora_a.shape[1] if lora_a is not None else 0)
-    y = kernel.grouped_linear(x, stack, offsets, h, lora_b, scaling, bias)
+    y = kernel.grouped_linear(x, stack, segments, h, lora_b, scaling, bias)
     return y, h if save_h and h is not None else x.new_empty(0, dtype=torch.float32)
 
 
@@ -145,9 +146,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastlora.kernels import grouped as kernel
     from fastlora.kernels import lora
+    from fastlora.kernels.segments import by_offsets
 
     *operands, lora_a, lora_b, scaling, need_x, need_a, need_b, need_bias = operands_and_needs
-    none, segments = dy.new_empty(0), lora.Segments(offsets, None)
+    none, segments = dy.new_empty(0), by_offsets(offsets, dy.shape[0])
     if dy.numel() == 0:
         dx, da, db, dbias = _backward_fake(dy, x, h, offsets, *operands_and_needs)
         return dx.zero_(), da.zero_(), db.zero_(), dbias.zero_()
@@ -163,7 +165,7 @@ def _backward(
         da = lora.x_pass(x, g, lora.Dropout(), lora_a.dtype, segments=segments).to(lora_a.dtype)
     if need_x:
         stack = _stack(dy, "linear_t", offsets, tuple(operands), lora_a.shape[1] if lora_a is not None else 0)
-        dx = kernel.grouped_linear_t(dy, stack, offsets, g, lora_a)
+        dx = kernel.grouped_linear_t(dy, stack, segments, g, lora_a)
     if need_bias:
         of_ones = dy.new_zeros(offsets.numel(), operands[-3], 1)
         _, sums = lora.dy_pass(

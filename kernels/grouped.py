@@ -3,11 +3,10 @@
     grouped_linear     y[s]  = x[s] W[e]ᵀ + scaling · h[s] B[e]ᵀ + bias[e]     x [S, K], h [S, R] -> [S, N]
     grouped_linear_t   dx[s] = dy[s] W[e] + g[s] A[e]                          dy [S, N], g [S, R] -> [S, K]
 
-e is the expert of row s. Rows are sorted by expert; `offsets` [E], on the device, say where each expert's rows end. The
-host knows S and E alone, so it launches as many row tiles as there can be, (S + (E + 1)(BLOCK_M - 1)) / BLOCK_M. A
-program loads all offsets, turns them into numbers of tiles and adds these up: how many of the sums are no greater than
-its own number is its expert. Those that find none leave. Rows beyond the last offset are nobody's: they belong to one
-more expert, who writes zeros.
+e is the expert of row s. Rows are sorted by expert; on the device `kernels.segments` say where each one's rows end. The
+host knows S and E alone, so it launches as many row tiles as there can be, (S + (E + 1)(BLOCK_M - 1)) / BLOCK_M, and a
+program finds its expert by counting tiles; those that find none leave. Rows beyond the experts' are nobody's: they
+belong to one more expert, who writes zeros.
 
 W is dense in 16 bits, any strides, or a stack in NF4 [E N, K], whose words are expanded inside the loop as in
 `kernels.fused`. LoRA is part of the same sum, taken before the loop; h and g come from `kernels.lora`. The result is
@@ -28,7 +27,8 @@ from fastlora.kernels.fused import MAX_R, NESTED_BLOCKSIZE, Config, _activation,
 from fastlora.kernels.fused_config import accumulators, uses_mma_sync
 from fastlora.kernels.fused_config import default_config as default_fused_config
 from fastlora.kernels.fused_tile import block_indices, expand_words, level_table, load_words, tile_corner
-from fastlora.kernels.lora import _interpreted
+from fastlora.kernels.lora_plan import interpreted
+from fastlora.kernels.segments import Segments, rows_of_tile
 from torch import Tensor
 
 GROUP_M = 8
@@ -37,7 +37,7 @@ MAX_EXPERTS = 1023  # a program holds all offsets in registers
 
 @triton.jit
 def _place(
-    ends_ptr, S, columns, experts, row_tiles,
+    ends_ptr, columns, experts, row_tiles,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """(expert, first row, where its expert's rows end, first column) of this program's tile.
@@ -47,17 +47,8 @@ def _place(
     pid, column_tiles = tl.program_id(0), tl.cdiv(columns, BLOCK_N)
     first = pid // (GROUP_M * column_tiles) * GROUP_M
     size, rest = tl.minimum(row_tiles - first, GROUP_M), pid % (GROUP_M * column_tiles)
-    tile, column = first + rest % size, rest // size
-    index = tl.arange(0, EXPERTS)
-    ends = tl.minimum(tl.load(ends_ptr + index, mask=index < experts, other=S), S)
-    begins = tl.minimum(tl.load(ends_ptr + index - 1, mask=(index > 0) & (index <= experts), other=0), S)
-    begins = tl.where(index > experts, S, begins)
-    tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
-    sums = tl.cumsum(tiles, 0)
-    expert = tl.sum((sums <= tile).to(tl.int32), 0)
-    mine = index == expert
-    row = tl.sum(tl.where(mine, begins + (tile - sums + tiles) * BLOCK_M, 0), 0)
-    return expert, row, tl.sum(tl.where(mine, ends, 0), 0), column * BLOCK_N
+    expert, row, row_end = rows_of_tile(ends_ptr, experts + 1, first + rest % size, EXPERTS, BLOCK_M)
+    return expert, row.to(tl.int32), row_end.to(tl.int32), rest // size * BLOCK_N
 
 
 @triton.jit
@@ -115,17 +106,17 @@ def _dense_tile(
     return w
 
 
-@triton.jit(do_not_specialize=["S", "row_tiles", "experts"])
+@triton.jit(do_not_specialize=["row_tiles", "experts"])
 def _grouped_dense_kernel(
     x_ptr, w_ptr, ends_ptr, h_ptr, b_ptr, bias_ptr, out_ptr,
-    S, columns, length, R, experts, row_tiles, scaling,
+    columns, length, R, experts, row_tiles, scaling,
     stride_xs, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
     TMA: tl.constexpr, ALONG_SUM: tl.constexpr, EVEN_SUM: tl.constexpr, EVEN_OUT: tl.constexpr,
     LORA: tl.constexpr, FP32_ADAPTERS: tl.constexpr, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of x V[e]ᵀ + ..., V [columns, length] being an expert's weight or its transpose."""
-    expert, row, row_end, n_start = _place(ends_ptr, S, columns, experts, row_tiles, EXPERTS, BLOCK_M, BLOCK_N, GROUP_M)
+    expert, row, row_end, n_start = _place(ends_ptr, columns, experts, row_tiles, EXPERTS, BLOCK_M, BLOCK_N, GROUP_M)
     if expert >= experts:
         nothing = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         _finish(nothing, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, False, BLOCK_M, BLOCK_N)
@@ -144,11 +135,11 @@ def _grouped_dense_kernel(
     _finish(acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["S", "row_tiles", "experts"])
+@triton.jit(do_not_specialize=["row_tiles", "experts"])
 def _grouped_nf4_kernel(
     x_ptr, codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr,
     ends_ptr, h_ptr, b_ptr, bias_ptr, out_ptr,
-    S, N, K, R, row_words, experts, row_tiles, scaling,
+    N, K, R, row_words, experts, row_tiles, scaling,
     stride_xs, stride_be, stride_bn, stride_br,
     TRANSPOSED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     TMA: tl.constexpr, MMA_SYNC: tl.constexpr, EVEN_SUM: tl.constexpr, EVEN_OUT: tl.constexpr,
@@ -164,7 +155,7 @@ def _grouped_nf4_kernel(
         columns, length = K, N
     else:
         columns, length = N, K
-    expert, row, row_end, n_start = _place(ends_ptr, S, columns, experts, row_tiles, EXPERTS, BLOCK_M, BLOCK_N, GROUP_M)
+    expert, row, row_end, n_start = _place(ends_ptr, columns, experts, row_tiles, EXPERTS, BLOCK_M, BLOCK_N, GROUP_M)
     if expert >= experts:
         nothing = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         _finish(nothing, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, False, BLOCK_M, BLOCK_N)
@@ -259,7 +250,7 @@ def supports(x: torch.dtype, weight: torch.dtype | None, experts: int, k: int, b
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor | Packed, offsets: Tensor, h: Tensor | None = None, lora_b: Tensor | None = None,
+    x: Tensor, weight: Tensor | Packed, segments: Segments, h: Tensor | None = None, lora_b: Tensor | None = None,
     scaling: float = 0.0, bias: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """y[s] = x[s] W[e]ᵀ + scaling · h[s] B[e]ᵀ + bias[e], in one launch.
@@ -267,24 +258,24 @@ def grouped_linear(
     Args:
         x: [S, K], bf16 or fp16, sorted by expert; copied where its columns are not adjacent.
         weight: [E, N, K] in x's dtype, any strides; or `Packed`, copied where its address is no multiple of four.
-        offsets: [E], int32, rising: expert e has rows offsets[e - 1] to offsets[e].
+        segments: of E experts, as `kernels.segments.by_offsets` makes them.
         h: [S, R], fp32. lora_b: [E, N, R], any strides; where it has 16 bits, h is rounded to its dtype. bias: [E, N].
     Returns:
-        [S, N], dtype of x, accumulated in fp32; zero in rows beyond the last offset, which are not read.
+        [S, N], dtype of x, accumulated in fp32; zero in nobody's rows, which are not read.
     Raises:
         ValueError: what `supports` names, or sizes that do not fit together.
     """
-    return _multiply(x, weight, offsets, False, h, lora_b, scaling, bias, config)
+    return _multiply(x, weight, segments, False, h, lora_b, scaling, bias, config)
 
 
 def grouped_linear_t(
-    dy: Tensor, weight: Tensor | Packed, offsets: Tensor, g: Tensor | None = None, lora_a: Tensor | None = None,
+    dy: Tensor, weight: Tensor | Packed, segments: Segments, g: Tensor | None = None, lora_a: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """dx[s] = dy[s] W[e] + g[s] A[e], in one launch.
 
     Args:
-        dy: [S, N], bf16 or fp16; copied where its columns are not adjacent. weight, offsets: as in `grouped_linear`.
+        dy: [S, N], bf16 or fp16; copied where its columns are not adjacent. weight, segments: as in `grouped_linear`.
         g: [S, R], fp32, scaling included. lora_a: [E, R, K], any strides.
     Returns:
         [S, K], dtype of dy, accumulated in fp32; zero in nobody's rows.
@@ -292,15 +283,21 @@ def grouped_linear_t(
         ValueError: as `grouped_linear`.
     """
     return _multiply(
-        dy, weight, offsets, True, g, None if lora_a is None else lora_a.transpose(1, 2), 1.0, None, config
+        dy, weight, segments, True, g, None if lora_a is None else lora_a.transpose(1, 2), 1.0, None, config
     )
 
 
 def _check(
-    x: Tensor, weight: Tensor | Packed, offsets: Tensor, columns: int, length: int, h: Tensor | None, b: Tensor | None
+    x: Tensor,
+    weight: Tensor | Packed,
+    segments: Segments,
+    columns: int,
+    length: int,
+    h: Tensor | None,
+    b: Tensor | None,
 ) -> None:
     """Raise ValueError where the operands do not fit together."""
-    experts, r = offsets.numel(), 0 if b is None else b.shape[2]
+    experts, r = segments.adapters, 0 if b is None else b.shape[2]
     if isinstance(weight, Packed):
         why = supports(x.dtype, None, experts, weight.k, weight.blocksize, r)
         if 2 * weight.codes.numel() != experts * weight.n * weight.k:
@@ -311,8 +308,8 @@ def _check(
             why = why or f"weight must be [{experts}, N, K]; got {list(weight.shape)}"
     if why:
         raise ValueError(why)
-    if offsets.dtype != torch.int32 or x.shape[1] != length:
-        raise ValueError(f"rows must be [S, {length}], offsets int32; got {list(x.shape)} and {offsets.dtype}")
+    if x.ndim != 2 or x.shape[1] != length or segments.number != experts + 1 or segments.owner is not None:
+        raise ValueError(f"rows must be [S, {length}], segments by_offsets; got {list(x.shape)} and {segments}")
     if (h is None) != (b is None):
         raise ValueError("h (or g) and its adapter go together: give both or neither")
     if h is not None and b is not None and (h.shape, b.shape[:2]) != ((x.shape[0], r), (experts, columns)):
@@ -322,15 +319,15 @@ def _check(
 
 
 def _multiply(
-    x: Tensor, weight: Tensor | Packed, offsets: Tensor, transposed: bool, h: Tensor | None, b: Tensor | None,
+    x: Tensor, weight: Tensor | Packed, segments: Segments, transposed: bool, h: Tensor | None, b: Tensor | None,
     scaling: float, bias: Tensor | None, config: Config | None,
 ) -> Tensor:  # fmt: skip
     """x[s] V[e]ᵀ + scaling · h[s] B[e]ᵀ + bias[e], V [columns, length] being W[e] or, where transposed, W[e]ᵀ."""
     packed = isinstance(weight, Packed)
     n, k = (weight.n, weight.k) if isinstance(weight, Packed) else weight.shape[1:]
     columns, length = (k, n) if transposed else (n, k)
-    _check(x, weight, offsets, columns, length, h, b)
-    rows, experts = x.shape[0], offsets.numel()
+    _check(x, weight, segments, columns, length, h, b)
+    rows, experts = x.shape[0], segments.adapters
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
@@ -343,7 +340,7 @@ def _multiply(
     b = b if b is not None and lora else x.new_empty(0, 0, 0)
     flags: dict[str, Any] = {
         "LORA": lora, "FP32_ADAPTERS": b.dtype == torch.float32, "HAS_BIAS": bias is not None,
-        "EVEN_SUM": length % cut.block_k == 0, "EVEN_OUT": columns % cut.block_n == 0, "INTERPRETED": _interpreted(),
+        "EVEN_SUM": length % cut.block_k == 0, "EVEN_OUT": columns % cut.block_n == 0, "INTERPRETED": interpreted(),
         "EXPERTS": triton.next_power_of_2(experts + 1), "GROUP_M": GROUP_M,
         "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "num_stages": cut.stages,
     }  # fmt: skip
@@ -352,14 +349,14 @@ def _multiply(
     with torch.cuda.device_of(x):
         launch = _launch_packed if isinstance(weight, Packed) else _launch_dense
         launch(
-            (row_tiles * triton.cdiv(columns, cut.block_n),), x, weight, offsets.contiguous(), side, sizes, flags,
+            (row_tiles * triton.cdiv(columns, cut.block_n),), x, weight, segments.ends, side, sizes, flags,
             transposed, cut, capability,
         )  # fmt: skip
     return out
 
 
 def _launch_dense(
-    grid: tuple[int], x: Tensor, weight: Tensor | Packed, offsets: Tensor, side: tuple[Tensor, ...],
+    grid: tuple[int], x: Tensor, weight: Tensor | Packed, ends: Tensor, side: tuple[Tensor, ...],
     sizes: tuple[Any, ...], flags: dict[str, Any], transposed: bool, cut: Config, capability: tuple[int, int],
 ) -> None:  # fmt: skip
     assert isinstance(weight, Tensor)
@@ -374,28 +371,28 @@ def _launch_dense(
     flat = matrix.as_strided((experts * matrix.shape[1], matrix.shape[2]), (matrix.stride(1), 1)) if tma else v
     r, *numbers = sizes
     _grouped_dense_kernel[grid](
-        _tensor_map(x, cut.block_m, cut.block_k) if tma else x, _tensor_map(flat, *tile) if tma else v, offsets, *side,
-        x.shape[0], columns, length, r, *numbers[:4], *v.stride(), *numbers[4:],
+        _tensor_map(x, cut.block_m, cut.block_k) if tma else x, _tensor_map(flat, *tile) if tma else v, ends, *side,
+        columns, length, r, *numbers[:4], *v.stride(), *numbers[4:],
         TMA=tma, ALONG_SUM=along_sum, num_warps=cut.warps, **flags,
     )  # fmt: skip
 
 
 def _launch_packed(
-    grid: tuple[int], x: Tensor, weight: Tensor | Packed, offsets: Tensor, side: tuple[Tensor, ...],
+    grid: tuple[int], x: Tensor, weight: Tensor | Packed, ends: Tensor, side: tuple[Tensor, ...],
     sizes: tuple[Any, ...], flags: dict[str, Any], transposed: bool, cut: Config, capability: tuple[int, int],
 ) -> None:  # fmt: skip
     assert isinstance(weight, Packed)
     codes = weight.codes if weight.codes.data_ptr() % 4 == 0 else weight.codes.clone()  # the kernel reads words
-    nested, interpreted = weight.absmax2 is not None, flags["INTERPRETED"]
+    nested = weight.absmax2 is not None
     tma = cut.tma and fused._has_tensor_maps(x, codes, capability)
     tile = (cut.block_k, cut.block_n // 8) if transposed else (cut.block_n, cut.block_k // 8)
     words = codes.view(-1, weight.k // 2).view(torch.int32) if tma else codes
     _grouped_nf4_kernel[grid](
         _tensor_map(x, cut.block_m, cut.block_k) if tma else x, _tensor_map(words, *tile) if tma else codes,
         weight.absmax, weight.absmax2 if nested else weight.absmax, weight.code2 if nested else weight.code,
-        weight.offset if nested else weight.code, weight.code, offsets, *side,
-        x.shape[0], weight.n, weight.k, sizes[0], weight.k // 8, *sizes[1:],
-        TRANSPOSED=transposed, BLOCKSIZE=weight.blocksize, NESTED=nested, LOOKUP="gather" if interpreted else "shfl",
-        TMA=tma, MMA_SYNC=uses_mma_sync(capability, cut.block_m),
+        weight.offset if nested else weight.code, weight.code, ends, *side,
+        weight.n, weight.k, sizes[0], weight.k // 8, *sizes[1:],
+        TRANSPOSED=transposed, BLOCKSIZE=weight.blocksize, NESTED=nested,
+        LOOKUP="gather" if flags["INTERPRETED"] else "shfl", TMA=tma, MMA_SYNC=uses_mma_sync(capability, cut.block_m),
         num_warps=8 if accumulators(cut) > 64 and not tma else cut.warps, enable_fp_fusion=False, **flags,
     )  # fmt: skip
