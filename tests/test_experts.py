@@ -177,9 +177,10 @@ def packed(layer, double_quant=True):
 
 @pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_packed_stack_is_as_exact_as_peft_over_its_values(dtype, double_quant):
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_a_packed_stack_is_as_exact_as_peft_over_its_values(name, dtype, double_quant):
     pytest.importorskip("bitsandbytes")
-    _, layer = stack(dtype=dtype)  # runs of scales cross from expert to expert in down_proj, not in gate_up_proj
+    _, layer = stack(name, dtype)  # runs of scales cross from expert to expert in down_proj, not in gate_up_proj
     quantized, expanded = packed(layer, double_quant)
     oracle, baseline = results(exact(expanded), torch.float64), results(expanded, dtype)
     fastlora.replace_linear(quantized)
@@ -198,8 +199,6 @@ def test_a_packed_stack_loses_nothing_unsaid():
         experts.quantize_experts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="blocks of 4096 would cross"):
         experts.quantize_experts(stack("qwen3-moe")[0], blocksize=4096)
-    with pytest.raises(ValueError, match=r"kept as \[in, out\]"):
-        experts.quantize_experts(stack("gpt-oss")[0])
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge them first"):
         experts.quantize_experts(model)
@@ -222,6 +221,65 @@ def test_a_packed_stack_loses_nothing_unsaid():
     layer.base_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="no adapters over a packed stack"):
         layer(x, chosen, weights)
+
+
+def test_a_transposed_stack_is_packed_along_its_inputs_and_looks_as_before():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    _, layer = stack("gpt-oss")
+    before = {name: getattr(layer.get_base_layer(), name).data.clone() for name in ("gate_up_proj", "down_proj")}
+    quantized, _ = packed(layer, double_quant=False)
+    base = quantized.get_base_layer()
+    for name, weight in before.items():
+        codes, state = functional.quantize_4bit(weight.mT.contiguous(), blocksize=64, quant_type="nf4")
+        assert getattr(base, name).shape == weight.shape
+        assert torch.equal(getattr(base, name), functional.dequantize_4bit(codes, state).mT)
+        assert torch.equal(base.state_dict()[name], codes)
+        assert f"{name}.absmax" in base.state_dict()
+    x, chosen, weights, _ = (t.float() if t.is_floating_point() else t for t in routed(layer))
+    for wrapper in experts.chain(quantized):
+        wrapper.enable_adapters(False)
+    plain = quantized(x, chosen, weights)  # transformers' own forward, over the parameters as it sees them
+    assert quantized.fastlora_calls.stepped_back == 1
+    for wrapper in experts.chain(layer):
+        wrapper.enable_adapters(False)
+    assert 0 < (plain - layer(x, chosen, weights)).norm() < 0.2 * plain.norm()
+
+
+def test_a_transposed_stack_that_others_packed_is_not_misread():
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    model, layer = stack("gpt-oss")
+    parametrize.replace_parameter_4bit(layer.get_base_layer(), "down_proj", quant_type="nf4")
+    fastlora.replace_linear(model)
+    x, chosen, weights, _ = routed(layer)
+    with pytest.raises(RuntimeError, match=r"packed as \[in, out\]: quantize_experts"):
+        layer(x.float(), chosen, weights.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_experts_that_compute_in_fp32_on_purpose(dtype):
+    kind = pytest.importorskip("transformers.models.openai_privacy_filter.modeling_openai_privacy_filter")
+    torch.manual_seed(0)
+    config = kind.OpenAIPrivacyFilterConfig(**MOE, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    holder = nn.Module()
+    holder.experts = kind.OpenAIPrivacyFilterExperts(config)
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    targets = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    config = peft.LoraConfig(target_modules=[], target_parameters=targets, init_lora_weights=False)
+    holder = peft.inject_adapter_in_model(config, holder.to(dtype))
+    x, chosen, weights, _ = routed(holder.experts)
+    given = x.to(dtype), chosen, weights.to(dtype)
+    expected = holder.experts(*given)
+    fastlora.replace_linear(holder)
+    if dtype is torch.float32:
+        torch.testing.assert_close(holder.experts(*given), expected, rtol=1e-4, atol=1e-4)
+        assert holder.experts.fastlora_calls.fused == 1
+    else:
+        assert torch.equal(holder.experts(*given), expected)
+        assert holder.experts.fastlora_calls.last_reason == "its forward computes in fp32 on purpose"
+    with pytest.raises(ValueError, match="in fp32 on purpose"):
+        experts.quantize_experts(holder)
 
 
 STEPS_BACK = {
@@ -275,6 +333,7 @@ def test_report_restore_and_checkpoint(tmp_path):
     assert [row.replaced for row in rows] == [True, True]
     assert "4 experts of down_proj, r=3 each" in rows[0].reason
     assert rows[0].shape == (64, 128)
+    assert {row.kernels for row in rows} == {"expert by expert"}
     model.save_pretrained(tmp_path)
     fastlora.restore(model)
     assert type(layer) is experts.ParamWrapper
