@@ -10,29 +10,29 @@ belong to one more expert, who writes zeros.
 
 W is dense in 16 bits, any strides, or a stack in NF4 [E N, K], whose words are expanded inside the loop as in
 `kernels.fused`. LoRA is part of the same sum, taken before the loop; h and g come from `kernels.lora`. The result is
-rounded once. Neighbouring programs take GROUP_M row tiles by all columns, so that x and W come from the second cache.
+rounded once. Neighbouring programs take GROUP_M row tiles by all columns, so that x and W come from the L2 cache.
 
 Bytes: each weight of an expert that has rows once a row tile, x once a column tile (both from the cache, mostly), y
 once. An expert without rows costs nothing. NF4 costs 0.516 bytes a weight, and 5 to 8 instructions for each row tile:
 from some rows an expert on it is cheaper to expand the stack once, and `fastlora.grouped_path` says where.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from fastlora.kernels import fused
-from fastlora.kernels.fused import MAX_R, NESTED_BLOCKSIZE, Config, _activation, _tensor_map, _update
+from fastlora.kernels.fused import NESTED_BLOCKSIZE, Config, _activation, _tensor_map, _update
 from fastlora.kernels.fused_config import accumulators, uses_mma_sync
-from fastlora.kernels.fused_config import default_config as default_fused_config
 from fastlora.kernels.fused_tile import block_indices, expand_words, level_table, load_words, tile_corner
+from fastlora.kernels.grouped_config import Packed as Packed
+from fastlora.kernels.grouped_config import aligned, default_config, supports
 from fastlora.kernels.lora_plan import interpreted
 from fastlora.kernels.segments import Segments, rows_of_tile
 from torch import Tensor
 
 GROUP_M = 8
-MAX_EXPERTS = 1023  # a program holds all offsets in registers
 
 
 @triton.jit
@@ -203,52 +203,6 @@ def _corner(top, n_start, start, TRANSPOSED: tl.constexpr):
     return top + row_start, column_start
 
 
-class Packed(NamedTuple):
-    """A stack in NF4: the tensors of an `NF4Weight` [E N, K], its sixteen levels, blocksize and sizes of an expert."""
-
-    codes: Tensor
-    absmax: Tensor
-    absmax2: Tensor | None
-    code2: Tensor | None
-    offset: Tensor | None
-    code: Tensor  # [16], fp32
-    blocksize: int
-    n: int
-    k: int
-
-
-def default_config(op: str, rows: int, packed: bool, n: int, k: int, capability: tuple[int, int]) -> Config:
-    """How to cut a product with so many rows an expert on average; reasoned, not measured.
-
-    A row tile holds the average: 16, 32 or 64 rows, else 128. For few rows the weights' bytes are all that counts:
-    64 columns make programs enough, and steps of 128 keep loads in flight. NF4 is cut as in `fused`. The stages fit
-    into 99 KB where a program has no more.
-    """
-    if packed:
-        cut = default_fused_config(op, rows, n, k, capability)._replace(splits=1)
-        return cut._replace(block_n=64) if cut.block_m == 16 else cut
-    tma, small = capability[0] in (9, 10), capability in ((8, 6), (8, 9)) or capability[0] == 12
-    if rows <= 16:
-        return Config(16, 64, 128, 1, 4, 4, tma=False)
-    if rows <= 64:
-        return Config(32 if rows <= 32 else 64, 128, 64, 1, 4, 3, tma=tma and rows > 32)
-    return Config(128, 128, 32 if small else 64, 1, 8, 4 if tma or small else 3, tma=tma)
-
-
-def supports(x: torch.dtype, weight: torch.dtype | None, experts: int, k: int, blocksize: int, r: int) -> str:
-    """Why these kernels cannot multiply by a stack of dtype `weight` (None: NF4 of this blocksize) with LoRA of rank r
-    (0: none); or ""."""
-    if x not in (torch.bfloat16, torch.float16):
-        return f"rows must be bf16 or fp16, not {x}"
-    if weight is not None and weight != x:
-        return f"rows are {x}, the stack {weight}"
-    if weight is None and k % blocksize:
-        return f"a block must not cross rows: K = {k} is no multiple of the blocksize {blocksize}"
-    if experts > MAX_EXPERTS:
-        return f"{experts} experts are more than {MAX_EXPERTS}"
-    return f"rank {r} is above {MAX_R}" if r > MAX_R else ""
-
-
 def grouped_linear(
     x: Tensor, weight: Tensor | Packed, segments: Segments, h: Tensor | None = None, lora_b: Tensor | None = None,
     scaling: float = 0.0, bias: Tensor | None = None, config: Config | None = None,
@@ -333,8 +287,9 @@ def _multiply(
         return out
     capability, _ = fused._device(x.device.index)
     op = "linear_t" if transposed else "linear"
-    cut = config or default_config(op, triton.cdiv(rows, experts), packed, n, k, capability)
     x = x if x.stride(1) == 1 else x.contiguous()
+    fits = aligned(x, weight, columns, length)
+    cut = config or default_config(op, triton.cdiv(rows, experts), packed, n, k, capability, fits)
     row_tiles = min(rows, (rows + (experts + 1) * (cut.block_m - 1)) // cut.block_m)
     lora = h is not None and b is not None and b.shape[2] > 0
     b = b if b is not None and lora else x.new_empty(0, 0, 0)
