@@ -3,7 +3,7 @@
     peft       its ParamWrapper, with the experts' forward that transformers takes by itself
     fastlora   the same layer after replace_linear
     fastlora-nf4   the same over stacks packed in NF4, which peft cannot compute
-    fastlora-torch, fastlora-nf4-torch   on CUDA, where those two run our own grouped product: torch's grouped_mm instead
+    fastlora-torch, fastlora-nf4-torch   on CUDA, where those two run products of our own: torch's grouped_mm instead
 
 bf16, fp32 adapters as peft has them by default. Layers are timed in turn, as `bench.measure` says. In the CSV, kernel
 is experts_E{experts}_top{chosen}, M the tokens, K the hidden and N the intermediate size of an expert. A result that is
@@ -131,7 +131,7 @@ class ByTorch(nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor:
         """What the layer gives; its backward goes the same way."""
-        with mock.patch.object(grouped_path, "refusal", lambda *_: "torch's grouped_mm is asked for"):
+        with mock.patch.object(grouped_path, "refusal", return_value="torch's grouped_mm is asked for"):
             result: Tensor = self.layer(*args)
         return result
 
