@@ -1,23 +1,37 @@
 """DoRA over the fused linear: y = (m / ‖W + s · B A‖) ∘ (x Wᵀ + s · x Aᵀ Bᵀ) + bias, the norm taken of each row.
 
-The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight, so on the
-CPU it is kept until A, B or the weight change: gradient accumulation, recomputation under checkpointing and evaluation
-find it there. A and B are compared with copies, for writes through `.data`, by bitsandbytes' optimizers, and by FSDP
-leave no trace on a tensor; of the frozen weight such writes are not seen. On other devices that comparison would wait
-for the device, and the norm is formed anew.
+The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight, so it is
+kept until A, B or the weight change: gradient accumulation, recomputation under checkpointing and evaluation find it
+there. A and B are compared with copies, for writes through `.data`, by bitsandbytes' optimizers, and by FSDP leave no
+trace on a tensor; of the frozen weight such writes are not seen. On CUDA the device itself compares and decides
+(`kernels.dora`); where torch.compile or a dispatch mode must see all that happens, the norm is formed anew.
+
+Where the factor m / norm goes, by the base:
+    NF4 on CUDA   into the scales of the packed weight and the rows of B: the linear is then LoRA's, both ways and by
+                  whichever kernel, and no pass over [M, N] is added but one for the gradient of m
+    16 bits, A and B in fp32   into y; in backward into B's rows and dB's, in fp32
+    otherwise     into y, and into dy
+
+With dropout the factor falls on what is left of x, the base's part of it too: y = x Wᵀ + (factor - 1) ∘ x̃ Wᵀ + factor ∘
+s x̃ Aᵀ Bᵀ, two base products as in peft. They are taken as those of x - x̃ and, with LoRA and the factor, of x̃; but with
+fp32 adapters over 16 bits, where that would round more than peft does, as they stand.
 
 Source: arXiv:2402.09353, equation 5 and section 4.3.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import functional
+from fastlora.dispatch import level_table
 from fastlora.nf4 import NF4Weight
 from fastlora.operands import refuse_second_derivative
 
+SMALLEST = 2.0**-60  # an output's factor in place of 0
 ROWS_AT_ONCE = 1024  # of a dense weight, widened to fp32 for its norm
 
 
@@ -28,6 +42,11 @@ def row_norms(weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scalin
         weight: [N, K], dense or NF4. lora_a: [R, K]. lora_b: [N, R].
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        if _by_kernels(weight.codes if isinstance(weight, NF4Weight) else weight):
+            out = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+            changed = torch.ones(1, dtype=torch.int32, device=weight.device)
+            _norms_by_kernel(changed, weight, (lora_a.detach(), lora_b.detach()), scaling, out)
+            return out
         if isinstance(weight, NF4Weight):
             merged = functional.nf4_dequantize(weight, None, lora_a, lora_b, scaling)
             return torch.linalg.vector_norm(merged, dim=1, dtype=torch.float32)
@@ -53,93 +72,280 @@ class KeptNorms:
         self._norms: Tensor | None = None
 
     def of(self, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        """‖W + scaling · B A‖: [N], fp32."""
+        """‖W + scaling · B A‖: [N], fp32. For use at once: a later call may overwrite it."""
         frozen = weight.codes if isinstance(weight, NF4Weight) else weight
-        if torch.compiler.is_compiling() or not frozen.is_cpu or frozen.is_inference() or frozen.requires_grad:
+        if torch.compiler.is_compiling() or frozen.is_inference() or frozen.requires_grad:
+            return row_norms(weight, lora_a, lora_b, scaling)
+        by_kernels = _by_kernels(frozen)
+        capturing = frozen.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (frozen.is_cpu or by_kernels) or (capturing and self._norms is None):
             return row_norms(weight, lora_a, lora_b, scaling)
         facts = (frozen.data_ptr(), frozen.shape, frozen.stride(), frozen.dtype, frozen._version, scaling)
         adapters = (lora_a.detach(), lora_b.detach())
-        if self._norms is None or self._facts != facts or not self._same(adapters):
+        same = self._norms is not None and self._facts == facts and self._fit(adapters)
+        if by_kernels and same:
+            return self._refreshed(weight, adapters, scaling)
+        if not same or not self._same(adapters):
             self._weight, self._facts = weight, facts  # held, so that its memory is nobody else's
             with torch.inference_mode(False):  # training may need them later
-                self._adapters = tuple(adapter.clone() for adapter in adapters)
+                self._adapters = tuple(adapter.clone(memory_format=torch.contiguous_format) for adapter in adapters)
                 self._norms = row_norms(weight, lora_a, lora_b, scaling)
+        assert self._norms is not None
         return self._norms
+
+    def _refreshed(self, weight: Tensor | NF4Weight, adapters: tuple[Tensor, Tensor], scaling: float) -> Tensor:
+        """The norms, formed anew by the device where it finds A or B changed."""
+        from fastlora.kernels import dora as kernel
+
+        assert self._norms is not None
+        changed = torch.zeros(1, dtype=torch.int32, device=self._norms.device)
+        for kept, now in zip(self._adapters, adapters, strict=True):
+            kernel.refresh(now.contiguous(), kept, changed)
+        _norms_by_kernel(changed, weight, self._adapters, scaling, self._norms)
+        return self._norms
+
+    def _fit(self, adapters: tuple[Tensor, Tensor]) -> bool:
+        pairs = zip(self._adapters, adapters, strict=True)
+        return all(kept.dtype == now.dtype and kept.shape == now.shape for kept, now in pairs)
 
     def _same(self, adapters: tuple[Tensor, Tensor]) -> bool:
         pairs = zip(self._adapters, adapters, strict=True)
-        return all(kept.dtype == now.dtype and torch.equal(kept, now) for kept, now in pairs)
+        return all(torch.equal(kept, now) for kept, now in pairs)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(KeptNorms())  # a copy lies elsewhere
 
 
-def rescale(y: Tensor, magnitude: Tensor, norms: Tensor, bias: Tensor | None) -> Tensor:
-    """(magnitude / norms) ∘ y + bias, in fp32, rounded once to y's dtype; differentiable in y, magnitude and bias.
+def _by_kernels(frozen: Tensor) -> bool:
+    """Whether Triton's kernels may be launched for a weight: a device that has them, nobody who must see operators."""
+    return not functional.seen_by_others(frozen, None) and functional.backend(frozen.device).name == "triton"
+
+
+def _norms_by_kernel(
+    changed: Tensor, weight: Tensor | NF4Weight, adapters: Sequence[Tensor], scaling: float, out: Tensor
+) -> None:
+    from fastlora.kernels import dora as kernel
+
+    packed = None
+    if isinstance(weight, NF4Weight):
+        packed = (*weight.tensors(), level_table(weight.device), weight.blocksize)
+    dense = weight.detach() if isinstance(weight, Tensor) else None
+    lora_a, lora_b = adapters
+    kernel.row_norms(changed, dense, packed, lora_a, lora_b, scaling, out)
+
+
+def dora_linear(
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor,
+    norms: Tensor, bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = (magnitude / norms) ∘ (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias.
 
     Args:
-        y: [..., N]. magnitude, norms: [N]. bias: [N].
+        x: [..., K], bf16, fp16 or fp32. Under autocast it is cast to autocast's dtype.
+        weight: [N, K], dense in x's dtype or NF4. lora_a: [R, K], lora_b: [N, R], fp32 or dtype of x.
+        magnitude: [N]. norms: [N], fp32, of `row_norms`, taken as constants. bias: [N] or None.
+    Returns:
+        [..., N], dtype of x; differentiable in x, lora_a, lora_b, magnitude, bias, and in a dense weight, but for fp32
+        adapters over 16 bits.
     """
-    scaled = y.float() * (magnitude.float() / norms)
+    dtype = _computed_in(x)
+    inverse = norms.reciprocal()
+    x = x.to(dtype)
+    if isinstance(weight, NF4Weight):
+        whole = weight.shape[1] % weight.blocksize == 0
+        if whole and dtype != torch.float16 and x.numel() and _by_kernels(weight.codes):
+            return _OverNF4.apply(x, lora_a, lora_b, magnitude, bias, weight, inverse, float(scaling))
+    elif _is_wider(lora_a, lora_b, dtype) and not weight.requires_grad:
+        return _Over16Bits.apply(x, lora_a, lora_b, magnitude, bias, weight.to(dtype), inverse, float(scaling))
+    return rescale(functional.lora_linear(x, weight, lora_a, lora_b, scaling), magnitude, inverse, bias)
+
+
+def dora_linear_with_dropout(
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor,
+    norms: Tensor, bias: Tensor | None, p: float,
+) -> Tensor:  # fmt: skip
+    """As `dora_linear`, the factor and the update on dropout(x) alone: see the head of this file. p: share dropped."""
+    dtype = _computed_in(x)
+    if isinstance(weight, Tensor) and _is_wider(lora_a, lora_b, dtype):
+        with torch.autocast(x.device.type, enabled=False):
+            dropped, factor, w = F.dropout(x.float(), p), magnitude.float() / norms, weight.to(dtype)
+            update = F.linear(F.linear(dropped, lora_a.float()), lora_b.float()) * (factor * scaling)
+            update = update + F.linear(dropped.to(dtype), w) * (factor - 1)
+            return (F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype)) + update).to(dtype)
+    dropped = F.dropout(x, p)
+    y = dora_linear(dropped, weight, lora_a, lora_b, scaling, magnitude, norms)
+    if isinstance(weight, NF4Weight):
+        return functional.nf4_linear(x - dropped, weight, bias) + y
+    return F.linear(x - dropped, weight, bias) + y
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _is_wider(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 and torch.float32 in (lora_a.dtype, lora_b.dtype)
+
+
+def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None) -> Tensor:
+    """magnitude · inverse ∘ y + bias, in fp32, rounded once to y's dtype; differentiable in y, magnitude and bias.
+
+    Args:
+        y: [..., N]. magnitude: [N]. inverse: [N], fp32, 1 / norms. bias: [N].
+    """
+    if y.numel() and _by_kernels(y):
+        return _Rescaled.apply(y, magnitude, bias, inverse)
+    scaled = y.float() * (magnitude.float() * inverse)
     return (scaled if bias is None else scaled + bias.float()).to(y.dtype)
 
 
-def over_16_bits(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor, norms: Tensor,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """DoRA with fp32 adapters over a dense 16-bit weight, the gradients of A and B as exact as the adapters are.
+def _rescaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """As `rescale`, without gradients; y: [..., N]."""
+    if y.numel() and _by_kernels(y):
+        from fastlora.kernels import dora as kernel
 
-    What `rescale` hands on, (magnitude / norms) ∘ dy, is rounded to 16 bits before the low-rank products see it. Here
-    the factor goes into the rows of B, and of dB, in fp32; dy stays as it came.
-
-    Args:
-        x: [..., K]. weight: [N, K], frozen, dtype of x. lora_a: [R, K], lora_b: [N, R], fp32.
-        magnitude, norms: [N]. bias: [N].
-    Returns:
-        [..., N], dtype of x; differentiable in x, lora_a, lora_b, magnitude and bias.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    return _Over16Bits.apply(x, lora_a, lora_b, magnitude, bias, weight, norms, scaling)
+        return kernel.rescale(y.reshape(-1, y.shape[-1]), factor, bias).view(y.shape)
+    scaled = y.float() * factor
+    return (scaled if bias is None else scaled + bias.float()).to(y.dtype)
 
 
-class _Over16Bits(torch.autograd.Function):
+def _sums(
+    dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(factor ∘ dy, Σ dy ∘ z, Σ dy) over rows [M, N], the sums in fp32; None for what is not given."""
+    if dy.numel() and _by_kernels(dy):
+        from fastlora.kernels import dora as kernel
+
+        return kernel.rescale_backward(dy, z, factor, need_total)
+    return (
+        None if factor is None else (dy.float() * factor).to(dy.dtype),
+        None if z is None else (dy.float() * z).sum(0),
+        dy.sum(0, dtype=torch.float32) if need_total else None,
+    )
+
+
+class _Rescaled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, weight: Tensor,
-        norms: Tensor, scaling: float,
-    ) -> Tensor:  # fmt: skip
-        z, h = torch.ops.fastlora.lora_linear(
-            x, None, *_dense(weight), lora_a, lora_b, None, float(scaling), 0.0, ctx.needs_input_grad[2]
-        )
-        ctx.save_for_backward(x, h, z, lora_a, lora_b, magnitude, weight, norms)
-        ctx.scaling, ctx.bias_dtype = float(scaling), None if bias is None else bias.dtype
-        return rescale(z, magnitude, norms, bias)
+    def forward(ctx: Any, y: Tensor, magnitude: Tensor, bias: Tensor | None, inverse: Tensor) -> Tensor:
+        factor = magnitude.float() * inverse
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, factor, inverse)
+        ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
+        return _rescaled(y, factor, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative()
-        x, h, z, lora_a, lora_b, magnitude, weight, norms = ctx.saved_tensors
+        z, factor, inverse = ctx.saved_tensors
+        need_y, need_magnitude, need_bias, _ = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        z = z.reshape(rows.shape) if need_magnitude else None
+        dz, dot, total = _sums(rows, z, factor if need_y else None, need_bias)
+        dm = None if dot is None else (dot * inverse).to(ctx.dtypes[0])
+        dz = None if dz is None else dz.view(dy.shape)
+        return dz, dm, None if total is None else total.to(ctx.dtypes[1]), None
+
+
+class _OverNF4(torch.autograd.Function):
+    """The factor in the weight's scales and in B's rows. One of 0 counts as SMALLEST: what it hides is needed for dm.
+
+    Saved: x (for dA), h (for dB), y without the bias (for dm), [N] numbers. Backward makes scales and rows anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, weight: NF4Weight,
+        inverse: Tensor, scaling: float,
+    ) -> Tensor:  # fmt: skip
+        _, need_a, need_b, need_magnitude, *_ = ctx.needs_input_grad
+        factor = magnitude.float() * inverse
+        factor = torch.where(factor == 0, SMALLEST, factor)
+        apart = need_magnitude and bias is not None  # so that y without it is there for dm
+        call, _ = functional.operators(x, lora_a)
+        z, h = call(x, None if apart else bias, *_scaled(weight, factor, lora_a, lora_b, scaling), need_b)
+        kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
+        ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
+        ctx.weight, ctx.scaling = weight, scaling
+        ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
+        return (z + bias).to(z.dtype) if apart else z
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
+        x, h, z, lora_a, lora_b, factor, inverse = ctx.saved_tensors
         need_x, need_a, need_b, need_magnitude, need_bias, *_ = ctx.needs_input_grad
-        factor, k = magnitude.float() / norms, weight.shape[1]
-        rows = dy.reshape(-1, weight.shape[0])
+        dx = da = db = dm = dbias = None
+        if need_x or need_a or need_b:
+            operands = _scaled(ctx.weight, factor, lora_a, lora_b, ctx.scaling)
+            _, call = functional.operators(dy, lora_a)
+            found = call(dy, x, h, ctx.weight.shape[1], *operands, need_x, need_a, need_b)
+            dx, da = found[0] if need_x else None, found[1].to(lora_a.dtype) if need_a else None
+            db = (factor[:, None] * found[2]).to(lora_b.dtype) if need_b else None
+        rows = dy.reshape(-1, dy.shape[-1])
+        _, dot, total = _sums(rows, z.reshape(rows.shape) if need_magnitude else None, None, need_bias)
+        if dot is not None:
+            dm = (dot * inverse / factor).to(ctx.dtypes[0])
+        if total is not None:
+            dbias = total.to(ctx.dtypes[1])
+        return dx, da, db, dm, dbias, None, None, None
+
+
+def _scaled(weight: NF4Weight, factor: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Any, ...]:
+    """The operands of an operator for factor ∘ (W + scaling · B A)."""
+    from fastlora.kernels import dora as kernel
+
+    n, k = weight.shape
+    codes, *scales = weight.tensors()
+    absmax = kernel.scaled_absmax(*scales, factor, k // weight.blocksize)
+    b = factor[:, None] * lora_b
+    return codes, absmax, None, None, None, n, weight.blocksize, lora_a, b, None, scaling, 0.0
+
+
+class _Over16Bits(torch.autograd.Function):
+    """fp32 adapters over a dense 16-bit weight, the gradients of A and B as exact as the adapters are.
+
+    What `rescale` hands on, factor ∘ dy, is rounded to 16 bits before the low-rank products see it. Here the factor
+    goes into the rows of B, and of dB, in fp32; dy stays as it came.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, weight: Tensor,
+        inverse: Tensor, scaling: float,
+    ) -> Tensor:  # fmt: skip
+        call, _ = functional.operators(x, lora_a)
+        z, h = call(x, None, *_dense(weight), lora_a, lora_b, None, scaling, 0.0, ctx.needs_input_grad[2])
+        factor = magnitude.float() * inverse
+        ctx.save_for_backward(x, h, z, lora_a, lora_b, factor, inverse, weight)
+        ctx.scaling, ctx.dtypes = scaling, (magnitude.dtype, None if bias is None else bias.dtype)
+        return _rescaled(z, factor, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
+        x, h, z, lora_a, lora_b, factor, inverse, weight = ctx.saved_tensors
+        need_x, need_a, need_b, need_magnitude, need_bias, *_ = ctx.needs_input_grad
+        rows, k = dy.reshape(-1, weight.shape[0]), weight.shape[1]
+        _, call = functional.operators(dy, lora_a)
 
         def products(dy: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-            operands = (*_dense(weight), lora_a, b, None, ctx.scaling, 0.0)
-            return torch.ops.fastlora.lora_linear_backward(dy, x, h, k, *operands, *needs)
+            found: tuple[Tensor, Tensor, Tensor] = call(
+                dy, x, h, k, *_dense(weight), lora_a, b, None, ctx.scaling, 0.0, *needs
+            )
+            return found
 
         dx = da = db = dm = dbias = None
-        if need_x:
-            dx, *_ = products((dy.float() * factor).to(dy.dtype), lora_b, True, False, False)
+        z = z.reshape(rows.shape) if need_magnitude else None
+        dz, dot, total = _sums(rows, z, factor if need_x else None, need_bias)
+        if dz is not None:
+            dx, *_ = products(dz.view(dy.shape), lora_b, True, False, False)
         if need_a or need_b:
             _, da, db = products(dy, factor[:, None] * lora_b, False, need_a, need_b)
             da, db = da if need_a else None, factor[:, None] * db if need_b else None
-        if need_magnitude:
-            dm = ((rows.float() * z.reshape(rows.shape)).sum(0) / norms).to(magnitude.dtype)
-        if need_bias:
-            dbias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        if dot is not None:
+            dm = (dot * inverse).to(ctx.dtypes[0])
+        if total is not None:
+            dbias = total.to(ctx.dtypes[1])
         return dx, da, db, dm, dbias, None, None, None
 
 

@@ -135,7 +135,7 @@ def _call(
     blocksize = 0
     if isinstance(weight, NF4Weight):
         parts, blocksize = weight.tensors(), weight.blocksize
-    if _seen_by_others(x, lora_a):
+    if seen_by_others(x, lora_a):
         _refuse_func_gradients()
         return torch.ops.fastlora.lora_linear(
             x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h
@@ -158,7 +158,7 @@ def _is_small(x: Tensor, seed: Tensor | None) -> bool:
     return rows_fit and seed is None and not x.is_cuda and not torch.is_autocast_enabled(x.device.type)
 
 
-def _seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
+def seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
     """Whether someone must see the operator pass: a compiler, a dispatch mode (selective checkpointing, fake tensors),
     or a tensor subclass. Else the same code is called directly, for torch's dispatch to Python costs 150 us a call."""
     return (
@@ -168,6 +168,13 @@ def _seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
         or type(lora_a) not in _PLAIN_TENSORS
         or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def operators(x: Tensor, lora_a: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of the operator as they are to be called: registered where someone must see them pass."""
+    if seen_by_others(x, lora_a):
+        return torch.ops.fastlora.lora_linear, torch.ops.fastlora.lora_linear_backward
+    return _forward, _backward
 
 
 def _refuse_func_gradients() -> None:

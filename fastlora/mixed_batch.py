@@ -2,13 +2,15 @@
 
     y_i = x_i Wᵀ + bias + s_a · (dropout(x_i) A_aᵀ B_aᵀ + bias_a),     a the adapter of sample i, or none
 
-Two ways to the update. With all ranks side by side, h = x [A_1; A_2; ...]ᵀ is formed for every row, multiplied by s_a
-in the columns of the row's own adapter and by 0 in the others', and [B_1 B_2 ...] gathers it: three products however
-many adapters there are, right where rows are few, as in decoding (there 0 times an adapter that is not finite spoils
-its neighbours' rows too). In segments, each adapter sees its own rows alone: no product is wasted, which counts where
-rows are many, and each adapter may drop out at its own rate. Either way the base product is computed once and, over a
-dense weight, added to the update with beta = 1 and rounded once. (The update, with what biases it has, is in x's dtype
-by then: an adapter's bias several times as large as the output costs up to 1.4 times the error of one rounding.)
+On CUDA `fastlora.mixed_path` does it by kernels in which every row finds its own adapter, unless rows are very few or
+torch.compile must see the operators. Else there are two ways to the update. With all ranks side by side,
+h = x [A_1; A_2; ...]ᵀ is formed for every row, multiplied by s_a in the columns of its own adapter and by 0 in the
+others', and [B_1 B_2 ...] gathers it: three products however many adapters there are, right where rows are few, as in
+decoding (there 0 times an adapter that is not finite spoils its neighbours' rows too). In segments, each adapter sees
+its own rows alone: no product is wasted, which counts where rows are many, and each adapter may drop out at its own
+rate. Either way the base product is computed once and, over a dense weight, added to the update with beta = 1 and
+rounded once. Where an adapter has a bias, which may be larger than all else, the update stays in fp32 until it is added
+to the base product.
 
 Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from fastlora import functional
 from fastlora.nf4 import NF4Weight
+from fastlora.operands import Base
 
 # Rows times adapters beyond the first; above, rows are computed in segments. A CPU has no launches to save.
 SIDE_BY_SIDE_UP_TO = {"cpu": 0, "cuda": 64}
@@ -92,19 +95,108 @@ def mixed_linear(
         bias = None if bias is None else bias.float()  # its gradient is summed in fp32
         if not present and isinstance(weight, Tensor):
             return _affine(rows, weight.to(dtype), bias)
-        side_by_side = not any(adapter.training and adapter.dropout_p > 0 for adapter in present.values())
+        wide = any(adapter.bias is not None for adapter in present.values())
+        side_by_side = not any(map(_drops, present.values()))
         if side_by_side and x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0):
             update = _side_by_side(x, bias, present, names)
+        elif x.numel() and not functional.seen_by_others(x, None) and functional.backend(x.device).name == "triton":
+            y = _by_kernels(rows, weight, bias, present, names, wide)
+            return y if isinstance(weight, Tensor) else y.to(x.dtype)
         else:
             update = _in_segments(x, bias, present, names, dtype if isinstance(weight, Tensor) else x.dtype)
-        if isinstance(weight, NF4Weight):
-            return functional.nf4_linear(rows, weight) + update.to(x.dtype)
-        y = torch.addmm(update.to(dtype).flatten(0, -2), rows.reshape(-1, x.shape[-1]), weight.to(dtype).t())
-        return y.view(update.shape)
+        return _added(rows, weight, update, wide, x.dtype)
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weightᵀ + bias, the gradient of an fp32 bias summed in fp32."""
+def several_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
+    """y = x Wᵀ + bias + the updates of several adapters, each with its own dropout and dtype, over one base product.
+
+    Differentiable in x, the adapters, bias, and in a dense weight. The adapters' ranks lie side by side: one product
+    gathers all updates, which meet the base product as in `mixed_linear`.
+
+    Args:
+        x: [..., K], bf16, fp16 or fp32. Under autocast it is cast to autocast's dtype.
+        weight: [N, K], dense in x's dtype, or an `NF4Weight`.
+        bias: [N] or None.
+        adapters: one or more.
+    Returns:
+        [..., N], dtype of x; over a dense weight under autocast, autocast's.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        widest = torch.float32 if any(_dtype(each) == torch.float32 for each in adapters) else _dtype(adapters[0])
+        cast = {
+            dtype: x.to(dtype) for dtype in map(_dtype, adapters)
+        }  # once each: their gradients add up before the cast
+        hidden = []
+        for each in adapters:
+            seen = F.dropout(cast[_dtype(each)], each.dropout_p, each.training)
+            hidden.append(((seen @ each.lora_a.t().to(_dtype(each))) * each.scaling).to(widest))
+        lora_b = torch.cat([each.lora_b.to(widest) for each in adapters], dim=1)
+        wide = any(each.bias is not None for each in adapters)
+        total = None if bias is None else bias.float()
+        for each in adapters:
+            total = total_bias(total, each)
+        update = _affine(torch.cat(hidden, dim=-1), lora_b, total, wide)
+        return _added(x.to(dtype), weight, update, wide, x.dtype)
+
+
+def _drops(adapter: Adapter) -> bool:
+    return adapter.training and adapter.dropout_p > 0
+
+
+def _added(rows: Tensor, weight: Tensor | NF4Weight, update: Tensor, wide: bool, given: torch.dtype) -> Tensor:
+    """rows Wᵀ + update. `wide`: the update may be larger than all else, and is added in fp32; given: dtype of x."""
+    if isinstance(weight, NF4Weight):
+        dtype = torch.promote_types(given, rows.dtype)
+        return (functional.nf4_linear(rows, weight) + update.to(torch.float32 if wide else dtype)).to(dtype)
+    weight = weight.to(rows.dtype)
+    if wide:
+        return (F.linear(rows, weight) + update).to(rows.dtype)
+    y = torch.addmm(update.to(rows.dtype).flatten(0, -2), rows.reshape(-1, rows.shape[-1]), weight.t())
+    return y.view(update.shape)
+
+
+def _by_kernels(
+    rows: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    adapters: Mapping[str, Adapter],
+    names: Sequence[str],
+    wide: bool,
+) -> Tensor:
+    """The whole of it by the Triton kernels of `fastlora.mixed_path`; rows: [B, ..., K]."""
+    from fastlora import mixed_path
+
+    parts, places = list(adapters.values()), _places(adapters, names)
+    facts = tuple((part.scaling, part.dropout_p if _drops(part) else 0.0) for part in parts)
+    k = rows.shape[-1]
+    stretches = mixed_path.rows_of(
+        places, rows.numel() // k // len(names), facts, rows.device, torch.is_inference_mode_enabled()
+    )
+    biases = None
+    if wide or bias is not None:
+        nothing = rows.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias
+        totals = (total_bias(bias, part) for part in parts)
+        biases = torch.stack([*(nothing if total is None else total for total in totals), nothing])
+    dtype = torch.float32 if torch.float32 in map(_dtype, parts) else rows.dtype
+    lora_a = mixed_path.stacked([part.lora_a.to(dtype) for part in parts], 0)
+    lora_b = mixed_path.stacked([part.lora_b.to(dtype) for part in parts], 1)
+    y = mixed_path.linear(rows.reshape(-1, k), _base(weight, rows.dtype), lora_a, lora_b, biases, wide, stretches)
+    return y.view(*rows.shape[:-1], weight.shape[0])
+
+
+def _base(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Base:
+    if isinstance(weight, NF4Weight):
+        n, k = weight.shape
+        return Base(*weight.tensors(), n, k, weight.blocksize)
+    return Base(weight.to(dtype), None, None, None, None, weight.shape[0], weight.shape[1], 0)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool = False) -> Tensor:
+    """x weightᵀ + bias, the gradient of an fp32 bias summed in fp32; `wide`: the result is in fp32, for the bias."""
+    if wide and bias is not None:
+        return F.linear(x, weight).float() + bias
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -124,14 +216,19 @@ class _Expanded(torch.autograd.Function):
         return dy.sum(0, dtype=torch.float32), None, None
 
 
+def _places(adapters: Mapping[str, Adapter], names: Sequence[str]) -> tuple[int, ...]:
+    """For each sample the place of its adapter, or -1."""
+    known = {name: place for place, name in enumerate(adapters)}
+    return tuple(known.get(name, -1) for name in names)
+
+
 def _side_by_side(x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter], names: Sequence[str]) -> Tensor:
-    """The updates and the bias, [B, ..., N], by the adapters' ranks side by side."""
+    """The updates and the bias, [B, ..., N], by ranks side by side; in fp32 where adapters have biases."""
     parts = list(adapters.values())
     dtype = _dtype(parts[0])
     lora_a = torch.cat([part.lora_a for part in parts]) if len(parts) > 1 else parts[0].lora_a
     columns = [part.lora_b for part in parts]
-    known = {name: place for place, name in enumerate(adapters)}
-    places = tuple(known.get(name, -1) for name in names)
+    places = _places(adapters, names)
     shape = (len(names), *[1] * (x.ndim - 2), -1)
     factors = _kept(_factors, places, tuple((part.lora_a.shape[0], part.scaling) for part in parts), x.device)
     h = ((x.to(dtype) @ lora_a.t().to(dtype)) * factors.view(shape)).to(dtype)
@@ -140,7 +237,8 @@ def _side_by_side(x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter
         # a bias is one more column of B, which the rows of its adapter meet with 1
         columns += [(part.bias.float() * part.scaling).unsqueeze(1) for part in biased if part.bias is not None]
         ones = _kept(_factors, places, tuple((0 if part.bias is None else 1, 1.0) for part in parts), x.device)
-        h = torch.cat((h, ones.view(shape).to(dtype).expand(*h.shape[:-1], -1)), dim=-1)
+        dtype = torch.float32
+        h = torch.cat((h, ones.view(shape).expand(*h.shape[:-1], -1)), dim=-1)  # in fp32
     lora_b = torch.cat([column.to(dtype) for column in columns], dim=1) if len(columns) > 1 else columns[0].to(dtype)
     return _affine(h, lora_b, bias)
 
@@ -149,6 +247,8 @@ def _in_segments(
     x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter], names: Sequence[str], out_dtype: torch.dtype
 ) -> Tensor:
     """The same, each adapter by a product of its own samples, which are brought together first."""
+    wide = any(adapter.bias is not None for adapter in adapters.values())
+    out_dtype = torch.float32 if wide else out_dtype
     mine: dict[str | None, list[int]] = {}
     for place, name in enumerate(names):
         mine.setdefault(name if name in adapters else None, []).append(place)
@@ -165,10 +265,10 @@ def _in_segments(
             continue
         part, dtype = adapters[owner], _dtype(adapters[owner])
         seen = seen.to(dtype)
-        if part.training and part.dropout_p > 0:
+        if _drops(part):
             seen = F.dropout(seen, part.dropout_p)
         h = (seen @ part.lora_a.t().to(dtype)) * part.scaling
-        updates.append(_affine(h, part.lora_b.to(dtype), total_bias(bias, part)).to(out_dtype))
+        updates.append(_affine(h, part.lora_b.to(dtype), total_bias(bias, part), wide).to(out_dtype))
     update = torch.cat(updates) if len(updates) > 1 else updates[0]
     if is_sorted:
         return update

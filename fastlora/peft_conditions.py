@@ -66,8 +66,8 @@ def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[
     )
     if reason:
         return reason
-    dtype = layer._modules["lora_A"]._modules[active[0]]._parameters["weight"].dtype if active else torch.float32
-    return _dtype_reason(x, base, dtype, is_dense(base) and bool(active) and active[0] in layer.lora_variant)
+    dtypes = {layer._modules["lora_A"]._modules[name]._parameters["weight"].dtype for name in active}
+    return _dtype_reason(x, base, dtypes, is_dense(base) and bool(active) and active[0] in layer.lora_variant)
 
 
 def active_names(layer: Any) -> list[str]:
@@ -99,11 +99,6 @@ def _together_reason(layer: Any, names: list[str]) -> str:
         return ""
     if any(name in layer.lora_variant for name in names):
         return f"{len(names)} adapters are active, one of them DoRA"
-    parts = [adapter(layer, name) for name in names]
-    if any(part.dropout_p > 0 and part.training for part in parts):
-        return f"{len(names)} adapters are active, with dropout masks of their own"
-    if len({part.lora_a.dtype for part in parts}) > 1:
-        return f"{len(names)} adapters are active, of different dtypes"
     return ""
 
 
@@ -191,12 +186,10 @@ def _variant_reason(layer: Any, name: str) -> str:
     """DoRA is computed; every other variant is peft's."""
     if type(layer.lora_variant[name]) is not DoraLinearVariant:
         return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
-    magnitude, dropout = layer.lora_magnitude_vector._modules[name], layer.lora_dropout._modules[name]
+    magnitude = layer.lora_magnitude_vector._modules[name]
     if type(magnitude.weight) not in _PLAIN or not is_plain(magnitude):
         return "DoRA's magnitude has hooks, a forward of its own, or is no plain tensor"
-    if layer.ephemeral_gpu_offload:
-        return "DoRA with ephemeral_gpu_offload"
-    return "DoRA drops the base's input too" if dropout.training and getattr(dropout, "p", 0.0) > 0 else ""
+    return "DoRA with ephemeral_gpu_offload" if layer.ephemeral_gpu_offload else ""
 
 
 def computed_in(x: Tensor, base: Any) -> torch.dtype:
@@ -206,7 +199,7 @@ def computed_in(x: Tensor, base: Any) -> torch.dtype:
     return dense_weight(base).dtype if is_dense(base) else compute_dtype(base, x)
 
 
-def _dtype_reason(x: Tensor, base: Any, adapters: torch.dtype, by_rows: bool) -> str:
+def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], by_rows: bool) -> str:
     """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
     given, four_bit, dtype = x.dtype, not is_dense(base), computed_in(x, base)
     if torch.is_autocast_enabled(x.device.type):
@@ -214,10 +207,11 @@ def _dtype_reason(x: Tensor, base: Any, adapters: torch.dtype, by_rows: bool) ->
         good = dtype in FLOAT_DTYPES and (not four_bit or given in (torch.float32, dtype))
     else:
         good = four_bit or given == dtype
-    if good and given in FLOAT_DTYPES and adapters in (torch.float32, dtype):
-        trained = by_rows and adapters != dtype and dense_weight(base).requires_grad
-        return f"DoRA with {adapters} adapters over a trained {dtype} weight" if trained else ""
-    return f"dtypes: input {given}, adapters {adapters}, computed in {dtype}"
+    told = ", ".join(sorted(map(str, adapters)))
+    if good and given in FLOAT_DTYPES and adapters <= {torch.float32, dtype}:
+        trained = by_rows and not adapters <= {dtype} and dense_weight(base).requires_grad
+        return f"DoRA with {told} adapters over a trained {dtype} weight" if trained else ""
+    return f"dtypes: input {given}, adapters {told}, computed in {dtype}"
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -10,8 +10,9 @@ counts both kinds of call and keeps the reason of the last step back (`layer.fas
 a reason met for the first time is logged as a warning, unless the user asked for what it says.
 
 Several active adapters run as one of the summed rank: A's rows one below the other, B's columns side by side, each
-times its scaling. DoRA rescales the fused product's rows (`fastlora.dora`). Layers that peft adds to such a model later
-are sped up as they come. `restore` takes it all back.
+times its scaling; where they have masks of dropout or dtypes of their own, h is formed for each. DoRA rescales the
+fused product's rows (`fastlora.dora`). Layers that peft adds to such a model later are sped up as they come. `restore`
+takes it all back.
 
 A caution about bitsandbytes: in eval mode, without gradients, on a CPU with AVX512_BF16, `Linear4bit.forward` repacks
 its weight in place and loses precision. The fused path never calls it, but stepping back does, as with
@@ -34,7 +35,8 @@ from fastlora.dora import KeptNorms
 from fastlora.kept_weight import KeptWeight, changed
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, kernels_of, lora_linear_4bit
-from fastlora.mixed_batch import Adapter, mixed_linear, total_bias
+from fastlora.mixed_batch import Adapter, mixed_linear, several_linear, total_bias
+from fastlora.nf4 import NF4Weight
 from fastlora.peft_conditions import EXPECTED, active_names, sampled_names, step_back_reason
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class _Fused(_Marked):
         active = active_names(self) if per_sample is None else sampled_names(self, per_sample)
         if per_sample is not None and (len(active) != 1 or any(name != active[0] for name in per_sample)):
             return self._mixed(x, base, active, per_sample)
+        if len(active) > 1 and not _as_one(self, active):
+            return self._several(x, base, active)
         adapter = _one(self, active[0]) if len(active) == 1 else _joined(self, active)
         if active[0] in self.lora_variant:
             return self._dora(x, base, adapter, active[0])
@@ -86,16 +90,26 @@ class _Fused(_Marked):
         weight = self.fastlora_adopted.of(base)
         return mixed_linear(x.to(compute_dtype(base, x)), weight, base.bias, adapters, per_sample).to(x.dtype)
 
+    def _several(self: Any, x: Tensor, base: Any, names: Sequence[str]) -> Tensor:
+        adapters = [_one(self, name) for name in names]
+        if is_dense(base):
+            return several_linear(x, dense_weight(base), base._parameters["bias"], adapters)
+        weight = self.fastlora_adopted.of(base)
+        return several_linear(x.to(compute_dtype(base, x)), weight, base.bias, adapters).to(x.dtype)
+
     def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
-        dense, (lora_a, lora_b, scaling, *_) = is_dense(base), adapter
-        weight = dense_weight(base) if dense else self.fastlora_adopted.of(base)
+        lora_a, lora_b, scaling, _, p, training = adapter
+        given, bias = x.dtype, base._parameters["bias"]
+        if is_dense(base):
+            weight: Tensor | NF4Weight = dense_weight(base)
+        else:
+            weight, x = self.fastlora_adopted.of(base), x.to(compute_dtype(base, x))
         magnitude = self.lora_magnitude_vector._modules[name].weight
         norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
-        if dense and lora_a.dtype != peft_conditions.computed_in(x, base):
-            return dora.over_16_bits(x, weight, lora_a, lora_b, scaling, magnitude, norms, base.bias)
-        y = functional.lora_linear(x if dense else x.to(compute_dtype(base, x)), weight, lora_a, lora_b, scaling)
-        y = dora.rescale(y, magnitude, norms, base.bias)
-        return y if dense else y.to(x.dtype)
+        operands = x, weight, lora_a, lora_b, scaling, magnitude, norms, bias
+        drops = training and p > 0
+        y = dora.dora_linear_with_dropout(*operands, p) if drops else dora.dora_linear(*operands)
+        return y if is_dense(base) else y.to(given)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()
@@ -285,6 +299,13 @@ def standing_reason(layer: Any) -> str:
 
 def _one(layer: Any, name: str) -> Adapter:
     return peft_conditions.adapter(layer, name)
+
+
+def _as_one(layer: Any, names: Sequence[str]) -> bool:
+    """Whether active adapters make one of the summed rank: none drops anything, and all have one dtype."""
+    parts = [_one(layer, name) for name in names]
+    same = len({part.lora_a.dtype for part in parts}) == 1
+    return same and not any(part.dropout_p > 0 and part.training for part in parts)
 
 
 def _joined(layer: Any, names: Sequence[str]) -> Adapter:

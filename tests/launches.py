@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.static import _cuobjdump
-from fastlora import dispatch, grouped, nf4, triton_path
+from fastlora import dispatch, grouped, mixed_path, nf4, triton_path
 from fastlora.operands import Base, Lora, Needs
 
 ALL = Needs(True, True, True)
@@ -114,6 +114,15 @@ def experts(arch: int) -> None:
         stack(50, kind, torch.float32, n=130, k=192)
 
 
+def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
+    """Forward and backward of a batch whose samples have different adapters, with biases."""
+    rows = mixed_path.rows_of((0, 1, -1, 0), 40, ((2.0, p), (1.0, 0.0)), torch.device("cpu"), False)
+    base = Base(torch.randn(n, k).bfloat16(), None, None, None, None, n, k, 0)
+    a, b = torch.randn(2, 16, k).to(adapter).requires_grad_(), torch.randn(2, n, 16).to(adapter).requires_grad_()
+    x = torch.randn(160, k).bfloat16().requires_grad_()
+    mixed_path.linear(x, base, a, b, torch.randn(3, n), True, rows).sum().backward()
+
+
 def main(arch: int) -> None:
     """All the others for one architecture."""
     pretend(arch)
@@ -126,6 +135,8 @@ def main(arch: int) -> None:
         step(64, kernel, torch.float32, p=0.1)
     step(24, "fused", torch.float32, k=192, n=130)
     step(24, "dequantize", torch.float32, k=130, n=70)
+    mixed(torch.float32, 0.1)
+    mixed(torch.bfloat16, 0.0)
 
 
 if __name__ == "__main__":

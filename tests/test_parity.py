@@ -38,10 +38,17 @@ class Option(NamedTuple):
     base_bias: bool = False
     transposed: bool = False  # GPT-2's Conv1D, which has a bias always
     side_by_side: bool = False  # a mixed batch as if it had few rows
+    backend: str = ""  # forced, where it is not the CPU's own
 
 
 def _second_adapter(layer):
     layer.update_layer("other", 4, lora_alpha=4, config=peft.LoraConfig(r=4))
+    _fill(layer)
+    layer.set_adapter(["default", "other"])
+
+
+def _second_adapter_with_dropout(layer):
+    layer.update_layer("other", 4, lora_alpha=4, lora_dropout=0.25, config=peft.LoraConfig(r=4, lora_dropout=0.25))
     _fill(layer)
     layer.set_adapter(["default", "other"])
 
@@ -63,6 +70,8 @@ def _train_bias(layer):
 _WIDE_DORA = "DoRA with torch.float32 adapters"
 _CONV = {"fan_in_fan_out": True}
 MIXED = {"adapter_names": (["default", "other", "default", "__base__", "other", "unknown here"] * M)[:M]}
+_RUNS = (("default", 20), ("other", 33), ("__base__", 3), ("default", 9), ("unknown here", 1), ("other", M - 66))
+IN_RUNS = {"adapter_names": [name for name, count in _RUNS for _ in range(count)]}
 OPTIONS = {
     "plain": Option(),
     "rslora": Option({"use_rslora": True}),
@@ -73,6 +82,8 @@ OPTIONS = {
     "trained bias": Option(change=_train_bias, base_bias=True),
     "trained base": Option(change=_train_base, dense_only=True),
     "two adapters": Option(change=_second_adapter),
+    "two, dropout": Option({"lora_dropout": 0.25}, change=_second_adapter_with_dropout),
+    "two, dropout, biased": Option({"lora_dropout": 0.25}, change=_second_biased_adapter, base_bias=True),
     "Conv1D": Option(_CONV, dense_only=True, base_bias=True, transposed=True),
     "Conv1D, dropout": Option({**_CONV, "lora_dropout": 0.25}, dense_only=True, base_bias=True, transposed=True),
     "Conv1D, all trained": Option(
@@ -100,7 +111,10 @@ OPTIONS = {
     "DoRA, trained": Option(
         {"use_dora": True}, change=_train_base, dense_only=True, wide_adapters_step_back=_WIDE_DORA
     ),
-    "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, steps_back="DoRA drops the base's input too"),
+    "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, base_bias=True),
+    "DoRA, kernels": Option({"use_dora": True}, backend="triton"),
+    "DoRA, kernels, bias": Option({"use_dora": True}, change=_train_bias, base_bias=True, backend="triton"),
+    "DoRA, kernels, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, base_bias=True, backend="triton"),
     "one for all": Option(change=_second_adapter, call={"adapter_names": ["other"] * M}),
     "none for all": Option(call={"adapter_names": ["__base__"] * M}, base_bias=True),
     "mixed batch": Option(change=_second_adapter, call=MIXED),
@@ -114,6 +128,22 @@ OPTIONS = {
         call=MIXED,
         dense_only=True,
         base_bias=True,
+    ),
+    "mixed, kernels": Option(change=_second_adapter, call=IN_RUNS, backend="triton"),
+    "mixed, kernels, dropout": Option(change=_second_adapter_with_dropout, call=IN_RUNS, backend="triton"),
+    "mixed, kernels, biases": Option(
+        {"lora_bias": True, "lora_dropout": 0.25},
+        change=lambda layer: (_second_adapter(layer), _train_bias(layer)),
+        call=IN_RUNS,
+        base_bias=True,
+        backend="triton",
+    ),
+    "mixed, kernels, all": Option(
+        change=lambda layer: (_second_biased_adapter(layer), _train_base(layer), _train_bias(layer)),
+        call=IN_RUNS,
+        dense_only=True,
+        base_bias=True,
+        backend="triton",
     ),
     "disabled": Option(change=lambda layer: layer.enable_adapters(False), steps_back="adapters are disabled"),
     "merged": Option(change=lambda layer: layer.merge(), steps_back="adapters are merged", dense_only=True),
@@ -212,11 +242,26 @@ def exact(layer):
     return copy.deepcopy(layer).double()
 
 
+def _inputs(drawn):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(M, K, generator=generator).to(drawn), torch.randn(M, N, generator=generator).to(drawn)
+
+
+def _masked(x, p=0.5, training=True, inplace=False):
+    """Dropout by the mask that the fused path derives from the seed; x may be some rows of the input."""
+    if not (training and p):
+        return x
+    for drawn in (torch.float32, torch.float16, torch.bfloat16):
+        same = (x.detach().double().unsqueeze(1) == _inputs(drawn)[0].double()).all(-1)  # [rows, M]
+        if same.any(1).all():
+            return x * reference.dropout_mask(SEED, M, K, p)[same.int().argmax(1)].to(x.dtype)
+    raise AssertionError("dropout of something other than rows of the input")
+
+
 def step(layer, dtype, autocast, call, drawn):
     """y, dx, and the gradients of whatever is trained, by name; the inputs hold values of the dtype `drawn`."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(M, K, generator=generator).to(drawn).to(dtype).requires_grad_()
-    dy = torch.randn(M, N, generator=generator).to(drawn)
+    x, dy = _inputs(drawn)
+    x = x.to(dtype).requires_grad_()
     trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         y = layer(x, **call)
@@ -232,8 +277,9 @@ def check(option, base, dtypes):
     layer, drawn = build(option, base, dtype, adapter_dtype), autocast or dtype
     true = exact(layer)
     with pytest.MonkeyPatch.context() as patch:
-        mask = reference.dropout_mask(SEED, M, K, 0.25)
-        patch.setattr(nn.Dropout, "forward", lambda self, x: x * mask.to(x.dtype) if self.p and self.training else x)
+        patch.setattr(nn.functional, "dropout", _masked)
+        if option.backend:
+            patch.setenv("FASTLORA_BACKEND", option.backend)
         if option.side_by_side:
             patch.setitem(mixed_batch.SIDE_BY_SIDE_UP_TO, "cpu", M)
         patch.setattr(torch, "randint", lambda *_, device, **__: torch.tensor([SEED], device=device))
@@ -330,6 +376,7 @@ FAULTS = {
     ),
     "another sample's adapter": ("mixed batch", peft_swap, "mixed_linear", lambda: _names_reversed),
     "another sample's adapter, few rows": ("mixed, few rows", peft_swap, "mixed_linear", lambda: _names_reversed),
+    "another sample's adapter, kernels": ("mixed, kernels", peft_swap, "mixed_linear", lambda: _names_reversed),
     "ignored disable": ("disabled", peft_swap, "step_back_reason", lambda: _ignoring("adapters are disabled")),
     "ignored merge": ("merged", peft_swap, "step_back_reason", lambda: _ignoring("adapters are merged")),
     "ignored dropout": ("dropout", functional, "lora_linear", lambda: _with(dropout_p=0.0)),

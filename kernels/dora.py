@@ -1,0 +1,230 @@
+"""What DoRA adds to the fused linear: the norms of rows, and a factor for each output.
+
+    norms    ‖W[n] + scaling · (B A)[n]‖                          W: NF4 or dense, expanded tile by tile
+    scales   absmax'[b] = scale[b] · factor[row of b]             an NF4 weight whose rows carry the factor
+    rescale  y = factor ∘ z + bias
+    backward dz = factor ∘ dy,  dot = Σ_m dy ∘ z,  total = Σ_m dy
+
+Bytes: norms 0.516 a weight of NF4 or 2 of bf16, and nothing where A and B are those of the last call; scales 5 for 64
+weights; rescale 2 read and 2 written an output, backward 4 read and 2 written, each of it once.
+
+The norms are formed anew only when A or B have changed, which the device finds out: `refresh` compares them with
+copies, brings the copies up to date and leaves word; `row_norms` reads that word first. Nothing waits for the host, and
+writes of every kind are seen, those of optimizers and FSDP too. B A is formed `WIDTH` ranks at a time, by three tf32
+products.
+
+Source: arXiv:2402.09353, section 4.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastlora.kernels.lora_plan import interpreted
+from fastlora.kernels.nf4 import _scales, aligned, lookup, nf4_code, nf4_tile
+from torch import Tensor
+
+BLOCK_N, BLOCK_K, WIDTH = 16, 128, 16  # of a tile of the norms
+ROWS, COLUMNS = 32, 128  # of a tile of an activation
+BLOCK = 1024
+PROGRAMS_PER_SM = 4
+
+
+@triton.jit
+def _refresh_kernel(new_ptr, kept_ptr, changed_ptr, size, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    new = tl.load(new_ptr + offs, mask=offs < size, other=0.0)
+    kept = tl.load(kept_ptr + offs, mask=offs < size, other=0.0)
+    same = (new == kept) | ((new != new) & (kept != kept))
+    if tl.min(same.to(tl.int32), 0) == 0:
+        tl.store(changed_ptr, 1)
+        tl.store(kept_ptr + offs, new, mask=offs < size)
+
+
+@triton.jit(do_not_specialize_on_alignment=["codes_ptr"])
+def _row_norms_kernel(
+    changed_ptr, weight_ptr, codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, code_ptr, a_ptr, b_ptr, out_ptr,
+    scaling, N, K, R, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    DENSE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr, LOOKUP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_end = tl.where(tl.load(changed_ptr) != 0, K, 0)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if not DENSE:
+        code = nf4_code(code_ptr, LOOKUP)
+        offset = 0.0
+        if NESTED:
+            offset = tl.load(offset_ptr)
+    for k_start in range(0, k_end, BLOCK_K):
+        offs_k = k_start + tl.arange(0, BLOCK_K)
+        in_tile = (offs_n[:, None] < N) & (offs_k[None, :] < K)
+        if DENSE:
+            w_ptrs = weight_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
+            w = tl.load(w_ptrs, mask=in_tile, other=0.0).to(tl.float32)
+        else:
+            w = nf4_tile(
+                codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset, code, offs_n, k_start, N, K,
+                BLOCKSIZE, NESTED, ALIGNED, LOOKUP, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        update = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        for r_start in range(0, R, WIDTH):
+            offs_r = r_start + tl.arange(0, WIDTH)
+            a_ptrs = a_ptr + offs_r[:, None] * stride_ar + offs_k[None, :] * stride_ak
+            a = tl.load(a_ptrs, mask=(offs_r[:, None] < R) & (offs_k[None, :] < K), other=0.0).to(tl.float32)
+            b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
+            b = tl.load(b_ptrs, mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0).to(tl.float32)
+            update = tl.dot(b, a, update, input_precision=PRECISION)
+        merged = tl.where(in_tile, w + scaling * update, 0.0)
+        total += tl.sum(merged * merged, 1)
+    tl.store(out_ptr + offs_n, tl.sqrt(total), mask=offs_n < tl.where(k_end > 0, N, 0))
+
+
+@triton.jit
+def _scaled_absmax_kernel(
+    absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, factor_ptr, out_ptr, blocks, blocks_a_row,
+    NESTED: tl.constexpr, LOOKUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = block < blocks
+    offset = 0.0
+    if NESTED:
+        offset = tl.load(offset_ptr)
+    scale = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED, LOOKUP, False)
+    factor = tl.load(factor_ptr + block // blocks_a_row, mask=mask, other=0.0)
+    tl.store(out_ptr + block, scale * factor, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rescale_kernel(
+    z_ptr, factor_ptr, bias_ptr, y_ptr, M, N, stride_zm, stride_zn,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs_n = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    z = tl.load(z_ptr + offs_m[:, None] * stride_zm + offs_n[None, :] * stride_zn, mask=mask, other=0.0).to(tl.float32)
+    y = z * tl.load(factor_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rescale_backward_kernel(
+    dy_ptr, z_ptr, factor_ptr, dz_ptr, dot_ptr, total_ptr,
+    M, N, m_per_split, stride_dm, stride_dn, stride_zm, stride_zn,
+    NEED_DZ: tl.constexpr, NEED_DOT: tl.constexpr, NEED_TOTAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    in_n = offs_n < N
+    dot = tl.zeros((COLUMNS,), dtype=tl.float32)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    if NEED_DZ:
+        factor = tl.load(factor_ptr + offs_n, mask=in_n, other=0.0)[None, :]
+    for m_start in range(split * m_per_split, tl.minimum(split * m_per_split + m_per_split, M), ROWS):
+        offs_m = m_start + tl.arange(0, ROWS)
+        mask = (offs_m[:, None] < M) & in_n[None, :]
+        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dm + offs_n[None, :] * stride_dn
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if NEED_DZ:
+            dz_ptrs = dz_ptr + offs_m[:, None] * N + offs_n[None, :]
+            tl.store(dz_ptrs, (dy * factor).to(dz_ptr.dtype.element_ty), mask=mask)
+        if NEED_DOT:
+            z_ptrs = z_ptr + offs_m[:, None] * stride_zm + offs_n[None, :] * stride_zn
+            dot += tl.sum(dy * tl.load(z_ptrs, mask=mask, other=0.0).to(tl.float32), 0)
+        if NEED_TOTAL:
+            total += tl.sum(dy, 0)
+    if NEED_DOT:
+        tl.store(dot_ptr + split * N + offs_n, dot, mask=in_n)
+    if NEED_TOTAL:
+        tl.store(total_ptr + split * N + offs_n, total, mask=in_n)
+
+
+def refresh(new: Tensor, kept: Tensor, changed: Tensor) -> None:
+    """Where `new` differs from `kept`, set changed [1], int32, to 1 and bring `kept` up to date. Both contiguous."""
+    with torch.cuda.device_of(new):
+        _refresh_kernel[(triton.cdiv(new.numel(), BLOCK),)](new, kept, changed, new.numel(), BLOCK=BLOCK)
+
+
+def row_norms(
+    changed: Tensor,
+    weight: Tensor | None,
+    packed: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, int] | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    out: Tensor,
+) -> None:
+    """Write ‖W + scaling · B A‖ of each row to `out` [N], fp32, where `changed` [1] is not 0; else nothing.
+
+    Args:
+        weight: [N, K], any strides, or None. packed: codes, absmax, absmax2, code2, offset, the levels, blocksize.
+        lora_a: [R, K]. lora_b: [N, R]. Any strides.
+    """
+    n, k = lora_b.shape[0], lora_a.shape[1]
+    dense = lora_a if weight is None else weight
+    codes, absmax, absmax2, code2, offset, code, blocksize = packed or (changed, changed, None, None, None, changed, 64)
+    nested = absmax2 is not None
+    with torch.cuda.device_of(out):
+        _row_norms_kernel[(triton.cdiv(n, BLOCK_N),)](
+            changed, dense, codes, absmax,
+            absmax2 if nested else absmax, code2 if nested else code, offset if nested else code, code,
+            lora_a, lora_b, out,
+            float(scaling), n, k, lora_a.shape[0], *dense.stride(), *lora_a.stride(), *lora_b.stride(),
+            DENSE=packed is None, BLOCKSIZE=blocksize, NESTED=nested,
+            ALIGNED=packed is not None and aligned(codes, k, blocksize), LOOKUP=lookup(out.device),
+            PRECISION="ieee" if interpreted() else "tf32x3", BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, WIDTH=WIDTH,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def scaled_absmax(
+    absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None, factor: Tensor, blocks: int
+) -> Tensor:
+    """Every block's scale times the factor of its row: [N · blocks], fp32. factor: [N], fp32; blocks: of a row."""
+    out = torch.empty(absmax.numel(), dtype=torch.float32, device=absmax.device)
+    nested = absmax2 is not None
+    with torch.cuda.device_of(out):
+        _scaled_absmax_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+            absmax, absmax2 if nested else absmax, code2 if nested else absmax, offset if nested else absmax,
+            factor, out, out.numel(), blocks, NESTED=nested, LOOKUP=lookup(out.device), BLOCK=BLOCK,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def rescale(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """factor ∘ z + bias, formed in fp32. z: [M, N], any strides; factor: [N], fp32; bias: [N]. [M, N], dtype of z."""
+    m, n = z.shape
+    y = torch.empty(m, n, dtype=z.dtype, device=z.device)
+    with torch.cuda.device_of(z):
+        _rescale_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
+            z, factor, factor if bias is None else bias.contiguous(), y, m, n, *z.stride(),
+            HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+    return y
+
+
+def rescale_backward(
+    dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(factor ∘ dy [M, N], Σ_m dy ∘ z [N], Σ_m dy [N]), the sums in fp32 and in order; None for what is not given."""
+    m, n = dy.shape
+    tiles, steps = triton.cdiv(n, COLUMNS), triton.cdiv(m, ROWS)
+    wanted = 8
+    if dy.is_cuda:
+        wanted = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
+    per_split = triton.cdiv(steps, max(1, min(steps, wanted // tiles))) * ROWS
+    splits = triton.cdiv(m, per_split)
+    dz = torch.empty(m, n, dtype=dy.dtype, device=dy.device) if factor is not None else None
+    dot = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if z is not None else None
+    total = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if need_total else None
+    with torch.cuda.device_of(dy):
+        _rescale_backward_kernel[(tiles, splits)](
+            dy, dy if z is None else z, dy if factor is None else factor,
+            dy if dz is None else dz, dy if dot is None else dot, dy if total is None else total,
+            m, n, per_split, *dy.stride(), *(dy if z is None else z).stride(),
+            NEED_DZ=dz is not None, NEED_DOT=dot is not None, NEED_TOTAL=need_total, ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+    return dz, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
