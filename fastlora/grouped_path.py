@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlora.dispatch import backend, level_table
-from fastlora.functional import _refuse_func_gradients, _seen_by_others
+from fastlora.functional import _refuse_func_gradients, seen_by_others
 from fastlora.nf4 import NF4Weight
 from fastlora.operands import Base, refuse_second_derivative
 
@@ -93,7 +93,7 @@ def grouped_linear(
         lora_a, lora_b = lora_a.float(), lora_b.float()
     save_h = torch.is_grad_enabled() and lora_b is not None and lora_b.requires_grad
     inputs = (x, bias, offsets, *parts, *sizes, lora_a, lora_b, float(scaling), save_h)
-    if _seen_by_others(x, lora_a):
+    if seen_by_others(x, lora_a):
         _refuse_func_gradients()
         return torch.ops.fastlora.grouped_lora_linear(*inputs)[0]
     return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
