@@ -33,7 +33,7 @@ def default_config(
     A row tile holds the average: 16, 32 or 64 rows, else 128. For few rows the weights' bytes are all that counts:
     64 columns make programs enough, and steps of 128 keep loads in flight. Other tiles over NF4 are cut as in `fused`.
     The stages fit into 99 KB where a program has no more. Operands without alignment are loaded number by number, for
-    which large tiles lack registers, and wgmma the layouts: 32 rows at most.
+    which large tiles lack registers.
     """
     tma, small = capability[0] in (9, 10), capability in ((8, 6), (8, 9)) or capability[0] == 12
     if not is_aligned:
