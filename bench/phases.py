@@ -71,6 +71,7 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
     tune = Step(("bench", "tune", "--out", str(TABLE), "--budget", SECONDS))
     static = Step(("bench", "static", "--arch", str(max(known)), "--out", str(out / "static.csv")))
     experts = Step(("bench", "experts", "--device", "cuda", "--out", str(out / "experts.csv")))
+    options = Step(("bench", "options", "--device", "cuda", "--out", str(out / "options.csv")))
     return [
         Phase("install", 0.5, (Step(("bench.peers", "--install")),)),
         Phase("build", 1.5, (Step(("fastlora.native",), {"FASTLORA_CUDA_ARCHS": str(max(known))}), _STATUS)),
@@ -82,6 +83,7 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
         Phase("report", 0.5, _report(out)),
         Phase("profile", 2.0, (_profile(out),), _no_ncu, optional=True),
         Phase("experts", 1.0, (experts,), optional=True),
+        Phase("options", 1.0, (options,), optional=True),
     ]
 
 

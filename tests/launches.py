@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.static import _cuobjdump
-from fastlora import dispatch, grouped, mixed_path, nf4, triton_path
+from fastlora import dispatch, dora, grouped, mixed_path, nf4, triton_path
 from fastlora.operands import Base, Lora, Needs
 
 ALL = Needs(True, True, True)
@@ -123,6 +123,18 @@ def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
     mixed_path.linear(x, base, a, b, torch.randn(3, n), True, rows).sum().backward()
 
 
+def decomposed(adapter: torch.dtype, base: str, k: int = 512, n: int = 768, m: int = 300) -> None:
+    """DoRA forward and backward, twice, so that the norms of the first call are kept."""
+    dense, kept = torch.randn(n, k), dora.KeptNorms()
+    weight = nf4.quantize(dense) if base == "nf4" else dense.bfloat16()
+    a, b = torch.randn(16, k).to(adapter).requires_grad_(), torch.randn(n, 16).to(adapter).requires_grad_()
+    x, magnitude = torch.randn(m, k).bfloat16().requires_grad_(), torch.ones(n, requires_grad=True)
+    bias = torch.zeros(n).bfloat16().requires_grad_()
+    for _ in range(2):
+        norms = kept.of(weight, a, b, 2.0)
+        dora.dora_linear(x, weight, a, b, 2.0, magnitude, norms, bias).sum().backward()
+
+
 def main(arch: int) -> None:
     """All the others for one architecture."""
     pretend(arch)
@@ -137,6 +149,13 @@ def main(arch: int) -> None:
     step(24, "dequantize", torch.float32, k=130, n=70)
     mixed(torch.float32, 0.1)
     mixed(torch.bfloat16, 0.0)
+    for base, adapter in (
+        ("nf4", torch.float32),
+        ("nf4", torch.bfloat16),
+        ("dense", torch.float32),
+        ("dense", torch.bfloat16),
+    ):
+        decomposed(adapter, base)
 
 
 if __name__ == "__main__":

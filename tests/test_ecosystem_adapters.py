@@ -92,11 +92,11 @@ def test_writes_that_leave_no_trace_are_seen(write, use_dora):
 @pytest.mark.filterwarnings("ignore")
 def test_the_report_of_a_model_in_which_nothing_is_fused_any_more():
     _, fused = pair()
-    fused.add_adapter("other", peft.LoraConfig(r=2, target_modules=TARGETS, lora_dropout=0.1, use_dora=True))
+    fused.add_adapter("other", peft.LoraConfig(r=2, target_modules=TARGETS, alora_invocation_tokens=[1]))
     fused.set_adapter("other")
     report = fastlora.report(fused)
     assert not report.replaced
-    assert "DoRA drops the base's input too" in {row.reason for row in report.rows}
+    assert "the adapter is a variant, ALoraLinearVariant" in {row.reason for row in report.rows}
     assert report.summary().startswith("0 of 15 linear layers replaced")
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 LOW_RANK = {"_lora_shrink_kernel", "_lora_expand_kernel", "_lora_dy_kernel", "_lora_x_kernel"}
 PRODUCTS = {"_decode_kernel", "_decode_sum_kernel", "_nf4_dequantize_kernel", "_nf4_fused_kernel", "_sum_splits_kernel"}
 STACKS = {"_grouped_dense_kernel", "_grouped_nf4_kernel", "_nf4_dequantize_kernel"}
+DORA = {"_refresh_kernel", "_row_norms_kernel", "_scaled_absmax_kernel", "_rescale_kernel", "_rescale_backward_kernel"}
 ARCH = 90
 
 
@@ -31,7 +32,7 @@ def compiled(arch, *words):
 
 @pytest.mark.slow
 def test_every_launch_compiles():
-    assert {name for name, *_ in compiled(ARCH)} == LOW_RANK | PRODUCTS
+    assert {name for name, *_ in compiled(ARCH)} == LOW_RANK | PRODUCTS | DORA
 
 
 @pytest.mark.slow

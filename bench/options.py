@@ -1,0 +1,170 @@
+"""Compare peft's options between packages: one adapted layer, forward and backward, each option on its own.
+
+    peft       the layer as peft computes it
+    fastlora   the same layer after replace_linear
+
+bf16, r = 16, adapters in fp32 as peft has them by default, over a bf16 and an NF4 base. Layers are timed in turn, as
+`bench.measure` says. In the CSV, kernel is option_{what}_{base}, M the tokens. A layer that steps back to peft has no
+row, nor has one whose result is further from peft's than 2% (options with dropout are compared with dropout off).
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import fastlora
+from bench.measure import device_name, interleave
+from bench.operands import missing
+from bench.record import Point, Recorder
+from fastlora import nf4
+
+SUMMARY = "peft's options (DoRA, mixed batches, several adapters, ...) against peft, one layer each"
+RANK, SAMPLES = 16, 8
+PROVIDERS = ("peft", "fastlora")
+BASES = ("bf16", "nf4")
+SIZES = {"cpu": (2048, 2048, (256, 1024)), "cuda": (4096, 14336, (256, 8192)), "quick": (64, 96, (8,))}  # K, N, tokens
+CLOSE = 0.02
+
+
+@dataclass(frozen=True)
+class Option:
+    """A configuration of peft's, how many adapters, and how the layer is called."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    adapters: int = 1
+    mixed: bool = False
+
+
+OPTIONS = {
+    "plain": Option(),
+    "dropout": Option({"lora_dropout": 0.1}),
+    "lora_bias": Option({"lora_bias": True}),
+    "dora": Option({"use_dora": True}),
+    "dora_dropout": Option({"use_dora": True, "lora_dropout": 0.1}),
+    "two": Option(adapters=2),
+    "two_dropout": Option({"lora_dropout": 0.1}, adapters=2),
+    "mixed_2": Option(adapters=2, mixed=True),
+    "mixed_8": Option(adapters=8, mixed=True),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench options`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--option", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="which to measure (all)")
+    parser.add_argument("--quick", action="store_true", help="a toy layer")
+    parser.add_argument(
+        "--budget", type=float, default=3.0, metavar="S", help="seconds for each option, base and M (3)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV to append to (bench/results/DEVICE/options.csv)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, and append to the CSV; returns the exit status."""
+    device = torch.device(arguments.device)
+    out = arguments.out or Path(__file__).parent / "results" / arguments.device / "options.csv"
+    recorder = Recorder(out, device_name(device))
+    table = Table(title="milliseconds (median), one layer, forward + backward", title_justify="left")
+    for name in ("option", "base", "tokens", *PROVIDERS, "x peft"):
+        table.add_column(name, justify="left" if name in ("option", "base") else "right")
+    k, n, tokens = SIZES["quick" if arguments.quick else arguments.device]
+    for base in BASES:
+        if base == "nf4" and (reason := missing("bitsandbytes")):
+            print(f"nf4: {reason}")
+            continue
+        for what in arguments.option:
+            layers = build(OPTIONS[what], base, k, n, device)
+            for m in tokens:
+                points = measure(what, base, layers, m, device, arguments.budget)
+                recorder.write(points)
+                ms = [point.p50 for point in points]
+                table.add_row(what, base, str(m), *(f"{each:.4g}" for each in ms), f"{ms[0] / ms[1]:.2f}")
+    Console(width=120).print(table)
+    print(f"appended to {out}")
+    return 0
+
+
+def build(option: Option, base: str, k: int, n: int, device: torch.device) -> dict[str, Any]:
+    """Provider -> its layer, both with the same values, in train mode."""
+    torch.manual_seed(0)
+    holder: Any = nn.Module()
+    linear: Any = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+    nn.init.normal_(linear.weight, std=k**-0.5)
+    if base == "nf4":
+        import bitsandbytes as bnb
+
+        packed = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        packed.weight = nf4.quantize(linear.weight.detach()).to_bnb()
+        linear, holder.is_loaded_in_4bit = packed, True
+    holder.linear = linear.to(device)
+    config = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["linear"], **option.config}
+    names = ["default", *(f"other_{serial}" for serial in range(1, option.adapters))]
+    for name in names:
+        peft.inject_adapter_in_model(peft.LoraConfig(**config), holder, adapter_name=name)
+    for name, parameter in holder.named_parameters():
+        if "lora_" not in name:
+            continue
+        parameter.data = parameter.data.float()
+        if "magnitude" not in name:
+            nn.init.normal_(parameter, std=0.2 * k**-0.5)
+    holder.linear.set_adapter(names)
+    for name, parameter in holder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    ours: Any = fastlora.replace_linear(copy.deepcopy(holder))
+    return {"peft": holder.linear.train(), "fastlora": ours.linear.train()}
+
+
+def measure(
+    what: str, base: str, layers: Mapping[str, Any], m: int, device: torch.device, budget_s: float
+) -> list[Point]:
+    """A point for each provider at m tokens."""
+    generator = torch.Generator(device).manual_seed(1)
+    k, n = layers["peft"].in_features, layers["peft"].out_features
+    shape = (SAMPLES, m // SAMPLES)
+    x, dy = (torch.randn(*shape, size, device=device, generator=generator).bfloat16() for size in (k, n))
+    x.requires_grad_()
+    names = list(layers["peft"].lora_A)
+    samples = {"adapter_names": [names[place % len(names)] for place in range(SAMPLES)]} if OPTIONS[what].mixed else {}
+    _check(layers, x, samples)
+
+    def call(layer: Any) -> Callable[[int], object]:
+        def both(serial: int) -> None:
+            y = layer(x, **samples)
+            y.backward(dy.to(y.dtype))
+            x.grad = None
+            layer.zero_grad()
+
+        return both
+
+    times = interleave({name: call(layer) for name, layer in layers.items()}, device, budget_s, min_rounds=5)
+    dropout = OPTIONS[what].config.get("lora_dropout", 0.0)
+    sizes = (m, k, n, RANK)
+    kernel = f"option_{what}_{base}"
+    return [Point(kernel, name, "both", "time", *sizes, *times[name], dropout=dropout) for name in layers]
+
+
+def _check(layers: Mapping[str, Any], x: Tensor, samples: dict[str, Any]) -> None:
+    """Raise ValueError where the results differ, or where the layer would be peft's own."""
+    with torch.no_grad():
+        drops = [part for layer in layers.values() for part in layer.lora_dropout.values()]
+        for part in drops:
+            part.eval()
+        theirs, ours = (layers[name](x, **samples).float() for name in PROVIDERS)
+        for part in drops:
+            part.train()
+        layers["fastlora"](x, **samples)
+    calls = layers["fastlora"].fastlora_calls
+    if calls.stepped_back:
+        raise ValueError(f"the layer steps back to peft: {calls.last_reason}")
+    off = ((ours - theirs).norm() / theirs.norm()).item()
+    if not off < CLOSE:
+        raise ValueError(f"fastlora's result is {off:.2%} off peft's; nothing is timed")
