@@ -3,6 +3,7 @@
     peft       its ParamWrapper, with the experts' forward that transformers takes by itself
     fastlora   the same layer after replace_linear
     fastlora-nf4   the same over stacks packed in NF4, which peft cannot compute
+    fastlora-torch, fastlora-nf4-torch   on CUDA, where those two run products of our own: torch's grouped_mm instead
 
 bf16, fp32 adapters as peft has them by default. Layers are timed in turn, as `bench.measure` says. In the CSV, kernel
 is experts_E{experts}_top{chosen}, M the tokens, K the hidden and N the intermediate size of an expert. A result that is
@@ -15,6 +16,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import peft
 import torch
@@ -27,11 +29,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import fastlora
 from bench.measure import device_name, interleave
 from bench.record import Point, Recorder
+from fastlora import grouped_path
 
 SUMMARY = "adapters on stacks of experts against peft"
 RANK = 16
 PARAMETERS = ("gate_up_proj", "down_proj")
 PROVIDERS = ("peft", "fastlora", "fastlora-nf4")
+BY_TORCH = "-torch"
 CLOSE = 0.02
 
 
@@ -70,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path(__file__).parent / "results" / arguments.device / "experts.csv"
     recorder = Recorder(out, device_name(device))
     table = Table(title="milliseconds (median), a layer of experts, forward + backward", title_justify="left")
-    for name in ("layer", "tokens", *PROVIDERS, "x peft"):
+    shown = [*PROVIDERS, *(f"{name}{BY_TORCH}" for name in PROVIDERS[1:] if device.type == "cuda")]
+    for name in ("layer", "tokens", *shown, "x peft"):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for stack in STACKS["quick" if arguments.quick else arguments.device]:
         layers = build(stack, device)
@@ -79,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             recorder.write(points)
             ms = {point.provider: point.p50 for point in points}
             layer = f"{stack.experts} x {stack.hidden} x {stack.intermediate}, top {stack.chosen}"
-            figures = [f"{ms[provider]:.4g}" if provider in ms else "-" for provider in PROVIDERS]
+            figures = [f"{ms[provider]:.4g}" if provider in ms else "-" for provider in shown]
             table.add_row(layer, str(m), *figures, f"{ms['peft'] / ms['fastlora']:.2f}")
     Console(width=120).print(table)
     print(f"appended to {out}")
@@ -111,7 +116,24 @@ def build(stack: Stack, device: torch.device) -> dict[str, Any]:
     layers = {"peft": holder, "fastlora": fastlora.replace_linear(copy.deepcopy(holder))}
     with contextlib.suppress(ImportError):
         layers["fastlora-nf4"] = fastlora.replace_linear(fastlora.quantize_experts(copy.deepcopy(holder)))
-    return {provider: layer.experts for provider, layer in layers.items()}
+    found: dict[str, Any] = {provider: layer.experts for provider, layer in layers.items()}
+    if device.type == "cuda":
+        found |= {f"{name}{BY_TORCH}": ByTorch(layer) for name, layer in found.items() if name != "peft"}
+    return found
+
+
+class ByTorch(nn.Module):
+    """A layer whose stacks go the way that the Triton kernels do not take; the same parameters."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """What the layer gives; its backward goes the same way."""
+        with mock.patch.object(grouped_path, "refusal", return_value="torch's grouped_mm is asked for"):
+            result: Tensor = self.layer(*args)
+        return result
 
 
 def measure(stack: Stack, layers: dict[str, Any], m: int, device: torch.device, budget_s: float) -> list[Point]:
@@ -137,9 +159,12 @@ def measure(stack: Stack, layers: dict[str, Any], m: int, device: torch.device, 
 
 
 def _check(layers: dict[str, Any], x: Tensor, chosen: Tensor, weights: Tensor) -> None:
+    """The stacks that stand for the same values must give the same result."""
+    same = [("peft", "fastlora"), ("fastlora", f"fastlora{BY_TORCH}"), ("fastlora-nf4", f"fastlora-nf4{BY_TORCH}")]
     with torch.no_grad():
-        theirs = layers["peft"](x, chosen, weights).float()
-        ours = layers["fastlora"](x, chosen, weights).float()
-    off = ((ours - theirs).norm() / theirs.norm()).item()
-    if not off < CLOSE:
-        raise ValueError(f"fastlora's result is {off:.2%} off peft's; nothing is timed")
+        found = {name: layer(x, chosen, weights).float() for name, layer in layers.items()}
+    for theirs, ours in same:
+        if ours in found:
+            off = ((found[ours] - found[theirs]).norm() / found[theirs].norm()).item()
+            if not off < CLOSE:
+                raise ValueError(f"{ours}'s result is {off:.2%} off {theirs}'s; nothing is timed")

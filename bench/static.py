@@ -264,7 +264,10 @@ def _decode_specimens() -> Iterator[Specimen]:
 
 def specimens() -> list[Specimen]:
     """Every Triton kernel of the package, in the variants that launches use."""
-    return [*_nf4_specimens(), *_fused_specimens(), *_lora_specimens(), *_decode_specimens()]
+    from bench import grouped_specimens
+
+    found = [*_nf4_specimens(), *_fused_specimens(), *_lora_specimens(), *_decode_specimens()]
+    return [*found, *grouped_specimens.specimens()]
 
 
 def _compiled_rows(archs: list[int], kernel: str) -> Iterator[Row]:
@@ -285,7 +288,16 @@ def _compile(specimen: Specimen, arch: int, constants: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     names = specimen.kernel.arg_names
-    unaligned = {"R", "threshold", "M", "splits", "h_splits", "h_programs"}  # need not be multiples of 16
+    unaligned = {
+        "R",
+        "threshold",
+        "M",
+        "splits",
+        "h_splits",
+        "h_programs",
+        "experts",
+        "row_tiles",
+    }  # need not be multiples of 16
     unaligned |= {param.name for param in specimen.kernel.params if param.do_not_specialize_on_alignment}
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]

@@ -13,10 +13,13 @@ does not depend on atomics.
 
 A stack may be packed in NF4 by `bitsandbytes.nn.parametrize.replace_parameter_4bit`, after peft has wrapped it (before,
 peft does not find it); `quantize_experts` does that. Then QLoRA reads the packed codes of the experts that have
-tokens, where peft would expand the stack.
+tokens, where peft would expand the stack. A stack kept as [E, in, out] is packed as [E, out, in], for blocks run along
+what a product sums over, and a second parametrization turns it back: whoever asks for the parameter sees the old shape.
 """
 
+import functools
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastlora.grouped import grouped_lora_linear
+from fastlora.grouped import grouped_lora_linear, kernels
 from fastlora.layer_report import Row
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
 
@@ -40,6 +43,7 @@ ParamWrapper: Any = getattr(peft_layer, "ParamWrapper", None)
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "config")
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+_WIDENED = re.compile(r"_proj\[\w+\]\.(float\(\)|to\(torch\.float32\))")  # an expert's weight, cast to fp32
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -49,6 +53,14 @@ class Update(NamedTuple):
     a: Tensor
     b: Tensor
     scaling: float
+
+
+class Transposed(nn.Module):
+    """The parametrization that shows a stack packed as [E, out, in] as [E, in, out]."""
+
+    def forward(self, stack: Tensor) -> Tensor:
+        """[E, out, in] to [E, in, out], a view."""
+        return stack.transpose(1, 2)
 
 
 def is_wrapper(layer: Any) -> bool:
@@ -180,7 +192,8 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
 
     The wrappers run fused from then on, for peft cannot compute over a packed stack, nor merge into one, nor add a
     further adapter: add adapters first, save them, and merge into the model as it was loaded. `torch.save` of the whole
-    model is refused by torch, as for every parametrized module.
+    model is refused by torch, as for every parametrized module. A state dict has the codes of a stack [E, in, out] as
+    those of [E, out, in].
 
     Args:
         model: with adapters on 3-D parameters (`LoraConfig(target_parameters=...)`).
@@ -191,7 +204,7 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
         ValueError: no such parameter, or a shape or layout that the packed path cannot take. Nothing is changed.
         ImportError: bitsandbytes is not installed.
     """
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+    import bitsandbytes.nn.parametrize  # noqa: F401, here for its ImportError: nothing is changed yet
 
     from fastlora import peft_swap
 
@@ -208,9 +221,7 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
         if reason:
             raise ValueError(f"{name} of {type(experts).__name__} cannot be packed in NF4: {reason}")
     for wrapper in wrappers:
-        replace_parameter_4bit(
-            wrapper.get_base_layer(), wrapper.parameter_name, double_quant, quant_type="nf4", blocksize=blocksize
-        )
+        _pack(wrapper.get_base_layer(), wrapper.parameter_name, blocksize, double_quant)
         peft_swap.fuse(wrapper)
     return model
 
@@ -218,10 +229,21 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
 def _packing_reason(experts: Any, name: str, blocksize: int) -> str:
     if parametrize.is_parametrized(experts, name):
         return "it is parametrized already"
-    if experts.is_transposed:
-        return "its experts are kept as [in, out], which the packed path does not read"
+    if _computes_in_fp32(experts):
+        return "its forward computes in fp32 on purpose"
     rows, columns = getattr(experts, name).shape[1:]
     return f"blocks of {blocksize} would cross from expert to expert" if rows * columns % blocksize else ""
+
+
+def _pack(experts: Any, name: str, blocksize: int, double_quant: bool) -> None:
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    if experts.is_transposed:
+        turned = getattr(experts, name).data.transpose(1, 2).contiguous()
+        setattr(experts, name, nn.Parameter(turned, requires_grad=False))
+    replace_parameter_4bit(experts, name, double_quant, quant_type="nf4", blocksize=blocksize)
+    if experts.is_transposed:
+        parametrize.register_parametrization(experts, name, Transposed(), unsafe=True)
 
 
 def row(name: str, layer: Any, reason: str, path: str) -> Row:
@@ -231,7 +253,13 @@ def row(name: str, layer: Any, reason: str, path: str) -> Row:
     if reason:
         return Row(name, kind, shape, False, reason, r=rank)
     said = f"peft's stack sped up in place: {layer.num_experts} experts of {layer.parameter_name}, r={rank} each"
-    return Row(name, kind, shape, True, said, path, rank, calls=layer.fastlora_calls)
+    packed = is_packed(layer)
+    stored = experts.parametrizations[layer.parameter_name] if packed else None
+    device = (stored.original if stored else getattr(experts, layer.parameter_name)).device
+    dtype = stored[0].quant_state.dtype if stored else getattr(experts, layer.parameter_name).dtype
+    blocksize = stored[0].quant_state.blocksize if stored else 0
+    computed = kernels(device, dtype, layer.num_experts, *shape, blocksize, rank)
+    return Row(name, kind, shape, True, said, path, rank, packed, layer.fastlora_calls, computed)
 
 
 def _projections(experts: Any) -> tuple[str, str]:
@@ -297,11 +325,14 @@ def _experts_reason(experts: Any) -> str:
 def _parametrized_reason(experts: Any, name: str) -> str:
     """Why a parametrized stack cannot be read: only what bitsandbytes packed in NF4 can."""
     found = experts.parametrizations[name]
-    if len(found) != 1 or type(found[0]).__name__ != "Bnb4bitParametrization":
+    kinds = [type(parametrization).__name__ for parametrization in found]
+    if kinds[:1] != ["Bnb4bitParametrization"] or kinds[1:] not in ([], ["Transposed"]):
         return f"{name} is parametrized"
+    if len(kinds) != 1 + bool(experts.is_transposed):
+        return f"{name} is packed as [in, out]: quantize_experts packs it as the product reads it"
     state = found[0].quant_state
-    if state.quant_type != "nf4" or state.dtype not in FLOAT_DTYPES or experts.is_transposed:
-        return f"{name} is {state.quant_type} of {state.dtype}{', transposed' if experts.is_transposed else ''}"
+    if state.quant_type != "nf4" or state.dtype not in FLOAT_DTYPES:
+        return f"{name} is {state.quant_type} of {state.dtype}"
     return "" if state.shape[1:].numel() % state.blocksize == 0 else f"blocks of {name} cross from expert to expert"
 
 
@@ -316,9 +347,25 @@ def _dtype_reason(x: Tensor, experts: Any, wrappers: list[Any]) -> str:
     dtypes = {getattr(experts, name).dtype for name in dense}
     adapters = {wrapper.lora_A[name].weight.dtype for wrapper in wrappers for name in _active(wrapper)}
     computed = computed_in(x)
+    if computed is not torch.float32 and _computes_in_fp32(experts):
+        return "its forward computes in fp32 on purpose"
     if computed not in FLOAT_DTYPES or not dtypes <= {computed}:
         return f"dtypes: computed in {computed}, experts {', '.join(map(str, dtypes)) or 'packed'}"
     return "" if adapters <= {torch.float32, computed} else f"dtypes: adapters {', '.join(map(str, adapters))}"
+
+
+def _computes_in_fp32(experts: Any) -> bool:
+    """Whether the module's own forward, which "eager" stands for, casts each expert's weights to fp32."""
+    return getattr(experts.config, "_experts_implementation", None) in (None, "eager") and _widens(type(experts))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _widens(kind: Any) -> bool:
+    try:
+        return _WIDENED.search(inspect.getsource(inspect.unwrap(kind.forward))) is not None
+    except (OSError, TypeError):  # no source to be had
+        return False
 
 
 def _is_plain_but_for_bitsandbytes(module: nn.Module) -> bool:

@@ -6,13 +6,18 @@ Rows are sorted by expert, so those of one expert are a stretch, and `offsets` t
 W + scaling · B A first, as peft does, reads and writes the whole stack at every call, experts without a row included,
 and rounds the update to the weight's dtype. Here LoRA costs what it reads of x, and a product with rank columns.
 
+    triton     products of our own over the whole stack, LoRA inside: `fastlora.grouped_path`
+    grouped    torch's grouped_mm, thrice: x W, x A and h B
     segments   `functional.lora_linear` for each expert that has rows; their numbers come to the host
-    grouped    torch's grouped_mm, thrice: x W, x A and h B. Nothing comes to the host, torch.compile sees no break
 
-The second serves bf16 on CUDA from sm_80 on and inside torch.compile, the first everything else. An NF4 stack is
-expanded for it in one launch, forward and once more backward, and never kept; up to FEW_ROWS rows it is read expert by
-expert instead, packed. (By counting launches and bytes, not by measurement: 3 to 7 launches an expert, 2.5 bytes a
-weight.)
+The first two ask the host for nothing, and torch.compile sees no break. The first serves 16-bit rows wherever the
+Triton kernels run; the second what the first does not take (a dense stack that is trained, above all) in bf16 on CUDA,
+and bf16 inside torch.compile; the third everything else. On sm_80, 86, 89 and 120 torch's grouped_mm itself goes expert
+by expert, and waits for their numbers.
+
+An NF4 stack is expanded for grouped_mm in one launch, forward and once more backward, and never kept; up to FEW_ROWS
+rows it is read expert by expert instead, packed. (By counting launches and bytes, not by measurement: 3 to 7 launches
+an expert, 2.5 bytes a weight.)
 """
 
 from typing import Any
@@ -21,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora import functional
+from fastlora import functional, grouped_path
 from fastlora.nf4 import NF4Weight
 from fastlora.operands import refuse_second_derivative
 
@@ -41,8 +46,8 @@ def grouped_lora_linear(
             `NF4Weight` [E N, K], expert by expert.
         lora_a: [E, R, K]. lora_b: [E, N, R]. fp32, or dtype of x; both None for no update.
         scaling: factor of the update.
-        offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S. (In segments rows beyond it
-            are nobody's and give zero.)
+        offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S. (But for grouped_mm,
+            rows beyond it are nobody's and give zero.)
         bias: [E, N].
     Returns:
         [S, N], dtype of x; differentiable in x, weight, lora_a, lora_b and bias.
@@ -50,6 +55,8 @@ def grouped_lora_linear(
         ValueError: operands that do not fit together.
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
+    if not grouped_path.refusal(x, weight, offsets.numel(), lora_a, lora_b):
+        return grouped_path.grouped_linear(x, weight, lora_a, lora_b, scaling, offsets, bias)
     if _takes_grouped_mm(x, weight, offsets.numel()) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
         return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
     return _segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
@@ -87,13 +94,26 @@ def _check(
 def _takes_grouped_mm(x: Tensor, weight: Tensor | NF4Weight, experts: int) -> bool:
     """Whether torch can multiply by groups here, and gains by it."""
     n = weight.shape[-2] // (experts if isinstance(weight, NF4Weight) else 1)
-    if x.dtype is not torch.bfloat16 or n % _ALIGNED or weight.shape[-1] % _ALIGNED:
+    return _fits_grouped_mm(x.device, x.dtype, n, weight.shape[-1])
+
+
+def _fits_grouped_mm(device: torch.device, dtype: torch.dtype, n: int, k: int) -> bool:
+    if dtype is not torch.bfloat16 or n % _ALIGNED or k % _ALIGNED or not hasattr(F, "grouped_mm"):
         return False
-    if not hasattr(F, "grouped_mm"):
-        return False
-    if x.is_cuda:
-        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.compiler.is_compiling()
+
+
+def kernels(device: torch.device, dtype: torch.dtype, experts: int, n: int, k: int, blocksize: int, rank: int) -> str:
+    """What computes the grouped linear of a frozen stack of experts [N, K], in words.
+
+    Args:
+        dtype: of the rows. blocksize: of an NF4 stack, 0 for a dense one. rank: of the adapters, 0 for none.
+    """
+    if not grouped_path.reason(device, dtype, dtype, experts, blocksize, rank):
+        return grouped_path.words(device, n, k, blocksize, rank)
+    return "grouped_mm (torch)" if _fits_grouped_mm(device, dtype, n, k) else "expert by expert"
 
 
 class _PackedProduct(torch.autograd.Function):

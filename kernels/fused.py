@@ -74,7 +74,14 @@ def _side_by_side(v0, v1, v2, v3, INTERPRETED: tl.constexpr):
     joined = tl.join(tl.join(v0, v1), tl.join(v2, v3))
     if not INTERPRETED:
         joined = joined.to(tl.bfloat16)
-    return tl.reshape(joined, (v0.shape[0], 4 * v0.shape[1]))
+    joined = tl.reshape(joined, (v0.shape[0], 4 * v0.shape[1]))
+    if not INTERPRETED:
+        # A fence, as in `expand_words`: wgmma's shared memory must not be given the shape before the reshape, for which
+        # Triton has no layout where the values lie apart in memory.
+        joined = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [joined], dtype=joined.dtype, is_pure=True, pack=2
+        )  # fmt: skip
+    return joined
 
 
 @triton.jit

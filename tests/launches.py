@@ -1,11 +1,13 @@
 """Launch what the CUDA path launches, for a GPU that is not there: every kernel is bound, specialized and compiled.
 
-`python tests/launches.py 90` prints a line a compiled kernel: its name, bytes of shared memory. The launchers run as
-they are, on CPU tensors in bf16; only Triton's driver is a stand-in, and launching ends where the machine code is
+`python tests/launches.py 90` prints a line a compiled kernel: its name, bytes of shared memory, bytes of local memory a
+thread, the registers spilled; `python tests/launches.py 90 experts` what stacks of experts launch. The launchers run
+as they are, on CPU tensors in bf16; only Triton's driver is a stand-in, and launching ends where the machine code is
 made. So a wrong argument, option or configuration shows here and not first on a GPU. Results are not looked at.
 """
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -20,7 +22,8 @@ from fastlora.kernels.choice import Choice
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastlora import dispatch, dora, mixed_path, nf4, triton_path
+from bench.static import _cuobjdump
+from fastlora import dispatch, dora, grouped, mixed_path, nf4, triton_path
 from fastlora.operands import Base, Lora, Needs
 
 ALL = Needs(True, True, True)
@@ -56,7 +59,9 @@ def pretend(arch: int) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if id(kernel) not in seen:
             seen.add(id(kernel))
-            print(self.fn.__name__, kernel.metadata.shared, flush=True)
+            usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
+            local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+            print(self.fn.__name__, kernel.metadata.shared, local, flush=True)
         return kernel
 
     JITFunction.run = compile_only
@@ -81,6 +86,34 @@ def step(
     triton_path.backward_by(Choice(backward), dy, x, h, base, lora, ALL)
 
 
+def stack(rows: int, kind: str, adapter: torch.dtype, n: int = 256, k: int = 512) -> None:
+    """Forward and backward through a stack of eight experts, with so many rows each."""
+    weight: Any = torch.randn(8, n, k).bfloat16()
+    if kind == "nf4":
+        weight = nf4.quantize(weight.view(-1, k))
+    elif kind == "transposed":
+        weight = weight.mT.contiguous().mT
+    a, b = torch.randn(8, 16, k).to(adapter), torch.randn(n, 16, 8).to(adapter).permute(2, 0, 1)
+    x, bias = torch.randn(8 * rows, k).bfloat16(), torch.randn(8, n).bfloat16()
+    leaves = [leaf.requires_grad_() for leaf in (x, a, b, bias)]
+    offsets = rows * torch.arange(1, 9, dtype=torch.int32)
+    y = grouped.grouped_lora_linear(x, weight, a, b, 2.0, offsets, bias)
+    torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+
+def experts(arch: int) -> None:
+    """What stacks of experts launch: from few rows to so many that NF4 is expanded."""
+    pretend(arch)
+    for rows in (2, 20, 50, 100, 600):
+        for kind in ("dense", "transposed", "nf4"):
+            stack(rows, kind, torch.float32)
+            if rows in (2, 100):
+                stack(rows, kind, torch.bfloat16)
+    for kind in ("dense", "transposed", "nf4"):
+        stack(50, kind, torch.float32, n=320, k=192)
+        stack(50, kind, torch.float32, n=130, k=192)
+
+
 def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
     """Forward and backward of a batch whose samples have different adapters, with biases."""
     rows = mixed_path.rows_of((0, 1, -1, 0), 40, ((2.0, p), (1.0, 0.0)), torch.device("cpu"), False)
@@ -103,7 +136,7 @@ def decomposed(adapter: torch.dtype, base: str, k: int = 512, n: int = 768, m: i
 
 
 def main(arch: int) -> None:
-    """All of it for one architecture."""
+    """All the others for one architecture."""
     pretend(arch)
     for m in (1, 16):
         step(m, "decode", torch.float32)
@@ -126,4 +159,4 @@ def main(arch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    (experts if sys.argv[2:] == ["experts"] else main)(int(sys.argv[1]))

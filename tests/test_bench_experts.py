@@ -35,3 +35,13 @@ def test_a_wrong_layer_is_not_timed():
     layers["fastlora"] = Wrong()
     with pytest.raises(ValueError, match="off peft's; nothing is timed"):
         experts.measure(stack, layers, 8, torch.device("cpu"), 0.1)
+
+
+def test_both_ways_of_a_stack_share_a_layer():
+    class Layer(nn.Module):
+        def forward(self, x):
+            return experts.grouped_path.refusal(x, x.view(1, 2, 2), 1, None, None)
+
+    layer = Layer()
+    assert "torch's grouped_mm is asked for" in experts.ByTorch(layer)(torch.zeros(2, 2))
+    assert "torch's grouped_mm is asked for" not in layer(torch.zeros(2, 2))

@@ -165,63 +165,31 @@ def test_packing_is_pefts():
     torch.testing.assert_close(formed, layer.get_delta_weight("default"))
 
 
-def packed(layer, double_quant=True):
-    """A copy of the layer with its stacks packed, and one with the values that the packed stacks stand for."""
-    quantized, expanded = copy.deepcopy(layer), copy.deepcopy(layer)
-    experts.quantize_experts(quantized, double_quant=double_quant)
-    with torch.no_grad():
-        for name in ("gate_up_proj", "down_proj"):
-            getattr(expanded.get_base_layer(), name).copy_(getattr(quantized.get_base_layer(), name))
-    return quantized, expanded
-
-
-@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_packed_stack_is_as_exact_as_peft_over_its_values(dtype, double_quant):
-    pytest.importorskip("bitsandbytes")
-    _, layer = stack(dtype=dtype)  # runs of scales cross from expert to expert in down_proj, not in gate_up_proj
-    quantized, expanded = packed(layer, double_quant)
-    oracle, baseline = results(exact(expanded), torch.float64), results(expanded, dtype)
-    fastlora.replace_linear(quantized)
-    ours = results(quantized, dtype)
-    assert quantized.fastlora_calls.fused == 1
-    assert ours.keys() == oracle.keys()
-    for name, value in ours.items():
-        assert_as_accurate(value, baseline[name], oracle[name], name)
-
-
-def test_a_packed_stack_loses_nothing_unsaid():
-    pytest.importorskip("bitsandbytes")
-    model, layer = stack()
-    _, expanded = packed(layer)
-    with pytest.raises(ValueError, match="wrap the model first"):
-        experts.quantize_experts(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="blocks of 4096 would cross"):
-        experts.quantize_experts(stack("qwen3-moe")[0], blocksize=4096)
-    with pytest.raises(ValueError, match=r"kept as \[in, out\]"):
-        experts.quantize_experts(stack("gpt-oss")[0])
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge them first"):
-        experts.quantize_experts(model)
-    model.unmerge_adapter()
-    fastlora.replace_linear(experts.quantize_experts(model))
-    with pytest.raises(ValueError, match="parametrized already"):
-        experts.quantize_experts(model)
-    with pytest.raises(ValueError, match="packed, and peft computes no adapters"):
-        fastlora.restore(model)
-    with pytest.raises(ValueError, match="packed in 4 bits"):
-        fastlora.merge(model)
-    with pytest.raises(ValueError, match="packed in 4 bits and cannot take an update"):
-        model.merge_adapter()
-    x, chosen, weights, _ = (t.float() if t.is_floating_point() else t for t in routed(layer))
-    with model.disable_adapter():
-        got = layer(x, chosen, weights)
-    for wrapper in experts.chain(expanded):
-        wrapper.enable_adapters(False)
-    assert torch.equal(got, expanded(x, chosen, weights))
-    layer.base_layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="no adapters over a packed stack"):
-        layer(x, chosen, weights)
+def test_experts_that_compute_in_fp32_on_purpose(dtype):
+    kind = pytest.importorskip("transformers.models.openai_privacy_filter.modeling_openai_privacy_filter")
+    torch.manual_seed(0)
+    config = kind.OpenAIPrivacyFilterConfig(**MOE, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    holder = nn.Module()
+    holder.experts = kind.OpenAIPrivacyFilterExperts(config)
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    targets = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    config = peft.LoraConfig(target_modules=[], target_parameters=targets, init_lora_weights=False)
+    holder = peft.inject_adapter_in_model(config, holder.to(dtype))
+    x, chosen, weights, _ = routed(holder.experts)
+    given = x.to(dtype), chosen, weights.to(dtype)
+    expected = holder.experts(*given)
+    fastlora.replace_linear(holder)
+    if dtype is torch.float32:
+        torch.testing.assert_close(holder.experts(*given), expected, rtol=1e-4, atol=1e-4)
+        assert holder.experts.fastlora_calls.fused == 1
+    else:
+        assert torch.equal(holder.experts(*given), expected)
+        assert holder.experts.fastlora_calls.last_reason == "its forward computes in fp32 on purpose"
+    with pytest.raises(ValueError, match="in fp32 on purpose"):
+        experts.quantize_experts(holder)
 
 
 STEPS_BACK = {
@@ -275,6 +243,7 @@ def test_report_restore_and_checkpoint(tmp_path):
     assert [row.replaced for row in rows] == [True, True]
     assert "4 experts of down_proj, r=3 each" in rows[0].reason
     assert rows[0].shape == (64, 128)
+    assert {row.kernels for row in rows} == {"expert by expert"}
     model.save_pretrained(tmp_path)
     fastlora.restore(model)
     assert type(layer) is experts.ParamWrapper
@@ -321,31 +290,6 @@ def test_the_other_layout_of_older_peft_is_left_to_it():
         wrapper._did_swap_in_out_features = False
     with pytest.raises(ValueError, match=r"peft>=0\.20"):
         fastlora.replace_linear(model)
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_a_packed_stack_serves_any_dtype(stored, given, autocast):
-    pytest.importorskip("bitsandbytes")
-    _, layer = stack(dtype=stored)
-    quantized, _ = packed(layer)
-    y = results(quantized, given, autocast=autocast)["y"]
-    assert quantized.fastlora_calls.fused == 1
-    close_to = results(quantized, torch.float32)["y"]
-    assert y.dtype == given
-    assert (y - close_to).norm() < 0.02 * close_to.norm()
-
-
-def test_a_packed_stack_moves_as_a_whole():
-    pytest.importorskip("bitsandbytes")
-    _, layer = stack()
-    quantized, _ = packed(layer)
-    quantized.to("meta")
-    for name in ("gate_up_proj", "down_proj"):
-        stored = quantized.get_base_layer().parametrizations[name]
-        state = stored[0].quant_state
-        assert {stored.original.device.type, state.absmax.device.type, state.state2.absmax.device.type} == {"meta"}
 
 
 def test_torch_compile_sees_no_break():

@@ -1,4 +1,4 @@
-"""Stacks of experts on a CUDA device: grouped_mm over dense and packed stacks, and the few rows of decoding."""
+"""Stacks of experts on a CUDA device: dense and packed stacks, and the few rows of decoding."""
 
 import pytest
 import torch
