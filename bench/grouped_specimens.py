@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from bench.static import Specimen
+from bench.specimens import Specimen
 
 N, K, EXPERTS = 2048, 2048, 128
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.static import ARCHITECTURES
+from bench.specimens import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "kernels" / "choice.csv"

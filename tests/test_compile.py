@@ -7,7 +7,8 @@ from csv import DictReader
 
 import pytest
 
-from bench.static import ARCHITECTURES, SHARED_LIMIT, specimens
+from bench.specimens import ARCHITECTURES, specimens
+from bench.static import SHARED_LIMIT
 
 pytest.importorskip("triton")
 SASS_PER_WEIGHT = {  # at most; a tree of selects takes 26

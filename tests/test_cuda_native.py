@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import fatbin
-from bench.static import ARCHITECTURES, SHARED_LIMIT
+from bench.specimens import ARCHITECTURES
+from bench.static import SHARED_LIMIT
 from fastlora import _build, cuda_native, nf4, reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -237,8 +237,8 @@ def test_a_sum_is_split_until_the_chip_is_full():
 
 
 _COUNT = """
-from bench import static
-for specimen in static._fused_specimens():
+from bench import specimens, static
+for specimen in specimens.fused_specimens():
     for arch in (80, 90):
         if arch in specimen.archs and specimen.main_loop:
             loop = static.main_loop(static._compile(specimen, arch, specimen.constants).asm["cubin"])
