@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-RANKS = (16, 64)
+RANKS = (16, 32, 64)
 
 
 @dataclass(frozen=True)

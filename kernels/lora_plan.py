@@ -53,12 +53,12 @@ def block_r(r: int) -> int:
 
 
 def tile(r: int, how: str) -> tuple[int, int, int]:
-    """(rows, columns, warps) of an activation tile, for a padded rank and a mode."""
+    """(rows, columns, warps) of an activation tile, for a padded rank and a mode, such that no register is spilled."""
     if how in ("ieee", "tf32x3"):
         return 32, 64, 4
-    if how == "split" and r > 32:
-        return 32, 64, 8
-    return (64, 128, 4) if r <= 32 else (64, 64, 8)
+    if r > 32:
+        return (32, 64, 8) if how == "split" else (64, 64, 8)
+    return 64, 128, 4 if r < 32 else 8
 
 
 def interpreted() -> bool:
@@ -66,9 +66,11 @@ def interpreted() -> bool:
 
 
 def shrink_tile(r: int, how: str, dropout: bool) -> tuple[int, int, int]:
-    """As `tile`, for the shrink, where the mask and the split factor together need registers for half the columns."""
+    """As `tile`; half the columns where a split factor meets the mask or 32 ranks, which take registers too."""
     rows, columns, warps = tile(r, how)
-    return rows, columns // 2 if how == "split" and dropout and r <= 32 else columns, warps
+    if how in ("narrow", "split") and r <= 32:
+        return rows, columns // 2 if how == "split" and (dropout or r == 32) else columns, 4
+    return rows, columns, warps
 
 
 def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device) -> Tile:
