@@ -113,7 +113,7 @@ def test_rescaling(bias, dtype):
     m, inverse = draw(150, seed=2).requires_grad_(), draw(150, seed=3).abs()
     z = z.detach().requires_grad_()
     b = draw(150, dtype=dtype, seed=4).requires_grad_() if bias else None
-    y = dora.rescale(z, m, inverse, b)
+    y = dora.rescale(z, m, inverse, b, dtype)
     inputs = [z, m, *([b] if bias else [])]
     found = [y, *torch.autograd.grad(y, inputs, dy)]
     factor = (m.detach() * inverse).double()
