@@ -78,7 +78,7 @@ class KeptNorms:
         if functional.seen_by_others(frozen, None) or frozen.is_inference() or frozen.requires_grad:
             return row_norms(weight, lora_a, lora_b, scaling)
         by_kernels = _by_kernels(frozen)
-        capturing = frozen.is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = _is_capturing(frozen)
         if not (frozen.is_cpu or by_kernels):
             return row_norms(weight, lora_a, lora_b, scaling)
         facts = (frozen.data_ptr(), frozen.shape, frozen.stride(), frozen.dtype, frozen._version, scaling)
@@ -119,6 +119,10 @@ class KeptNorms:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(KeptNorms())  # a copy lies elsewhere
+
+
+def _is_capturing(frozen: Tensor) -> bool:
+    return frozen.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _by_kernels(frozen: Tensor) -> bool:

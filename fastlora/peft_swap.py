@@ -203,16 +203,20 @@ def speed_up(model: nn.Module) -> Report:
 
     Layers that peft adds to the model later get it too, from `peft.tuners.lora.LoraModel.inject_adapter`.
 
+    A model in which nothing can be sped up runs on as it is: a warning and the report say why.
+
     Returns:
         a report on every linear layer, with live counts for those sped up.
     Raises:
-        ValueError: the model has layers of peft's, but none that can be sped up. Nothing is changed.
+        ValueError: the model has no LoRA layers of peft's. Nothing is changed.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
     reasons = {name: standing_reason(layer) for name, layer in found.items()}
+    if not found:
+        raise ValueError("nothing in this peft model can be sped up: it has no LoRA layers")
     if all(reasons.values()):
-        told = "; ".join(sorted(set(reasons.values()))) or "it has no LoRA layers"
-        raise ValueError(f"nothing in this peft model can be sped up: {told}")
+        told = "; ".join(sorted(set(reasons.values())))
+        logger.warning("nothing in this peft model can be sped up, it runs on as it is: %s", told)
     for name, layer in found.items():
         if not reasons[name]:
             fuse(layer)
