@@ -227,7 +227,7 @@ def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: dict[s
         told = {name: list(wanted or ()) for name in list(own)[:1]}
     else:
         told = trained_tokens.resolve(model, wanted)
-    if adapted_layers(model) and told != there:
+    if (adapted_layers(model) or adapted_experts(model)) and told != there:
         raise ValueError(f"trainable_token_indices: the file trains {told or 'none'}, the model {there or 'none'}")
     found = {}
     for name, indices in told.items():

@@ -272,3 +272,13 @@ def test_what_cannot_be_adapted_says_why(tmp_path):
     save_adapter(replace_linear(moe(), target_modules=["q_proj"]), tmp_path / "linear")
     with pytest.raises(ValueError, match=r"experts\.lora_A\.weight is missing from the file"):
         load_adapter(ours(target_modules=["q_proj"]), tmp_path / "linear")
+
+
+@pytest.mark.parametrize(("saved", "there"), [([1, 2], [5, 6]), ([1, 2], None), (None, [5, 6])])
+def test_trained_tokens_of_a_file_are_those_of_the_model(saved, there, tmp_path):
+    save_adapter(ours(trainable_token_indices=saved), tmp_path)
+    model = replace_linear(moe(), **ALONE, trainable_token_indices=there)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="trainable_token_indices: the file trains .*, the model"):
+        load_adapter(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
