@@ -255,6 +255,8 @@ def obstacle(module: Any, name: str) -> str:
         return f"it is a {type(weight).__name__} {list(weight.shape)} in {weight.dtype}, not a stack of matrices"
     if getattr(module.config, "_experts_implementation", None) not in experts._IMPLEMENTATIONS:
         return f"experts_implementation={module.config._experts_implementation} is asked for"
+    if weight.dtype is not torch.float32 and experts._computes_in_fp32(module):
+        return f"its forward computes in fp32 on purpose, and the stack is in {weight.dtype}: load the model in fp32"
     return "experts are spread over devices" if getattr(module, "_is_expert_parallel", False) else ""
 
 
@@ -266,6 +268,8 @@ def check(model: nn.Module, stacks: Collection[Stack], packed: bool, blocksize: 
         name = f"{stack.owner}.{stack.parameter}"
         if dtype not in (None, torch.float32, weight.dtype):
             raise ValueError(f"adapter_dtype must be torch.float32 or {weight.dtype} for {name}; got {dtype}")
+        if packed and experts._computes_in_fp32(module):
+            raise ValueError(f"{name} cannot be packed: its forward computes in fp32 on purpose: leave quantize off")
         for key in experts._projections(module) if packed else ():
             weight, name = stacked(module, key), f"{stack.owner}.{key}"
             if weight.device.type == "meta" or not weight.numel():

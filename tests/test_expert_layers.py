@@ -244,6 +244,24 @@ def test_a_refusal_changes_nothing(options, message):
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_compute_in_fp32_on_purpose(dtype):
+    """They are adapted where they are kept in fp32, and never packed."""
+    holder, targets = cases.fp32_on_purpose(dtype)
+    options, before = {"target_modules": [], "target_parameters": targets, "r": 2}, snapshot(holder)
+    with pytest.raises(ValueError, match="its forward computes in fp32 on purpose"):
+        replace_linear(holder, **options, quantize="nf4")
+    if dtype is torch.bfloat16:
+        with pytest.raises(ValueError, match="and the stack is in torch.bfloat16: load the model in fp32"):
+            replace_linear(holder, **options)
+    assert snapshot(holder) == before
+    if dtype is torch.float32:
+        given = [t.to(dtype) if t.is_floating_point() else t for t in cases.routed(holder.experts)[:3]]
+        expected = holder.experts(*given)
+        replace_linear(holder, **options)
+        torch.testing.assert_close(holder.experts(*given), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_adapted_says_why(tmp_path):
     hooked, asked, dense = moe(), moe(), llama()
     hooked.model.layers[0].mlp.experts.register_forward_hook(lambda *_: None)
