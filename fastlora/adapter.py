@@ -38,6 +38,8 @@ from fastlora.targets import LoRASettings, settings_from_config
 _PREFIX = PREFIX
 # Ways to start that leave the base weight as it is: a trained adapter needs them no more.
 _HARMLESS_INITS = ("eva", "orthogonal")
+# Options that leave layers out. The file's tensors say which are left; and peft adapts stacks of experts regardless.
+_LEFT_OUT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 Pairs = dict[str, dict[str, Tensor]]
 
@@ -124,6 +126,7 @@ def load_adapter(
             raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one carries peft's")
         load_with_peft(bare, directory, config, tensors, adapter_name)
         return model
+    config = {**config, **dict.fromkeys(_LEFT_OUT)}
     if config.get("init_lora_weights") in _HARMLESS_INITS:
         config = {**config, "init_lora_weights": True, "eva_config": None}
     settings, layers = settings_from_config(config), adapted_layers(bare)

@@ -208,8 +208,8 @@ def find(model: nn.Module, settings: LoRASettings) -> list[Stack]:
     """The parameters that `target_parameters` means, by peft's rule: whole names or ends of names from a dot on.
 
     Raises:
-        ValueError: an entry that matches nothing, a parameter that cannot be adapted, or an option that stacks of
-            experts do not go with.
+        ValueError: an entry that matches nothing, nothing left by `exclude_modules` and `layers_to_transform`, a
+            parameter that cannot be adapted, or an option that stacks of experts do not go with.
     """
     wanted = settings.target_parameters or ()
     known = {
@@ -230,6 +230,11 @@ def find(model: nn.Module, settings: LoRASettings) -> list[Stack]:
         if any(within(owner, trained) for trained in trained_modules.find(model, settings.modules_to_save)):
             raise ValueError(f"{name} is in target_parameters and in modules_to_save: leave it out of one of them")
         found.append(Stack(owner, key, *settings.rank_and_alpha(name)))
+    if wanted and not found:
+        raise ValueError(
+            f"target_parameters={list(wanted)!r} with exclude_modules={settings.exclude_modules!r} and "
+            f"layers_to_transform={settings.layers_to_transform!r} leaves no stack of experts to adapt"
+        )
     if found and settings.lora_dropout:
         raise ValueError("lora_dropout does not go with target_parameters: leave it at 0, as with peft")
     if found and settings.init_lora_weights not in _STARTS:

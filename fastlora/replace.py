@@ -66,7 +66,8 @@ def replace_linear(
             expression for the whole name.
         exclude_modules: a list or a regular expression; these get no adapter and are not quantized.
         target_parameters: names or ends of names of stacks of experts, such as "mlp.experts.down_proj"; every expert
-            gets an adapter. With `target_modules=[]` they alone do.
+            gets an adapter. With `target_modules=[]` they alone do. Unlike peft, `exclude_modules` and
+            `layers_to_transform` leave stacks out too.
         rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
         init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",

@@ -110,8 +110,13 @@ class LoRASettings:
         return r, alpha
 
     def means_parameter(self, name: str) -> bool:
-        """Whether a parameter of this name is one of `target_parameters`."""
-        return any(means(entry, name) for entry in self.target_parameters or ())
+        """Whether a parameter of this name is one of `target_parameters`, and neither it nor its module is left out.
+
+        What leaves out layers leaves out stacks by the same rules; peft adapts all stacks that are named.
+        """
+        left_out = any(_matches(self.exclude_modules, each) for each in (name, name.rpartition(".")[0]))
+        wanted = any(means(entry, name) for entry in self.target_parameters or ())
+        return wanted and not left_out and _layer_wanted(self, name)
 
     @property
     def loftq_iter(self) -> int:

@@ -173,6 +173,45 @@ def test_merged_it_is_the_models_own_class(name):
         merge(broken)
 
 
+def two_layers():
+    config = copy.deepcopy(moe().config)
+    config.num_hidden_layers = 2
+    return type(moe())(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude_modules": ["layers.1.mlp.experts"]},
+        {"exclude_modules": r".*\.1\.mlp\.experts"},
+        {"exclude_modules": [f"layers.1.{name}" for name in BOTH] + ["k_proj"]},
+        {"layers_to_transform": [0]},
+    ],
+)
+@pytest.mark.parametrize("targets", [[], ["q_proj"]])
+def test_what_is_left_out_gets_no_adapter(options, targets):
+    model = replace_linear(two_layers(), **ALONE | {"target_modules": targets}, **options)
+    adapted = [row.name for row in model.fastlora_report.rows if row.replaced and "experts" in row.name]
+    assert adapted == [f"model.layers.0.{name}" for name in BOTH]
+
+
+@pytest.mark.parametrize("options", [{"exclude_modules": ["mlp.experts"]}, {"layers_to_transform": [7]}])
+def test_nothing_left_is_an_error(options):
+    model = two_layers()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="target_parameters=.*leaves no stack of experts to adapt"):
+        replace_linear(model, **ALONE, **options)
+    assert snapshot(model) == before
+
+
+def test_a_file_of_pefts_has_the_stacks_that_its_config_leaves_out(tmp_path):
+    config = {"exclude_modules": ["layers.1.mlp.experts"], "layers_to_transform": [0], "target_modules": ["q_proj"]}
+    base = two_layers()
+    theirs = randomize(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**ALONE | config)))
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_adapter(base, tmp_path)), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
 def test_training_and_the_report():
     model = ours("qwen3-moe", init_lora_weights=True, target_modules=["q_proj"])
     rows = {row.name: row for row in fastlora.report(model).rows}
