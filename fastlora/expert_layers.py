@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora import experts, functional, sharded, trained_modules
+from fastlora.grouped import kernels
 from fastlora.layer_report import Row
 from fastlora.linear import NF4Linear
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
@@ -156,13 +157,15 @@ class LoRAExperts(nn.Module):
                 setattr(base, f"{name}_bias", nn.Parameter(getattr(base, f"{name}_bias").detach().to(dtype), False))
         return base
 
-    def rows(self, name: str, packed: bool) -> Iterator[Row]:
-        """The rows of the report; name: of this module. packed: whether it is in NF4, or about to be."""
+    def rows(self, name: str, blocksize: int = 0) -> Iterator[Row]:
+        """The rows of the report; name: of this module. blocksize: of the NF4 that dense stacks are about to become."""
         for parameter, r in self.r.items():
-            a, b, _ = self.adapter(parameter)
+            (a, b, _), weight = self.adapter(parameter), self.weight(parameter)
+            shape, size = (b.shape[0], a.shape[1]), weight.blocksize if isinstance(weight, NF4Weight) else blocksize
+            packed, computed = size > 0, kernels(a.device, weight.dtype, self.num_experts, *shape, size, r)
             said = f"adapters r={r} on {self.num_experts} experts" + (", weight quantized to NF4" if packed else "")
             kind, path = type(self.base_layer).__name__, functional.backend(a.device).name
-            yield Row(f"{name}.{parameter}", kind, (b.shape[0], a.shape[1]), True, said, path, r, packed)
+            yield Row(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=computed)
 
     def saved(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of A and B as peft names them, without its prefix; name: of this module."""

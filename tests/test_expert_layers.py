@@ -199,7 +199,7 @@ def test_what_is_left_out_gets_no_adapter(options, targets):
 def test_nothing_left_is_an_error(options):
     model = two_layers()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="target_parameters=.*leaves no stack of experts to adapt"):
+    with pytest.raises(ValueError, match=r"target_parameters=.*leaves no stack of experts to adapt"):
         replace_linear(model, **ALONE, **options)
     assert snapshot(model) == before
 
@@ -217,12 +217,14 @@ def test_training_and_the_report():
     rows = {row.name: row for row in fastlora.report(model).rows}
     row = rows["model.layers.0.mlp.experts.down_proj"]
     assert (row.kind, row.shape, row.r, row.replaced) == ("Qwen3MoeExperts", (64, 32), 3, True)
-    assert row.reason == "adapters r=3 on 8 experts"
+    assert (row.reason, row.kernels) == ("adapters r=3 on 8 experts", "expert by expert")
     assert rows["model.layers.0.self_attn.q_proj"].replaced
     assert not fastlora.report(model).notes
     one = replace_linear(moe(), r=2, target_modules=[], target_parameters=["experts.down_proj"], quantize="nf4")
     assert "1 expert weights are 3-d parameters" in one.fastlora_report.notes[0]
     assert one.fastlora_report.rows[0].reason.endswith("weight quantized to NF4")
+    assert one.fastlora_report.rows[0] == fastlora.report(one).rows[0]
+    assert one.fastlora_report.rows[0].kernels
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trainable)
     assert len(trainable) == 6
@@ -291,7 +293,7 @@ def test_experts_that_compute_in_fp32_on_purpose(dtype):
     with pytest.raises(ValueError, match="its forward computes in fp32 on purpose"):
         replace_linear(holder, **options, quantize="nf4")
     if dtype is torch.bfloat16:
-        with pytest.raises(ValueError, match="and the stack is in torch.bfloat16: load the model in fp32"):
+        with pytest.raises(ValueError, match=r"and the stack is in torch\.bfloat16: load the model in fp32"):
             replace_linear(holder, **options)
     assert snapshot(holder) == before
     if dtype is torch.float32:
@@ -336,6 +338,6 @@ def test_trained_tokens_of_a_file_are_those_of_the_model(saved, there, tmp_path)
     save_adapter(ours(trainable_token_indices=saved), tmp_path)
     model = replace_linear(moe(), **ALONE, trainable_token_indices=there)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="trainable_token_indices: the file trains .*, the model"):
+    with pytest.raises(ValueError, match=r"trainable_token_indices: the file trains .*, the model"):
         load_adapter(model, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
