@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SEED, NITER = 42, 4
 # A search that has not ended after so many passes over the data and so many batches will not.
 MAX_PASSES, MAX_BATCHES = 100, 1000
+# Nor one that has not ended after so many batches of a first pass, which may have no end.
+MAX_FRESH = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +203,13 @@ def _search(
         open_ones = [svd for name, svd in found.items() if not svd.converged[: ranks[name]].all()]
         if not open_ones:
             return ranks, found
-        if number and (short := next((svd for svd in found.values() if not svd.rows), None)):
+        short = next((svd for svd in found.values() if not svd.rows), None)
+        if short and (number or steps >= MAX_BATCHES):
             raise ValueError(
-                f"EVA needs at least {short.count} positions in a batch (rho * r) for {short.name}, and no batch has "
-                f"more than {short.largest}: give larger batches, or lower rho or r"
+                f"EVA needs at least {short.count} positions in a batch (rho * r) for {short.name}, and none of "
+                f"{steps} batches has more than {short.largest}: give larger batches, or lower rho or r"
             )
-        if number >= MAX_PASSES and steps >= MAX_BATCHES:
+        if (number >= MAX_PASSES and steps >= MAX_BATCHES) or (not number and steps >= MAX_FRESH):
             raise ValueError(
                 f"EVA has not converged in {steps} batches, {len(open_ones)} layers such as {open_ones[0].name} are "
                 f"open: lower tau={config.tau} or rho={config.rho}, or give more data"

@@ -239,6 +239,17 @@ class Once:
         return batches()[0]
 
 
+class Endless:
+    """Batches without end, of which no more than a limit may be asked for in a row."""
+
+    def __init__(self, rows, limit):
+        self.rows, self.limit = rows, limit
+
+    def __iter__(self):
+        yield from (batch for _ in range(self.limit + 1) for batch in batches(1, self.rows))
+        raise AssertionError("more batches than the limit were read")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -278,6 +289,11 @@ def test_inputs_that_are_not_finite_and_searches_without_end(monkeypatch):
     monkeypatch.setattr(eva, "MAX_PASSES", 2)
     with pytest.raises(ValueError, match=r"not converged in 8 batches, .* are open: lower tau=1\.0"):
         replace_linear(llama(), init_lora_weights="eva", eva_dataloader=batches(), eva_config={"tau": 1.0}, r=4)
+    monkeypatch.setattr(eva, "MAX_FRESH", 12)
+    for rows, limit, message in ((1, 8, "none of 8 batches has more than"), (6, 12, "in 12 batches")):
+        data = Endless(rows, limit)
+        with pytest.raises(ValueError, match=message):
+            replace_linear(llama(), init_lora_weights="eva", eva_dataloader=data, eva_config={"tau": 1.0}, r=16)
     with pytest.raises(ValueError, match="one layer does not"):
         LoRALinear(nn.Linear(8, 8), r=2, init_lora_weights="eva")
 
