@@ -238,12 +238,16 @@ def _dealt(
 
 
 def _leaders(model: nn.Module, modules: dict[str, nn.Module], batch: Any, config: EvaConfig) -> dict[str, str]:
-    """Layer -> the first layer that is given the same input, which may be itself; leaders first, then by leader."""
+    """Layer -> the first layer that is given the same input, which may be itself; leaders first, then by leader.
+
+    Inputs without a row tell nothing: experts that no token goes to in this batch are each their own leader.
+    """
     digests: dict[str, bytes] = {}
 
     def note(name: str, x: Tensor) -> None:
-        if name not in digests:
-            digests[name] = hashlib.blake2b(x.contiguous().cpu().view(torch.uint8).numpy().tobytes()).digest()
+        if name not in digests and x.shape[0]:
+            content = x.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            digests[name] = hashlib.blake2b(f"{list(x.shape)} {x.dtype}".encode() + content).digest()
 
     _run(model, modules, batch, config, note)
     groups: dict[bytes, list[str]] = {}

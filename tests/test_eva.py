@@ -215,6 +215,44 @@ def test_a_layer_whose_inputs_never_vary_gets_no_rank():
     assert type(model[2]) is nn.Linear
 
 
+class Routed(nn.Module):
+    """Three experts, each with inputs of its own; one of them is wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(k, 8, bias=False) for k in (8, 8, 16))
+
+    def forward(self, x, route):
+        outputs = []
+        for index, expert in enumerate(self.experts):
+            turn = torch.randn(8, expert.in_features, generator=torch.Generator().manual_seed(index))
+            outputs.append(expert(x[route == index] @ turn))
+        return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("first", [(0,), (0, 1, 2)])
+def test_experts_without_tokens_in_the_first_batch_share_no_start(first):
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"x": torch.randn(60, 8, generator=generator), "route": torch.tensor((chosen * 60)[:60])}
+        for chosen in (first, (0, 1, 2), (2, 1, 0), (1, 2, 0))
+    ]
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": ["0", "1", "2"], "eva_config": {"rho": 1.0, "tau": 0.0}}
+    model = replace_linear(Routed(), init_lora_weights="eva", eva_dataloader=data, **options)
+    starts = [expert.adapter()[0] for expert in model.experts]
+    assert [a.shape[1] for a in starts] == [8, 8, 16]
+    assert not torch.allclose(starts[0], starts[1], atol=0.1)
+    assert not torch.allclose(starts[1], starts[2][:, :8], atol=0.1)
+
+
+def test_the_same_numbers_in_another_shape_are_another_input():
+    model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(16, 4)})
+    model.forward = lambda x: (model["a"](x), model["b"](x.reshape(-1, 16)))
+    found = eva._leaders(model, dict(model.items()), torch.ones(4, 8), eva.EvaConfig())
+    assert found == {"a": "a", "b": "b"}
+
+
 def test_the_incremental_svd_is_that_of_all_rows():
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(600, 24, generator=generator, dtype=torch.float64) * 0.4 ** torch.arange(24) + 3
