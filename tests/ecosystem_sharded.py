@@ -109,6 +109,8 @@ def main(out):
         refusal(lambda: fastlora.load_adapter(bare, directory / "own")),
         refusal(lambda: fastlora.load_adapter(theirs, directory / "peft")),
         refusal(lambda: fastlora.replace_linear(bare)),
+        refusal(lambda: fastlora.merge(sharded(own()))),
+        refusal(lambda: fastlora.merge(theirs)),
     ]
     for backend in ("aot_eager", "inductor"):
         found["compiled", backend] = step(torch.compile(sharded(own()), backend=backend))
