@@ -252,6 +252,7 @@ class LoRALinear(nn.Module):
         if starts.changes_base(init_lora_weights):
             assert isinstance(weight, Tensor)
             start = starts.from_weight(str(init_lora_weights), weight.detach(), r, self.scaling[adapter_name])
+            starts.take_out(weight.detach(), start, self.scaling[adapter_name])
             lora_a.weight.data, lora_b.weight.data = (part.clone() for part in start)
             self.taken_out[adapter_name] = start[0].cpu(), (start[1] * self.scaling[adapter_name]).cpu()
         device, dtype = weight.device, adapter_dtype or torch.float32

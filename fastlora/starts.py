@@ -128,7 +128,7 @@ def fill(init: Any, lora_a: nn.Linear, lora_b: nn.Linear, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def from_weight(init: str, weight: Tensor, r: int, scaling: float) -> Pair:
-    """(A0 [R, K], B0 [N, R]) in fp32; the weight becomes W - scaling · B0 A0, in place.
+    """(A0 [R, K], B0 [N, R]) in fp32, which `take_out` is to take out of the weight.
 
     Args:
         init: "pissa", "pissa_niter_N" or "olora".
@@ -137,12 +137,15 @@ def from_weight(init: str, weight: Tensor, r: int, scaling: float) -> Pair:
     wide = weight.float()
     if init == "olora":
         q, upper = torch.linalg.qr(wide)
-        a, b = upper[:r].contiguous(), q[:, :r].contiguous()
-    else:
-        found = _NITER.fullmatch(init)
-        a, b = _leading(wide, r, None if found is None else int(found[1]), scaling)
-    weight.copy_(torch.addmm(wide, b, a, alpha=-scaling))
-    return a, b
+        return upper[:r].contiguous(), q[:, :r].contiguous()
+    found = _NITER.fullmatch(init)
+    return _leading(wide, r, None if found is None else int(found[1]), scaling)
+
+
+@torch.no_grad()
+def take_out(weight: Tensor, pair: Pair, scaling: float) -> None:
+    """The weight becomes W - scaling · B0 A0, in place."""
+    weight.copy_(torch.addmm(weight.float(), pair[1], pair[0], alpha=-scaling))
 
 
 @torch.no_grad()
