@@ -64,6 +64,11 @@ class EvaConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"eva_config: {name} must be a number, not {value!r}")
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"eva_config: {name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.label_mask_value, int) or isinstance(self.label_mask_value, bool):
+            raise ValueError(f"eva_config: label_mask_value must be a whole number, not {self.label_mask_value!r}")
         if not self.rho >= 1:
             raise ValueError(f"eva_config: rho must be at least 1, not {self.rho!r}")
         if not 0 <= self.tau <= 1:

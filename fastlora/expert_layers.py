@@ -275,7 +275,8 @@ def check(model: nn.Module, stacks: Collection[Stack], packed: bool, blocksize: 
         weight = stacked(module, stack.parameter)
         name = f"{stack.owner}.{stack.parameter}"
         if dtype not in (None, torch.float32, weight.dtype):
-            raise ValueError(f"adapter_dtype must be torch.float32 or {weight.dtype} for {name}; got {dtype}")
+            allowed = " or ".join(map(str, dict.fromkeys((torch.float32, weight.dtype))))
+            raise ValueError(f"adapter_dtype must be {allowed} for {name}; got {dtype}")
         if packed and experts._computes_in_fp32(module):
             raise ValueError(f"{name} cannot be packed: its forward computes in fp32 on purpose: leave quantize off")
         for key in experts._projections(module) if packed else ():

@@ -381,9 +381,9 @@ def check_adapter_dtype(dtype: torch.dtype | None, weight: Tensor | NF4Weight) -
     """Raise ValueError where adapters of this dtype cannot go with this base weight."""
     if dtype is None or dtype == torch.float32:
         return
-    allowed = FLOAT_DTYPES if isinstance(weight, NF4Weight) else (torch.float32, weight.dtype)
+    allowed = FLOAT_DTYPES if isinstance(weight, NF4Weight) else dict.fromkeys((torch.float32, weight.dtype))
     if dtype not in allowed:
-        raise ValueError(f"adapter_dtype must be one of {', '.join(map(str, allowed))} with this base; got {dtype}")
+        raise ValueError(f"adapter_dtype must be {' or '.join(map(str, allowed))} with this base; got {dtype}")
 
 
 def base_weight(base_layer: nn.Module) -> Tensor | NF4Weight:

@@ -62,8 +62,10 @@ def loftq_iterations(config: Any) -> int:
     """`loftq_iter` of peft's `loftq_config`, a mapping or an object; 1 where None.
 
     Raises:
-        ValueError: an unknown option, another number of bits than 4, or a number of iterations below 1.
+        ValueError: no such config, an unknown option, other bits than 4, or a number of iterations below 1.
     """
+    if not isinstance(config, (Mapping, type(None))) and not hasattr(config, "__dict__"):
+        raise ValueError(f"loftq_config must be a mapping or a LoftQConfig, not {config!r}")
     options = dict(config or {}) if isinstance(config, (Mapping, type(None))) else dict(vars(config))
     unknown = [name for name in options if name not in ("loftq_bits", "loftq_iter")]
     if unknown:

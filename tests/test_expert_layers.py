@@ -271,7 +271,7 @@ def test_autocast_and_torch_compile():
         ({"lora_dropout": 0.1}, "lora_dropout does not go with target_parameters"),
         ({"init_lora_weights": "pissa"}, "'pissa' does not go with target_parameters: use one of True, False, 'gauss"),
         ({"quantize": "nf4", "blocksize": 4096}, "blocks of 4096 would cross from expert to expert"),
-        ({"adapter_dtype": torch.bfloat16}, "adapter_dtype must be torch.float32 or"),
+        ({"adapter_dtype": torch.bfloat16}, r"adapter_dtype must be torch\.float32 for .*; got torch\.bfloat16"),
         ({"rank_pattern": {"up_proj": 2}}, "'up_proj' fits none of the adapted layers; nearest"),
         ({"modules_to_save": ["mlp"]}, "is in target_parameters and in modules_to_save"),
         ({"target_parameters": None}, "leaves no layer to adapt"),
