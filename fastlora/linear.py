@@ -208,8 +208,8 @@ class LoRALinear(nn.Module):
         lora_dropout: probability with which an element of the update's input is dropped in training.
         adapter_name: key in `lora_A` and `lora_B`.
         adapter_dtype: dtype of A and B; fp32 where None. A full-precision base also takes its own dtype.
-        init_lora_weights: a start by the names in `fastlora.starts`, but "loftq"; "pissa" and "olora" change the
-            weight of `base_layer` in place.
+        init_lora_weights: a start by the names in `fastlora.starts`, but "loftq" and "eva"; "pissa" and "olora" change
+            the weight of `base_layer` in place.
     Raises:
         ValueError: an argument out of its range, or a base of another kind.
     Source: arXiv:2106.09685, section 4.1; arXiv:2312.03732 (rsLoRA).
