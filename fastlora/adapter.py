@@ -38,6 +38,8 @@ from fastlora.targets import LoRASettings, settings_from_config
 _PREFIX = PREFIX
 # Ways to start that leave the base weight as it is: a trained adapter needs them no more.
 _HARMLESS_INITS = ("eva", "orthogonal")
+# Options that leave layers out. The file's tensors say which are left; and peft adapts stacks of experts regardless.
+_LEFT_OUT = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 Pairs = dict[str, dict[str, Tensor]]
 
@@ -124,6 +126,7 @@ def load_adapter(
             raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one carries peft's")
         load_with_peft(bare, directory, config, tensors, adapter_name)
         return model
+    config = {**config, **dict.fromkeys(_LEFT_OUT)}
     if config.get("init_lora_weights") in _HARMLESS_INITS:
         config = {**config, "init_lora_weights": True, "eva_config": None}
     settings, layers = settings_from_config(config), adapted_layers(bare)
@@ -227,7 +230,7 @@ def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: dict[s
         told = {name: list(wanted or ()) for name in list(own)[:1]}
     else:
         told = trained_tokens.resolve(model, wanted)
-    if adapted_layers(model) and told != there:
+    if (adapted_layers(model) or adapted_experts(model)) and told != there:
         raise ValueError(f"trainable_token_indices: the file trains {told or 'none'}, the model {there or 'none'}")
     found = {}
     for name, indices in told.items():

@@ -71,7 +71,7 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
 
 
 def _target_parameters(model: nn.Module) -> list[str] | None:
-    """`target_parameters` that mean these stacks and no others: the user's entries, or whole names."""
+    """`target_parameters` that mean these stacks and no others: their whole names."""
     return [f"{name}.{key}" for name, experts in adapted_experts(model).items() for key in experts.r] or None
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SEED, NITER = 42, 4
 # A search that has not ended after so many passes over the data and so many batches will not.
 MAX_PASSES, MAX_BATCHES = 100, 1000
+# Nor one that has not ended after so many batches of a first pass, which may have no end.
+MAX_FRESH = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,11 @@ class EvaConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"eva_config: {name} must be a number, not {value!r}")
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"eva_config: {name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.label_mask_value, int) or isinstance(self.label_mask_value, bool):
+            raise ValueError(f"eva_config: label_mask_value must be a whole number, not {self.label_mask_value!r}")
         if not self.rho >= 1:
             raise ValueError(f"eva_config: rho must be at least 1, not {self.rho!r}")
         if not 0 <= self.tau <= 1:
@@ -201,12 +208,13 @@ def _search(
         open_ones = [svd for name, svd in found.items() if not svd.converged[: ranks[name]].all()]
         if not open_ones:
             return ranks, found
-        if number and (short := next((svd for svd in found.values() if not svd.rows), None)):
+        short = next((svd for svd in found.values() if not svd.rows), None)
+        if short and (number or steps >= MAX_BATCHES):
             raise ValueError(
-                f"EVA needs at least {short.count} positions in a batch (rho * r) for {short.name}, and no batch has "
-                f"more than {short.largest}: give larger batches, or lower rho or r"
+                f"EVA needs at least {short.count} positions in a batch (rho * r) for {short.name}, and none of "
+                f"{steps} batches has more than {short.largest}: give larger batches, or lower rho or r"
             )
-        if number >= MAX_PASSES and steps >= MAX_BATCHES:
+        if (number >= MAX_PASSES and steps >= MAX_BATCHES) or (not number and steps >= MAX_FRESH):
             raise ValueError(
                 f"EVA has not converged in {steps} batches, {len(open_ones)} layers such as {open_ones[0].name} are "
                 f"open: lower tau={config.tau} or rho={config.rho}, or give more data"
@@ -235,12 +243,16 @@ def _dealt(
 
 
 def _leaders(model: nn.Module, modules: dict[str, nn.Module], batch: Any, config: EvaConfig) -> dict[str, str]:
-    """Layer -> the first layer that is given the same input, which may be itself; leaders first, then by leader."""
+    """Layer -> the first layer that is given the same input, which may be itself; leaders first, then by leader.
+
+    Inputs without a row tell nothing: experts that no token goes to in this batch are each their own leader.
+    """
     digests: dict[str, bytes] = {}
 
     def note(name: str, x: Tensor) -> None:
-        if name not in digests:
-            digests[name] = hashlib.blake2b(x.contiguous().cpu().view(torch.uint8).numpy().tobytes()).digest()
+        if name not in digests and x.shape[0]:
+            content = x.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            digests[name] = hashlib.blake2b(f"{list(x.shape)} {x.dtype}".encode() + content).digest()
 
     _run(model, modules, batch, config, note)
     groups: dict[bytes, list[str]] = {}

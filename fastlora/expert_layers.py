@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora import experts, functional, sharded, trained_modules
+from fastlora.grouped import kernels
 from fastlora.layer_report import Row
 from fastlora.linear import NF4Linear
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
@@ -156,13 +157,15 @@ class LoRAExperts(nn.Module):
                 setattr(base, f"{name}_bias", nn.Parameter(getattr(base, f"{name}_bias").detach().to(dtype), False))
         return base
 
-    def rows(self, name: str, packed: bool) -> Iterator[Row]:
-        """The rows of the report; name: of this module. packed: whether it is in NF4, or about to be."""
+    def rows(self, name: str, blocksize: int = 0) -> Iterator[Row]:
+        """The rows of the report; name: of this module. blocksize: of the NF4 that dense stacks are about to become."""
         for parameter, r in self.r.items():
-            a, b, _ = self.adapter(parameter)
+            (a, b, _), weight = self.adapter(parameter), self.weight(parameter)
+            shape, size = (b.shape[0], a.shape[1]), weight.blocksize if isinstance(weight, NF4Weight) else blocksize
+            packed, computed = size > 0, kernels(a.device, weight.dtype, self.num_experts, *shape, size, r)
             said = f"adapters r={r} on {self.num_experts} experts" + (", weight quantized to NF4" if packed else "")
             kind, path = type(self.base_layer).__name__, functional.backend(a.device).name
-            yield Row(f"{name}.{parameter}", kind, (b.shape[0], a.shape[1]), True, said, path, r, packed)
+            yield Row(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=computed)
 
     def saved(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of A and B as peft names them, without its prefix; name: of this module."""
@@ -208,8 +211,8 @@ def find(model: nn.Module, settings: LoRASettings) -> list[Stack]:
     """The parameters that `target_parameters` means, by peft's rule: whole names or ends of names from a dot on.
 
     Raises:
-        ValueError: an entry that matches nothing, a parameter that cannot be adapted, or an option that stacks of
-            experts do not go with.
+        ValueError: an entry that matches nothing, nothing left by `exclude_modules` and `layers_to_transform`, a
+            parameter that cannot be adapted, or an option that stacks of experts do not go with.
     """
     wanted = settings.target_parameters or ()
     known = {
@@ -230,6 +233,11 @@ def find(model: nn.Module, settings: LoRASettings) -> list[Stack]:
         if any(within(owner, trained) for trained in trained_modules.find(model, settings.modules_to_save)):
             raise ValueError(f"{name} is in target_parameters and in modules_to_save: leave it out of one of them")
         found.append(Stack(owner, key, *settings.rank_and_alpha(name)))
+    if wanted and not found:
+        raise ValueError(
+            f"target_parameters={list(wanted)!r} with exclude_modules={settings.exclude_modules!r} and "
+            f"layers_to_transform={settings.layers_to_transform!r} leaves no stack of experts to adapt"
+        )
     if found and settings.lora_dropout:
         raise ValueError("lora_dropout does not go with target_parameters: leave it at 0, as with peft")
     if found and settings.init_lora_weights not in _STARTS:
@@ -255,6 +263,8 @@ def obstacle(module: Any, name: str) -> str:
         return f"it is a {type(weight).__name__} {list(weight.shape)} in {weight.dtype}, not a stack of matrices"
     if getattr(module.config, "_experts_implementation", None) not in experts._IMPLEMENTATIONS:
         return f"experts_implementation={module.config._experts_implementation} is asked for"
+    if weight.dtype is not torch.float32 and experts._computes_in_fp32(module):
+        return f"its forward computes in fp32 on purpose, and the stack is in {weight.dtype}: load the model in fp32"
     return "experts are spread over devices" if getattr(module, "_is_expert_parallel", False) else ""
 
 
@@ -265,7 +275,10 @@ def check(model: nn.Module, stacks: Collection[Stack], packed: bool, blocksize: 
         weight = stacked(module, stack.parameter)
         name = f"{stack.owner}.{stack.parameter}"
         if dtype not in (None, torch.float32, weight.dtype):
-            raise ValueError(f"adapter_dtype must be torch.float32 or {weight.dtype} for {name}; got {dtype}")
+            allowed = " or ".join(map(str, dict.fromkeys((torch.float32, weight.dtype))))
+            raise ValueError(f"adapter_dtype must be {allowed} for {name}; got {dtype}")
+        if packed and experts._computes_in_fp32(module):
+            raise ValueError(f"{name} cannot be packed: its forward computes in fp32 on purpose: leave quantize off")
         for key in experts._projections(module) if packed else ():
             weight, name = stacked(module, key), f"{stack.owner}.{key}"
             if weight.device.type == "meta" or not weight.numel():

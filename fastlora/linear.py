@@ -208,8 +208,8 @@ class LoRALinear(nn.Module):
         lora_dropout: probability with which an element of the update's input is dropped in training.
         adapter_name: key in `lora_A` and `lora_B`.
         adapter_dtype: dtype of A and B; fp32 where None. A full-precision base also takes its own dtype.
-        init_lora_weights: a start by the names in `fastlora.starts`, but "loftq"; "pissa" and "olora" change the
-            weight of `base_layer` in place.
+        init_lora_weights: a start by the names in `fastlora.starts`, but "loftq" and "eva"; "pissa" and "olora" change
+            the weight of `base_layer` in place.
     Raises:
         ValueError: an argument out of its range, or a base of another kind.
     Source: arXiv:2106.09685, section 4.1; arXiv:2312.03732 (rsLoRA).
@@ -252,6 +252,7 @@ class LoRALinear(nn.Module):
         if starts.changes_base(init_lora_weights):
             assert isinstance(weight, Tensor)
             start = starts.from_weight(str(init_lora_weights), weight.detach(), r, self.scaling[adapter_name])
+            starts.take_out(weight.detach(), start, self.scaling[adapter_name])
             lora_a.weight.data, lora_b.weight.data = (part.clone() for part in start)
             self.taken_out[adapter_name] = start[0].cpu(), (start[1] * self.scaling[adapter_name]).cpu()
         device, dtype = weight.device, adapter_dtype or torch.float32
@@ -380,9 +381,9 @@ def check_adapter_dtype(dtype: torch.dtype | None, weight: Tensor | NF4Weight) -
     """Raise ValueError where adapters of this dtype cannot go with this base weight."""
     if dtype is None or dtype == torch.float32:
         return
-    allowed = FLOAT_DTYPES if isinstance(weight, NF4Weight) else (torch.float32, weight.dtype)
+    allowed = FLOAT_DTYPES if isinstance(weight, NF4Weight) else dict.fromkeys((torch.float32, weight.dtype))
     if dtype not in allowed:
-        raise ValueError(f"adapter_dtype must be one of {', '.join(map(str, allowed))} with this base; got {dtype}")
+        raise ValueError(f"adapter_dtype must be {' or '.join(map(str, allowed))} with this base; got {dtype}")
 
 
 def base_weight(base_layer: nn.Module) -> Tensor | NF4Weight:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import functional, nf4, replace, survey, trained_tokens
+from fastlora import functional, nf4, replace, sharded, survey, trained_tokens
 from fastlora.adopted import AdoptedWeight, is_linear4bit
 from fastlora.linear import LoRALinear, NF4Linear
 from fastlora.nf4 import NF4Weight
@@ -63,14 +63,19 @@ def merge(
     Returns:
         The model, changed in place, without wrappers; for a `PeftModel`, the base model inside it.
     Raises:
-        ValueError: nothing to merge, options that exclude one another, or with `safe_merge` a merged weight that is not
-            finite. Nothing is changed.
+        ValueError: nothing to merge, a model that FSDP2 has sharded, options that exclude one another, or with
+            `safe_merge` a merged weight that is not finite. Nothing is changed.
     """
     if quantize not in (None, "nf4"):
         raise ValueError(f"quantize must be None or 'nf4', not {quantize!r}")
     if quantize and dtype is not None:
         raise ValueError("give either dtype, for plain weights, or quantize, for weights in NF4")
     model = unwrapped(model)
+    if sharded.is_sharded(model):
+        raise ValueError(
+            "the model is sharded: save_adapter(model, directory), then load_adapter into the model as it was before "
+            "fully_shard, and merge that"
+        )
     if replace.carries_peft(model):
         return _merge_with_peft(model, dtype, safe_merge)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, NF4Linear))]

@@ -26,22 +26,40 @@ def make(
     blocksize: int,
     double_quant: bool,
 ) -> tuple[dict[str, LoRALinear], dict[str, starts.Pair]]:
-    """The adapters, over the layers as they are now, with A and B as they start; what to take out before quantizing."""
+    """The adapters, over the layers as they are now, with A and B as they start; what to take out before quantizing.
+
+    A start that changes the base does so once all of them have been found.
+
+    Raises:
+        ValueError: a start cannot be computed. No weight is changed.
+    """
     dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
     first = True if init in ("loftq", "eva") else init
-    layers, taken_out = {}, {}
+    first = False if starts.changes_base(first) else first  # no further draw than A's and B's, as with peft
+    layers, taken_out, changed = {}, {}, []
     for name, site in adapted.items():
         layer = LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, first)
-        if init == "loftq":
-            lora_a, lora_b, scaling = layer.adapter()
-            weight = dense_weight(site.module).detach()
-            pair, before = starts.loftq(weight, site.r, scaling, blocksize, double_quant, settings.loftq_iter)
-            for parameter, value in zip((lora_a, lora_b), pair, strict=True):
-                parameter.data.copy_(value)
-            if before is not None:
-                layer.taken_out[adapter_name] = pair[0].cpu(), (pair[1] * scaling).cpu()
-                taken_out[name] = before[0], before[1] * scaling
         layers[name] = layer
+        if not starts.reads_weight(init):
+            continue
+        lora_a, lora_b, scaling = layer.adapter()
+        weight, before = dense_weight(site.module).detach(), None
+        try:
+            if init == "loftq":
+                pair, before = starts.loftq(weight, site.r, scaling, blocksize, double_quant, settings.loftq_iter)
+            else:
+                pair = starts.from_weight(str(init), weight, site.r, scaling)
+                changed.append((weight, pair, scaling))
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"init_lora_weights={init!r} fails for {name}, exclude it: {error}") from error
+        for parameter, value in zip((lora_a, lora_b), pair, strict=True):
+            parameter.data.copy_(value)
+        if init != "loftq" or before is not None:
+            layer.taken_out[adapter_name] = pair[0].cpu(), (pair[1] * scaling).cpu()
+        if before is not None:
+            taken_out[name] = before[0], before[1] * scaling
+    for weight, pair, scaling in changed:
+        starts.take_out(weight, pair, scaling)
     return layers, taken_out
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ def peft_adapter(model: Any, adapter_name: str) -> tuple[dict[str, Any], dict[st
     if adapter_name not in known:
         raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(known) or 'none'}")
     if isinstance(model, PeftModel):
-        own = {key: value for key, value in model.state_dict().items() if f".{adapter_name}" in key}
-        state = {key: whole(value) for key, value in own.items()} if is_sharded(model) else None
+        state = _gathered(model, adapter_name) if is_sharded(model) else None
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch, selected_adapters=[adapter_name], state_dict=state)
             return read_adapter(Path(scratch) / ("" if adapter_name == "default" else adapter_name))
@@ -62,6 +62,17 @@ def peft_adapter(model: Any, adapter_name: str) -> tuple[dict[str, Any], dict[st
     tensors = {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in tensors.items()}
     config = {**known[adapter_name].to_dict(), "inference_mode": True}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}, tensors
+
+
+def _gathered(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """The state dict of a sharded model as far as peft saves it: the adapter's, and biases and embeddings it adds."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    state = model.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `save_pretrained` says it all again
+        saved = {id(value) for value in get_peft_model_state_dict(model, state, adapter_name).values()}
+    return {key: whole(value) for key, value in state.items() if id(value) in saved or f".{adapter_name}" in key}
 
 
 def load_with_peft(

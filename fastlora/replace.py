@@ -66,7 +66,8 @@ def replace_linear(
             expression for the whole name.
         exclude_modules: a list or a regular expression; these get no adapter and are not quantized.
         target_parameters: names or ends of names of stacks of experts, such as "mlp.experts.down_proj"; every expert
-            gets an adapter. With `target_modules=[]` they alone do.
+            gets an adapter. With `target_modules=[]` they alone do. Unlike peft, `exclude_modules` and
+            `layers_to_transform` leave stacks out too.
         rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
         init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
@@ -160,7 +161,7 @@ def report(model: nn.Module) -> Report:
         name = row.name.rpartition(".")[0]
         module: Any = modules.get(row.name)
         if row.replaced and name in stacks:
-            (row,) = (new for new in stacks[name].rows(name, bool(stacks[name].packed)) if new.name == row.name)
+            (row,) = (new for new in stacks[name].rows(name) if new.name == row.name)
             live[row.path] = functional.backend(next(stacks[name].parameters()).device)
         elif row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
             base: Any = module.base_layer if isinstance(module, LoRALinear) else module
@@ -270,8 +271,8 @@ def carry_out(
     for name, a in started.items():
         layers[name].adapter()[0].data.copy_(a)
     experts = new_layers.experts(model, stacks, settings, adapter_name, adapter_dtype)
-    in_nf4 = quantize is not None
-    report = survey.report(model, sites, [row for name, each in experts.items() for row in each.rows(name, in_nf4)])
+    packed = blocksize if quantize else 0
+    report = survey.report(model, sites, [row for name, each in experts.items() for row in each.rows(name, packed)])
     _hang(model, sites, layers, experts, trains=not settings.inference_mode)
     for module in trained.values():
         module.requires_grad_(not settings.inference_mode)

@@ -62,8 +62,10 @@ def loftq_iterations(config: Any) -> int:
     """`loftq_iter` of peft's `loftq_config`, a mapping or an object; 1 where None.
 
     Raises:
-        ValueError: an unknown option, another number of bits than 4, or a number of iterations below 1.
+        ValueError: no such config, an unknown option, other bits than 4, or a number of iterations below 1.
     """
+    if not isinstance(config, (Mapping, type(None))) and not hasattr(config, "__dict__"):
+        raise ValueError(f"loftq_config must be a mapping or a LoftQConfig, not {config!r}")
     options = dict(config or {}) if isinstance(config, (Mapping, type(None))) else dict(vars(config))
     unknown = [name for name in options if name not in ("loftq_bits", "loftq_iter")]
     if unknown:
@@ -128,7 +130,7 @@ def fill(init: Any, lora_a: nn.Linear, lora_b: nn.Linear, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def from_weight(init: str, weight: Tensor, r: int, scaling: float) -> Pair:
-    """(A0 [R, K], B0 [N, R]) in fp32; the weight becomes W - scaling · B0 A0, in place.
+    """(A0 [R, K], B0 [N, R]) in fp32, which `take_out` is to take out of the weight.
 
     Args:
         init: "pissa", "pissa_niter_N" or "olora".
@@ -137,12 +139,15 @@ def from_weight(init: str, weight: Tensor, r: int, scaling: float) -> Pair:
     wide = weight.float()
     if init == "olora":
         q, upper = torch.linalg.qr(wide)
-        a, b = upper[:r].contiguous(), q[:, :r].contiguous()
-    else:
-        found = _NITER.fullmatch(init)
-        a, b = _leading(wide, r, None if found is None else int(found[1]), scaling)
-    weight.copy_(torch.addmm(wide, b, a, alpha=-scaling))
-    return a, b
+        return upper[:r].contiguous(), q[:, :r].contiguous()
+    found = _NITER.fullmatch(init)
+    return _leading(wide, r, None if found is None else int(found[1]), scaling)
+
+
+@torch.no_grad()
+def take_out(weight: Tensor, pair: Pair, scaling: float) -> None:
+    """The weight becomes W - scaling · B0 A0, in place."""
+    weight.copy_(torch.addmm(weight.float(), pair[1], pair[0], alpha=-scaling))
 
 
 @torch.no_grad()

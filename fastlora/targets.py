@@ -77,6 +77,8 @@ class LoRASettings:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        for option in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(option, getattr(self, option))
         for name, r in [("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {r!r}")
@@ -110,8 +112,13 @@ class LoRASettings:
         return r, alpha
 
     def means_parameter(self, name: str) -> bool:
-        """Whether a parameter of this name is one of `target_parameters`."""
-        return any(means(entry, name) for entry in self.target_parameters or ())
+        """Whether a parameter of this name is one of `target_parameters`, and neither it nor its module is left out.
+
+        What leaves out layers leaves out stacks by the same rules; peft adapts all stacks that are named.
+        """
+        left_out = any(_matches(self.exclude_modules, each) for each in (name, name.rpartition(".")[0]))
+        wanted = any(means(entry, name) for entry in self.target_parameters or ())
+        return wanted and not left_out and _layer_wanted(self, name)
 
     @property
     def loftq_iter(self) -> int:
@@ -149,7 +156,7 @@ def settings_from_config(config: Any) -> LoRASettings:
     if not taken.get("loftq_config"):  # an empty mapping where peft has none
         taken.pop("loftq_config", None)
     for name in ("rank_pattern", "alpha_pattern"):
-        taken[name] = dict(taken.get(name) or {})
+        taken[name] = taken.get(name) or {}
     taken.setdefault("target_modules", None)
     if "task_type" in taken:
         taken["task_type"] = str(getattr(taken["task_type"], "value", taken["task_type"]))
@@ -268,6 +275,18 @@ def _check_names(option: str, value: str | Collection[str] | None) -> None:
         odd = [entry for entry in value if not isinstance(entry, str)]
         if odd:
             raise ValueError(f"{option} must hold strings; got {odd[0]!r}")
+
+
+def _check_patterns(option: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{option} must be a mapping of patterns for names to numbers, not {value!r}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"{option} must have strings as keys; got {key!r}")
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{option}: {key!r} is not a regular expression: {error}") from error
 
 
 def _is_empty(value: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fastlora
 from fastlora.sharded import whole
-from tests.models import llama, randomize, tokens
+from tests.models import llama, qwen2, randomize, tokens
 from tests.test_eva import batches, spread
 from tests.test_expert_layers import ours as experts
 
@@ -29,8 +29,8 @@ def own(**options):
     return randomize(fastlora.replace_linear(llama(), r=4, target_modules=TARGETS, **options))
 
 
-def plain_peft():
-    return randomize(peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS)))
+def plain_peft(base=llama, targets=TARGETS, **options):
+    return randomize(peft.get_peft_model(base(), peft.LoraConfig(r=4, target_modules=targets, **options)))
 
 
 MODELS = {
@@ -41,6 +41,9 @@ MODELS = {
     "experts": lambda: experts(target_modules=["q_proj"]),
     "peft": plain_peft,
     "fused peft": lambda: fastlora.replace_linear(plain_peft()),
+    "peft with biases": lambda: plain_peft(qwen2, bias="all"),
+    "peft with its layers' biases": lambda: fastlora.replace_linear(plain_peft(qwen2, bias="lora_only")),
+    "peft with an embedding": lambda: plain_peft(targets=[*TARGETS, "embed_tokens"]),
 }
 
 
@@ -106,6 +109,8 @@ def main(out):
         refusal(lambda: fastlora.load_adapter(bare, directory / "own")),
         refusal(lambda: fastlora.load_adapter(theirs, directory / "peft")),
         refusal(lambda: fastlora.replace_linear(bare)),
+        refusal(lambda: fastlora.merge(sharded(own()))),
+        refusal(lambda: fastlora.merge(theirs)),
     ]
     for backend in ("aot_eager", "inductor"):
         found["compiled", backend] = step(torch.compile(sharded(own()), backend=backend))

@@ -215,6 +215,44 @@ def test_a_layer_whose_inputs_never_vary_gets_no_rank():
     assert type(model[2]) is nn.Linear
 
 
+class Routed(nn.Module):
+    """Three experts, each with inputs of its own; one of them is wider."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(k, 8, bias=False) for k in (8, 8, 16))
+
+    def forward(self, x, route):
+        outputs = []
+        for index, expert in enumerate(self.experts):
+            turn = torch.randn(8, expert.in_features, generator=torch.Generator().manual_seed(index))
+            outputs.append(expert(x[route == index] @ turn))
+        return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("first", [(0,), (0, 1, 2)])
+def test_experts_without_tokens_in_the_first_batch_share_no_start(first):
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"x": torch.randn(60, 8, generator=generator), "route": torch.tensor((chosen * 60)[:60])}
+        for chosen in (first, (0, 1, 2), (2, 1, 0), (1, 2, 0))
+    ]
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": ["0", "1", "2"], "eva_config": {"rho": 1.0, "tau": 0.0}}
+    model = replace_linear(Routed(), init_lora_weights="eva", eva_dataloader=data, **options)
+    starts = [expert.adapter()[0] for expert in model.experts]
+    assert [a.shape[1] for a in starts] == [8, 8, 16]
+    assert not torch.allclose(starts[0], starts[1], atol=0.1)
+    assert not torch.allclose(starts[1], starts[2][:, :8], atol=0.1)
+
+
+def test_the_same_numbers_in_another_shape_are_another_input():
+    model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(16, 4)})
+    model.forward = lambda x: (model["a"](x), model["b"](x.reshape(-1, 16)))
+    found = eva._leaders(model, dict(model.items()), torch.ones(4, 8), eva.EvaConfig())
+    assert found == {"a": "a", "b": "b"}
+
+
 def test_the_incremental_svd_is_that_of_all_rows():
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(600, 24, generator=generator, dtype=torch.float64) * 0.4 ** torch.arange(24) + 3
@@ -239,6 +277,17 @@ class Once:
         return batches()[0]
 
 
+class Endless:
+    """Batches without end, of which no more than a limit may be asked for in a row."""
+
+    def __init__(self, rows, limit):
+        self.rows, self.limit = rows, limit
+
+    def __iter__(self):
+        yield from (batch for _ in range(self.limit + 1) for batch in batches(1, self.rows))
+        raise AssertionError("more batches than the limit were read")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -252,6 +301,9 @@ class Once:
         ({"eva_config": {"rho": 0.5}}, "rho must be at least 1"),
         ({"eva_config": {"tau": 1.5}}, "tau must be between 0 and 1"),
         ({"eva_config": {"ro": 2}}, "no option 'ro'; it has rho, tau"),
+        ({"eva_config": {"use_label_mask": "no"}}, "use_label_mask must be True or False, not 'no'"),
+        ({"eva_config": {"whiten": 1}}, "whiten must be True or False, not 1"),
+        ({"eva_config": {"label_mask_value": 0.5}}, r"label_mask_value must be a whole number, not 0\.5"),
         ({"eva_config": 3}, "must be a mapping or an EvaConfig"),
         ({"init_lora_weights": True}, "eva_dataloader is for init_lora_weights='eva', not True"),
         ({"init_lora_weights": True, "eva_config": {}}, "eva_config is for init_lora_weights='eva'"),
@@ -278,6 +330,11 @@ def test_inputs_that_are_not_finite_and_searches_without_end(monkeypatch):
     monkeypatch.setattr(eva, "MAX_PASSES", 2)
     with pytest.raises(ValueError, match=r"not converged in 8 batches, .* are open: lower tau=1\.0"):
         replace_linear(llama(), init_lora_weights="eva", eva_dataloader=batches(), eva_config={"tau": 1.0}, r=4)
+    monkeypatch.setattr(eva, "MAX_FRESH", 12)
+    for rows, limit, message in ((1, 8, "none of 8 batches has more than"), (6, 12, "in 12 batches")):
+        data = Endless(rows, limit)
+        with pytest.raises(ValueError, match=message):
+            replace_linear(llama(), init_lora_weights="eva", eva_dataloader=data, eva_config={"tau": 1.0}, r=16)
     with pytest.raises(ValueError, match="one layer does not"):
         LoRALinear(nn.Linear(8, 8), r=2, init_lora_weights="eva")
 

@@ -173,17 +173,58 @@ def test_merged_it_is_the_models_own_class(name):
         merge(broken)
 
 
+def two_layers():
+    config = copy.deepcopy(moe().config)
+    config.num_hidden_layers = 2
+    return type(moe())(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude_modules": ["layers.1.mlp.experts"]},
+        {"exclude_modules": r".*\.1\.mlp\.experts"},
+        {"exclude_modules": [f"layers.1.{name}" for name in BOTH] + ["k_proj"]},
+        {"layers_to_transform": [0]},
+    ],
+)
+@pytest.mark.parametrize("targets", [[], ["q_proj"]])
+def test_what_is_left_out_gets_no_adapter(options, targets):
+    model = replace_linear(two_layers(), **ALONE | {"target_modules": targets}, **options)
+    adapted = [row.name for row in model.fastlora_report.rows if row.replaced and "experts" in row.name]
+    assert adapted == [f"model.layers.0.{name}" for name in BOTH]
+
+
+@pytest.mark.parametrize("options", [{"exclude_modules": ["mlp.experts"]}, {"layers_to_transform": [7]}])
+def test_nothing_left_is_an_error(options):
+    model = two_layers()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"target_parameters=.*leaves no stack of experts to adapt"):
+        replace_linear(model, **ALONE, **options)
+    assert snapshot(model) == before
+
+
+def test_a_file_of_pefts_has_the_stacks_that_its_config_leaves_out(tmp_path):
+    config = {"exclude_modules": ["layers.1.mlp.experts"], "layers_to_transform": [0], "target_modules": ["q_proj"]}
+    base = two_layers()
+    theirs = randomize(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**ALONE | config)))
+    theirs.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_adapter(base, tmp_path)), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
 def test_training_and_the_report():
     model = ours("qwen3-moe", init_lora_weights=True, target_modules=["q_proj"])
     rows = {row.name: row for row in fastlora.report(model).rows}
     row = rows["model.layers.0.mlp.experts.down_proj"]
     assert (row.kind, row.shape, row.r, row.replaced) == ("Qwen3MoeExperts", (64, 32), 3, True)
-    assert row.reason == "adapters r=3 on 8 experts"
+    assert (row.reason, row.kernels) == ("adapters r=3 on 8 experts", "expert by expert")
     assert rows["model.layers.0.self_attn.q_proj"].replaced
     assert not fastlora.report(model).notes
     one = replace_linear(moe(), r=2, target_modules=[], target_parameters=["experts.down_proj"], quantize="nf4")
     assert "1 expert weights are 3-d parameters" in one.fastlora_report.notes[0]
     assert one.fastlora_report.rows[0].reason.endswith("weight quantized to NF4")
+    assert one.fastlora_report.rows[0] == fastlora.report(one).rows[0]
+    assert one.fastlora_report.rows[0].kernels
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trainable)
     assert len(trainable) == 6
@@ -230,7 +271,7 @@ def test_autocast_and_torch_compile():
         ({"lora_dropout": 0.1}, "lora_dropout does not go with target_parameters"),
         ({"init_lora_weights": "pissa"}, "'pissa' does not go with target_parameters: use one of True, False, 'gauss"),
         ({"quantize": "nf4", "blocksize": 4096}, "blocks of 4096 would cross from expert to expert"),
-        ({"adapter_dtype": torch.bfloat16}, "adapter_dtype must be torch.float32 or"),
+        ({"adapter_dtype": torch.bfloat16}, r"adapter_dtype must be torch\.float32 for .*; got torch\.bfloat16"),
         ({"rank_pattern": {"up_proj": 2}}, "'up_proj' fits none of the adapted layers; nearest"),
         ({"modules_to_save": ["mlp"]}, "is in target_parameters and in modules_to_save"),
         ({"target_parameters": None}, "leaves no layer to adapt"),
@@ -242,6 +283,24 @@ def test_a_refusal_changes_nothing(options, message):
     with pytest.raises(ValueError, match=message):
         replace_linear(model, **ALONE | options)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_compute_in_fp32_on_purpose(dtype):
+    """They are adapted where they are kept in fp32, and never packed."""
+    holder, targets = cases.fp32_on_purpose(dtype)
+    options, before = {"target_modules": [], "target_parameters": targets, "r": 2}, snapshot(holder)
+    with pytest.raises(ValueError, match="its forward computes in fp32 on purpose"):
+        replace_linear(holder, **options, quantize="nf4")
+    if dtype is torch.bfloat16:
+        with pytest.raises(ValueError, match=r"and the stack is in torch\.bfloat16: load the model in fp32"):
+            replace_linear(holder, **options)
+    assert snapshot(holder) == before
+    if dtype is torch.float32:
+        given = [t.to(dtype) if t.is_floating_point() else t for t in cases.routed(holder.experts)[:3]]
+        expected = holder.experts(*given)
+        replace_linear(holder, **options)
+        torch.testing.assert_close(holder.experts(*given), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_adapted_says_why(tmp_path):
@@ -272,3 +331,13 @@ def test_what_cannot_be_adapted_says_why(tmp_path):
     save_adapter(replace_linear(moe(), target_modules=["q_proj"]), tmp_path / "linear")
     with pytest.raises(ValueError, match=r"experts\.lora_A\.weight is missing from the file"):
         load_adapter(ours(target_modules=["q_proj"]), tmp_path / "linear")
+
+
+@pytest.mark.parametrize(("saved", "there"), [([1, 2], [5, 6]), ([1, 2], None), (None, [5, 6])])
+def test_trained_tokens_of_a_file_are_those_of_the_model(saved, there, tmp_path):
+    save_adapter(ours(trainable_token_indices=saved), tmp_path)
+    model = replace_linear(moe(), **ALONE, trainable_token_indices=there)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"trainable_token_indices: the file trains .*, the model"):
+        load_adapter(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

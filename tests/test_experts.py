@@ -165,8 +165,8 @@ def test_packing_is_pefts():
     torch.testing.assert_close(formed, layer.get_delta_weight("default"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_experts_that_compute_in_fp32_on_purpose(dtype):
+def fp32_on_purpose(dtype):
+    """A module with experts that cast their weights to fp32, and the names of its stacks."""
     kind = pytest.importorskip("transformers.models.openai_privacy_filter.modeling_openai_privacy_filter")
     torch.manual_seed(0)
     config = kind.OpenAIPrivacyFilterConfig(**MOE, num_local_experts=4, num_experts_per_tok=2)
@@ -175,9 +175,14 @@ def test_experts_that_compute_in_fp32_on_purpose(dtype):
     holder.experts = kind.OpenAIPrivacyFilterExperts(config)
     for parameter in holder.parameters():
         nn.init.normal_(parameter, std=0.2)
-    targets = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    return holder.to(dtype), [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_experts_that_compute_in_fp32_on_purpose(dtype):
+    holder, targets = fp32_on_purpose(dtype)
     config = peft.LoraConfig(target_modules=[], target_parameters=targets, init_lora_weights=False)
-    holder = peft.inject_adapter_in_model(config, holder.to(dtype))
+    holder = peft.inject_adapter_in_model(config, holder)
     x, chosen, weights, _ = routed(holder.experts)
     given = x.to(dtype), chosen, weights.to(dtype)
     expected = holder.experts(*given)

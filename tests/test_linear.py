@@ -117,7 +117,7 @@ def test_adapter_dtype(kind, dtype, asked, expected):
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="adapter_dtype must be one of"):
+    with pytest.raises(ValueError, match="adapter_dtype must be"):
         LoRALinear(nn.Linear(K, N), adapter_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="r must be at least 1"):
         LoRALinear(nn.Linear(K, N), r=0)

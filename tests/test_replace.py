@@ -144,6 +144,11 @@ def test_the_report_prints_layers_together(capsys):
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
         ({"lora_dropout": 1.0}, "lora_dropout must be"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be"),
+        ({"rank_pattern": [1]}, r"rank_pattern must be a mapping of patterns .*, not \[1\]"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\(' is not a regular expression: missing"),
+        ({"alpha_pattern": {"(": 3}}, r"alpha_pattern: '\(' is not a regular expression: missing"),
+        ({"alpha_pattern": {2: 3}}, "alpha_pattern must have strings as keys; got 2"),
+        ({"init_lora_weights": "loftq", "loftq_config": 5}, "loftq_config must be a mapping or a LoftQConfig, not 5"),
         ({"quantize": "fp4"}, "quantize must be None or 'nf4'"),
         ({"quantize": "nf4", "blocksize": 48}, "blocksize must be one of"),
         ({"init_lora_weights": "eva"}, "starts from data: pass eva_dataloader"),
@@ -159,7 +164,10 @@ def test_the_report_prints_layers_together(capsys):
         ({"modules_to_save": "lm_head"}, r"must be a list of names: pass \['lm_head'\]"),
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' matches no module; nearest: lm_head"),
         ({"modules_to_save": ["q_proj"], "target_modules": ["q_proj"]}, "is in target_modules and in modules_to_save"),
-        ({"adapter_dtype": torch.bfloat16}, "adapter_dtype must be one of"),
+        (
+            {"adapter_dtype": torch.bfloat16},
+            r"adapter_dtype must be torch\.float32 with this base; got torch\.bfloat16",
+        ),
         ({"adapter_name": "a.b"}, "without dots"),
     ],
 )

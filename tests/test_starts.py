@@ -14,7 +14,7 @@ from fastlora.adapter import load_adapter, save_adapter
 from fastlora.linear import LoRALinear, NF4Linear
 from fastlora.merging import merge
 from fastlora.replace import replace_linear
-from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, tokens
+from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 CHANGING = ["pissa", "pissa_niter_8", "olora"]
@@ -354,3 +354,22 @@ def test_gpt2_takes_pefts_config():
     peft = pytest.importorskip("peft")
     model = replace_linear(gpt2(), peft.LoraConfig(fan_in_fan_out=True))
     assert [row.name for row in model.fastlora_report.replaced] == ["transformer.h.0.attn.c_attn"]
+
+
+@pytest.mark.parametrize(("init", "solver"), [("pissa", "svd"), ("olora", "qr")])
+def test_a_start_that_fails_changes_nothing(init, solver, monkeypatch):
+    model, calls, real = llama(), [], getattr(torch.linalg, solver)
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.linalg.LinAlgError("it did not converge")
+        return real(*args, **kwargs)
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    known = snapshot(model)
+    monkeypatch.setattr(torch.linalg, solver, failing)
+    with pytest.raises(ValueError, match=rf"'{init}' fails for .*v_proj, exclude it: it did not converge"):
+        replace_linear(model, r=2, init_lora_weights=init)
+    assert snapshot(model) == known
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
