@@ -311,7 +311,7 @@ def _scaled(weight: NF4Weight, factor: Tensor, lora_a: Tensor, lora_b: Tensor, s
     n, k = weight.shape
     codes, *scales = weight.tensors()
     absmax = kernel.scaled_absmax(*scales, factor, k // weight.blocksize)
-    b = factor[:, None] * lora_b
+    b = (factor[:, None] * lora_b).to(lora_b.dtype)
     return codes, absmax, None, None, None, n, weight.blocksize, lora_a, b, None, scaling, 0.0
 
 
