@@ -30,15 +30,18 @@ _CPU = torch.device("cpu")
 _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
 
 
-def standing_reason(layer: peft_layer.LoraLayer) -> str:
-    """Why a layer whose class has a fused form is not sped up as it now stands; empty where it can be."""
+def standing_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = False) -> str:
+    """Why a layer whose class has a fused form is not sped up as it now stands; empty where it can be.
+
+    whichever_is_active: only what no other choice of active adapters would change.
+    """
     if "forward" in layer.__dict__:
         return "its forward has been replaced on the instance"
     base = layer.base_layer
     reason = base_reason(base) or _orientation_reason(layer, base)
     if reason:
         return reason
-    names = active_names(layer) or list(layer.lora_A)
+    names = list(layer.lora_A) if whichever_is_active else active_names(layer) or list(layer.lora_A)
     told = [adapter_reason(layer, name) for name in names]
     return told[0] if told and all(told) else ""
 

@@ -211,14 +211,14 @@ def speed_up(model: nn.Module) -> Report:
         ValueError: the model has no LoRA layers of peft's. Nothing is changed.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
-    reasons = {name: standing_reason(layer) for name, layer in found.items()}
     if not found:
         raise ValueError("nothing in this peft model can be sped up: it has no LoRA layers")
+    reasons = {name: standing_reason(layer) for name, layer in found.items()}
     if all(reasons.values()):
         told = "; ".join(sorted(set(reasons.values())))
         logger.warning("nothing in this peft model can be sped up, it runs on as it is: %s", told)
-    for name, layer in found.items():
-        if not reasons[name]:
+    for layer in found.values():
+        if not standing_reason(layer, True):
             fuse(layer)
     _watch_injections()
     return _report(model, found, reasons)
@@ -286,7 +286,7 @@ def _watch_injections() -> None:
         result = inject(self, model, *args, **kwargs)
         if any(isinstance(module, _Marked) for module in model.modules()):
             for module in list(model.modules()):
-                if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module):
+                if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module, True):
                     fuse(module)
         return result
 
@@ -294,13 +294,16 @@ def _watch_injections() -> None:
     LoraModel.inject_adapter = watched  # type: ignore[method-assign]
 
 
-def standing_reason(layer: Any) -> str:
-    """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be."""
+def standing_reason(layer: Any, whichever_is_active: bool = False) -> str:
+    """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be.
+
+    whichever_is_active: only what no other choice of active adapters would change.
+    """
     if type(layer) not in _FUSED and not isinstance(layer, _Marked):
         return f"peft's {type(layer).__name__} has no fused form"
     if experts.is_wrapper(layer):
         return experts.standing_reason(layer)
-    return peft_conditions.standing_reason(layer)
+    return peft_conditions.standing_reason(layer, whichever_is_active)
 
 
 def _bias_in(base: Any, dtype: torch.dtype) -> Tensor | None:
