@@ -13,8 +13,8 @@ Where the factor m / norm goes, by the base:
     otherwise     into y, and into dy
 
 With dropout the factor falls on what is left of x, the base's part of it too: y = x Wᵀ + (factor - 1) ∘ x̃ Wᵀ + factor ∘
-s x̃ Aᵀ Bᵀ, two base products as in peft. They are taken as those of x - x̃ and, with LoRA and the factor, of x̃; but with
-fp32 adapters over 16 bits, where that would round more than peft does, as they stand.
+s x̃ Aᵀ Bᵀ, two base products as in peft. (Over 16 bits with fp32 adapters and without autocast peft multiplies in fp32;
+that is left to it.)
 
 Source: arXiv:2402.09353, equation 5 and section 4.3.
 """
@@ -62,11 +62,12 @@ class KeptNorms:
     """The row norms of one layer, formed anew when A, B, the weight or the scaling have changed."""
 
     def __init__(self) -> None:
+        self._captured: list[Any] = []  # what CUDA graphs will read again
         self.forget()
 
     def forget(self) -> None:
         """Form them anew at the next call."""
-        self._weight: Tensor | NF4Weight | None = None
+        self._weight: Tensor | None = None
         self._facts: tuple[Any, ...] = ()
         self._adapters: tuple[Tensor, ...] = ()
         self._norms: Tensor | None = None
@@ -74,19 +75,23 @@ class KeptNorms:
     def of(self, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         """‖W + scaling · B A‖: [N], fp32. For use at once: a later call may overwrite it."""
         frozen = weight.codes if isinstance(weight, NF4Weight) else weight
-        if torch.compiler.is_compiling() or frozen.is_inference() or frozen.requires_grad:
+        if functional.seen_by_others(frozen, None) or frozen.is_inference() or frozen.requires_grad:
             return row_norms(weight, lora_a, lora_b, scaling)
         by_kernels = _by_kernels(frozen)
-        capturing = frozen.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not (frozen.is_cpu or by_kernels) or (capturing and self._norms is None):
+        capturing = _is_capturing(frozen)
+        if not (frozen.is_cpu or by_kernels):
             return row_norms(weight, lora_a, lora_b, scaling)
         facts = (frozen.data_ptr(), frozen.shape, frozen.stride(), frozen.dtype, frozen._version, scaling)
         adapters = (lora_a.detach(), lora_b.detach())
         same = self._norms is not None and self._facts == facts and self._fit(adapters)
         if by_kernels and same:
+            if capturing:
+                self._captured.append((self._weight, self._adapters, self._norms))
             return self._refreshed(weight, adapters, scaling)
+        if capturing:  # what is formed now is there only once the graph runs
+            return row_norms(weight, lora_a, lora_b, scaling)
         if not same or not self._same(adapters):
-            self._weight, self._facts = weight, facts  # held, so that its memory is nobody else's
+            self._weight, self._facts = frozen.detach(), facts  # held, so that its memory is nobody else's
             with torch.inference_mode(False):  # training may need them later
                 self._adapters = tuple(adapter.clone(memory_format=torch.contiguous_format) for adapter in adapters)
                 self._norms = row_norms(weight, lora_a, lora_b, scaling)
@@ -114,6 +119,10 @@ class KeptNorms:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(KeptNorms())  # a copy lies elsewhere
+
+
+def _is_capturing(frozen: Tensor) -> bool:
+    return frozen.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _by_kernels(frozen: Tensor) -> bool:
@@ -145,19 +154,21 @@ def dora_linear(
         weight: [N, K], dense in x's dtype or NF4. lora_a: [R, K], lora_b: [N, R], fp32 or dtype of x.
         magnitude: [N]. norms: [N], fp32, of `row_norms`, taken as constants. bias: [N] or None.
     Returns:
-        [..., N], dtype of x; differentiable in x, lora_a, lora_b, magnitude, bias, and in a dense weight, but for fp32
-        adapters over 16 bits.
+        [..., N], dtype of x, but over a dense weight under autocast, autocast's; differentiable in x, lora_a, lora_b,
+        magnitude, bias, and in a dense weight, but for fp32 adapters over 16 bits.
     """
-    dtype = _computed_in(x)
-    inverse = norms.reciprocal()
-    x = x.to(dtype)
+    dtype, given = _computed_in(x), x.dtype
+    result = torch.promote_types(given, dtype) if isinstance(weight, NF4Weight) else dtype
+    inverse, x = norms.reciprocal(), x.to(dtype)
+    operands = (x, lora_a, lora_b, magnitude, bias, weight, inverse, float(scaling))
     if isinstance(weight, NF4Weight):
         whole = weight.shape[1] % weight.blocksize == 0
         if whole and dtype != torch.float16 and x.numel() and _by_kernels(weight.codes):
-            return _OverNF4.apply(x, lora_a, lora_b, magnitude, bias, weight, inverse, float(scaling))
-    elif _is_wider(lora_a, lora_b, dtype) and not weight.requires_grad:
-        return _Over16Bits.apply(x, lora_a, lora_b, magnitude, bias, weight.to(dtype), inverse, float(scaling))
-    return rescale(functional.lora_linear(x, weight, lora_a, lora_b, scaling), magnitude, inverse, bias)
+            return _OverNF4.apply(*operands, torch.is_grad_enabled()).to(result)
+    wider = dtype != torch.float32 and torch.float32 in (lora_a.dtype, lora_b.dtype)
+    if wider and (isinstance(weight, NF4Weight) or not weight.requires_grad):
+        return _Over16Bits.apply(*operands, result)
+    return rescale(functional.lora_linear(x, weight, lora_a, lora_b, scaling), magnitude, inverse, bias, result)
 
 
 def dora_linear_with_dropout(
@@ -165,18 +176,22 @@ def dora_linear_with_dropout(
     norms: Tensor, bias: Tensor | None, p: float,
 ) -> Tensor:  # fmt: skip
     """As `dora_linear`, the factor and the update on dropout(x) alone: see the head of this file. p: share dropped."""
-    dtype = _computed_in(x)
-    if isinstance(weight, Tensor) and _is_wider(lora_a, lora_b, dtype):
-        with torch.autocast(x.device.type, enabled=False):
-            dropped, factor, w = F.dropout(x.float(), p), magnitude.float() / norms, weight.to(dtype)
-            update = F.linear(F.linear(dropped, lora_a.float()), lora_b.float()) * (factor * scaling)
-            update = update + F.linear(dropped.to(dtype), w) * (factor - 1)
-            return (F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype)) + update).to(dtype)
-    dropped = F.dropout(x, p)
-    y = dora_linear(dropped, weight, lora_a, lora_b, scaling, magnitude, norms)
+    device, dtype, given = x.device.type, _computed_in(x), x.dtype
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False):
+        dropped, factor = F.dropout(x, p), magnitude.float() * norms.reciprocal()
+        low_rank = dtype if autocast else torch.promote_types(lora_a.dtype, lora_b.dtype)
+        h = F.linear(dropped.to(low_rank), lora_a.to(low_rank))
+        update = F.linear(h, lora_b.to(low_rank)) * (factor * scaling)
+        update = update + _base_product(dropped.to(dtype), weight) * (factor - 1)
+        y = _base_product(x.to(dtype), weight, bias) + update
+    return y.to(torch.promote_types(given, dtype) if isinstance(weight, NF4Weight) else dtype)
+
+
+def _base_product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, NF4Weight):
-        return functional.nf4_linear(x - dropped, weight, bias) + y
-    return F.linear(x - dropped, weight, bias) + y
+        return functional.nf4_linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
@@ -184,42 +199,38 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _is_wider(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> bool:
-    return dtype != torch.float32 and torch.float32 in (lora_a.dtype, lora_b.dtype)
-
-
-def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None) -> Tensor:
-    """magnitude · inverse ∘ y + bias, in fp32, rounded once to y's dtype; differentiable in y, magnitude and bias.
+def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
+    """magnitude · inverse ∘ y + bias, in fp32, rounded once to `result`; differentiable in y, magnitude and bias.
 
     Args:
         y: [..., N]. magnitude: [N]. inverse: [N], fp32, 1 / norms. bias: [N].
     """
     if y.numel() and _by_kernels(y):
-        return _Rescaled.apply(y, magnitude, bias, inverse)
+        return _Rescaled.apply(y, magnitude, bias, inverse, result)
     scaled = y.float() * (magnitude.float() * inverse)
-    return (scaled if bias is None else scaled + bias.float()).to(y.dtype)
+    return (scaled if bias is None else scaled + bias.float()).to(result)
 
 
-def _rescaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+def _rescaled(y: Tensor, factor: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
     """As `rescale`, without gradients; y: [..., N]."""
     if y.numel() and _by_kernels(y):
         from fastlora.kernels import dora as kernel
 
-        return kernel.rescale(y.reshape(-1, y.shape[-1]), factor, bias).view(y.shape)
+        return kernel.rescale(y.reshape(-1, y.shape[-1]), factor, bias, result).view(y.shape)
     scaled = y.float() * factor
-    return (scaled if bias is None else scaled + bias.float()).to(y.dtype)
+    return (scaled if bias is None else scaled + bias.float()).to(result)
 
 
 def _sums(
-    dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool
+    dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(factor ∘ dy, Σ dy ∘ z, Σ dy) over rows [M, N], the sums in fp32; None for what is not given."""
+    """(factor ∘ dy in `dtype`, Σ dy ∘ z, Σ dy) over rows [M, N], the sums in fp32; None for what is not given."""
     if dy.numel() and _by_kernels(dy):
         from fastlora.kernels import dora as kernel
 
-        return kernel.rescale_backward(dy, z, factor, need_total)
+        return kernel.rescale_backward(dy, z, factor, need_total, dtype)
     return (
-        None if factor is None else (dy.float() * factor).to(dy.dtype),
+        None if factor is None else (dy.float() * factor).to(dtype),
         None if z is None else (dy.float() * z).sum(0),
         dy.sum(0, dtype=torch.float32) if need_total else None,
     )
@@ -227,23 +238,25 @@ def _sums(
 
 class _Rescaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, magnitude: Tensor, bias: Tensor | None, inverse: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, magnitude: Tensor, bias: Tensor | None, inverse: Tensor, result: torch.dtype
+    ) -> Tensor:
         factor = magnitude.float() * inverse
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, factor, inverse)
-        ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
-        return _rescaled(y, factor, bias)
+        ctx.dtypes = y.dtype, magnitude.dtype, None if bias is None else bias.dtype
+        return _rescaled(y, factor, bias, result)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative()
         z, factor, inverse = ctx.saved_tensors
-        need_y, need_magnitude, need_bias, _ = ctx.needs_input_grad
+        need_y, need_magnitude, need_bias, *_ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         z = z.reshape(rows.shape) if need_magnitude else None
-        dz, dot, total = _sums(rows, z, factor if need_y else None, need_bias)
-        dm = None if dot is None else (dot * inverse).to(ctx.dtypes[0])
+        dz, dot, total = _sums(rows, z, factor if need_y else None, need_bias, ctx.dtypes[0])
+        dm = None if dot is None else (dot * inverse).to(ctx.dtypes[1])
         dz = None if dz is None else dz.view(dy.shape)
-        return dz, dm, None if total is None else total.to(ctx.dtypes[1]), None
+        return dz, dm, None if total is None else total.to(ctx.dtypes[2]), None, None
 
 
 class _OverNF4(torch.autograd.Function):
@@ -255,9 +268,9 @@ class _OverNF4(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, weight: NF4Weight,
-        inverse: Tensor, scaling: float,
+        inverse: Tensor, scaling: float, records: bool,
     ) -> Tensor:  # fmt: skip
-        _, need_a, need_b, need_magnitude, *_ = ctx.needs_input_grad
+        _, need_a, need_b, need_magnitude, *_ = (need and records for need in ctx.needs_input_grad)
         factor = magnitude.float() * inverse
         factor = torch.where(factor == 0, SMALLEST, factor)
         apart = need_magnitude and bias is not None  # so that y without it is there for dm
@@ -282,12 +295,13 @@ class _OverNF4(torch.autograd.Function):
             dx, da = found[0] if need_x else None, found[1].to(lora_a.dtype) if need_a else None
             db = (factor[:, None] * found[2]).to(lora_b.dtype) if need_b else None
         rows = dy.reshape(-1, dy.shape[-1])
-        _, dot, total = _sums(rows, z.reshape(rows.shape) if need_magnitude else None, None, need_bias)
+        z = z.reshape(rows.shape) if need_magnitude else None
+        _, dot, total = _sums(rows, z, None, need_bias, dy.dtype)
         if dot is not None:
             dm = (dot * inverse / factor).to(ctx.dtypes[0])
         if total is not None:
             dbias = total.to(ctx.dtypes[1])
-        return dx, da, db, dm, dbias, None, None, None
+        return dx, da, db, dm, dbias, None, None, None, None
 
 
 def _scaled(weight: NF4Weight, factor: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Any, ...]:
@@ -297,12 +311,12 @@ def _scaled(weight: NF4Weight, factor: Tensor, lora_a: Tensor, lora_b: Tensor, s
     n, k = weight.shape
     codes, *scales = weight.tensors()
     absmax = kernel.scaled_absmax(*scales, factor, k // weight.blocksize)
-    b = factor[:, None] * lora_b
+    b = (factor[:, None] * lora_b).to(lora_b.dtype)
     return codes, absmax, None, None, None, n, weight.blocksize, lora_a, b, None, scaling, 0.0
 
 
 class _Over16Bits(torch.autograd.Function):
-    """fp32 adapters over a dense 16-bit weight, the gradients of A and B as exact as the adapters are.
+    """fp32 adapters over a dense 16-bit or an NF4 weight, the gradients of A and B as exact as the adapters are.
 
     What `rescale` hands on, factor ∘ dy, is rounded to 16 bits before the low-rank products see it. Here the factor
     goes into the rows of B, and of dB, in fp32; dy stays as it came.
@@ -310,45 +324,49 @@ class _Over16Bits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None, weight: Tensor,
-        inverse: Tensor, scaling: float,
+        ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, bias: Tensor | None,
+        weight: Tensor | NF4Weight, inverse: Tensor, scaling: float, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
+        _, need_a, need_b, need_magnitude, *_ = ctx.needs_input_grad
         call, _ = functional.operators(x, lora_a)
-        z, h = call(x, None, *_dense(weight), lora_a, lora_b, None, scaling, 0.0, ctx.needs_input_grad[2])
+        z, h = call(x, None, *_operands(weight, x.dtype), lora_a, lora_b, None, scaling, 0.0, need_b)
         factor = magnitude.float() * inverse
-        ctx.save_for_backward(x, h, z, lora_a, lora_b, factor, inverse, weight)
-        ctx.scaling, ctx.dtypes = scaling, (magnitude.dtype, None if bias is None else bias.dtype)
-        return _rescaled(z, factor, bias)
+        kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
+        ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
+        ctx.weight, ctx.scaling, ctx.dtype = weight, scaling, x.dtype
+        ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
+        return _rescaled(z, factor, bias, result)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative()
-        x, h, z, lora_a, lora_b, factor, inverse, weight = ctx.saved_tensors
+        x, h, z, lora_a, lora_b, factor, inverse = ctx.saved_tensors
         need_x, need_a, need_b, need_magnitude, need_bias, *_ = ctx.needs_input_grad
-        rows, k = dy.reshape(-1, weight.shape[0]), weight.shape[1]
+        rows, k = dy.reshape(-1, dy.shape[-1]), ctx.weight.shape[1]
         _, call = functional.operators(dy, lora_a)
 
         def products(dy: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-            found: tuple[Tensor, Tensor, Tensor] = call(
-                dy, x, h, k, *_dense(weight), lora_a, b, None, ctx.scaling, 0.0, *needs
-            )
+            operands = (*_operands(ctx.weight, ctx.dtype), lora_a, b, None, ctx.scaling, 0.0)
+            found: tuple[Tensor, Tensor, Tensor] = call(dy, x, h, k, *operands, *needs)
             return found
 
         dx = da = db = dm = dbias = None
         z = z.reshape(rows.shape) if need_magnitude else None
-        dz, dot, total = _sums(rows, z, factor if need_x else None, need_bias)
+        dz, dot, total = _sums(rows, z, factor if need_x else None, need_bias, ctx.dtype)
         if dz is not None:
             dx, *_ = products(dz.view(dy.shape), lora_b, True, False, False)
         if need_a or need_b:
-            _, da, db = products(dy, factor[:, None] * lora_b, False, need_a, need_b)
+            _, da, db = products(dy.to(ctx.dtype), factor[:, None] * lora_b, False, need_a, need_b)
             da, db = da if need_a else None, factor[:, None] * db if need_b else None
         if dot is not None:
             dm = (dot * inverse).to(ctx.dtypes[0])
         if total is not None:
             dbias = total.to(ctx.dtypes[1])
-        return dx, da, db, dm, dbias, None, None, None
+        return dx, da, db, dm, dbias, None, None, None, None
 
 
-def _dense(weight: Tensor) -> tuple[Any, ...]:
-    """A dense weight as the operators take any weight."""
-    return weight, None, None, None, None, weight.shape[0], 0
+def _operands(weight: Tensor | NF4Weight, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A weight as the operators take any weight."""
+    if isinstance(weight, NF4Weight):
+        return *weight.tensors(), weight.shape[0], weight.blocksize
+    return weight.to(dtype), None, None, None, None, weight.shape[0], 0

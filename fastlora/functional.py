@@ -136,7 +136,7 @@ def _call(
     if isinstance(weight, NF4Weight):
         parts, blocksize = weight.tensors(), weight.blocksize
     if seen_by_others(x, lora_a):
-        _refuse_func_gradients()
+        refuse_func_gradients()
         return torch.ops.fastlora.lora_linear(
             x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h
         )[0]
@@ -177,7 +177,7 @@ def operators(x: Tensor, lora_a: Tensor | None) -> tuple[Callable[..., Any], Cal
     return _forward, _backward
 
 
-def _refuse_func_gradients() -> None:
+def refuse_func_gradients() -> None:
     """A registered operator has no rule for torch.func's gradients; forward mode would silently give zeros."""
     if torch._C._functorch.maybe_current_level() is None:
         return
@@ -368,22 +368,31 @@ def _gradients(ctx: Any, dy: Tensor, operator: Callable[..., Any]) -> tuple[Tens
     return tuple(grads)
 
 
-class _Eager(torch.autograd.Function):
-    """The operator without the dispatcher: the same forward, the same backward."""
+def eager(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    """An operator's autograd without the dispatcher: the same forward, the same backward. Its outputs are (y, h)."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        _setup_context(ctx, inputs, output)
-        return output
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            output = forward(*inputs)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(output[1])
+            setup_context(ctx, inputs, output)
+            return output
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gradients(ctx, dy, _backward) if dy is not None else (None,) * len(ctx.needs_input_grad)
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+            return gradients(ctx, dy, backward) if dy is not None else (None,) * len(ctx.needs_input_grad)
+
+    return Eager
 
 
+_Eager = eager(_forward, _setup_context, _gradients, _backward)
 torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd", _forward)
 torch.library.impl("fastlora::lora_linear_backward", "CompositeExplicitAutograd", _backward)
 torch.library.register_autograd("fastlora::lora_linear", _autograd, setup_context=_setup_context)

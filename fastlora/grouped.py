@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora import functional, grouped_path
+from fastlora import grouped_path, grouped_segments
 from fastlora.nf4 import NF4Weight
 from fastlora.operands import refuse_second_derivative
 
@@ -59,7 +59,7 @@ def grouped_lora_linear(
         return grouped_path.grouped_linear(x, weight, lora_a, lora_b, scaling, offsets, bias)
     if _takes_grouped_mm(x, weight, offsets.numel()) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
         return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
-    return _segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
+    return grouped_segments.segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
 
 def _check(
@@ -161,40 +161,3 @@ def _grouped(
 def _experts_of_rows(rows: int, offsets: Tensor) -> Tensor:
     """[S]: the expert of each row."""
     return torch.searchsorted(offsets, torch.arange(rows, device=offsets.device, dtype=offsets.dtype), right=True)
-
-
-def _segments(
-    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
-    offsets: Tensor, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    ends = offsets.tolist()
-    lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    # One node each in the graph: a slice per expert would make a whole gradient per expert.
-    *rows, nobodys = x.split([*lengths, x.shape[0] - ends[-1]])
-    weights = weight.unbind(0) if isinstance(weight, Tensor) else _Stack(weight, len(ends))
-    biases = [None] * len(ends) if bias is None else bias.unbind(0)
-    adapters = None
-    if lora_a is not None and lora_b is not None:
-        adapters = list(zip(lora_a.unbind(0), lora_b.contiguous().unbind(0), strict=True))
-    results = []
-    for expert, part in enumerate(rows):
-        if not part.shape[0]:
-            continue
-        w, b = weights[expert], biases[expert]
-        if adapters is not None:
-            results.append(functional.lora_linear(part, w, *adapters[expert], scaling, b))
-        else:
-            results.append(functional.nf4_linear(part, w, b) if isinstance(w, NF4Weight) else F.linear(part, w, b))
-    if nobodys.shape[0] or not results:
-        results.append(x.new_zeros(nobodys.shape[0], weights[0].shape[0]))
-    return results[0] if len(results) == 1 else torch.cat(results)
-
-
-class _Stack:
-    """Experts of an NF4 stack, looked at one by one."""
-
-    def __init__(self, weight: NF4Weight, experts: int) -> None:
-        self.weight, self.n = weight, weight.shape[0] // experts
-
-    def __getitem__(self, expert: int) -> NF4Weight:
-        return self.weight.rows(expert * self.n, (expert + 1) * self.n)

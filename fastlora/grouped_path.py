@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlora.dispatch import backend, level_table
-from fastlora.functional import _refuse_func_gradients, seen_by_others
+from fastlora.functional import eager, refuse_func_gradients, seen_by_others
 from fastlora.nf4 import NF4Weight
 from fastlora.operands import Base, refuse_second_derivative
 
@@ -94,7 +94,7 @@ def grouped_linear(
     save_h = torch.is_grad_enabled() and lora_b is not None and lora_b.requires_grad
     inputs = (x, bias, offsets, *parts, *sizes, lora_a, lora_b, float(scaling), save_h)
     if seen_by_others(x, lora_a):
-        _refuse_func_gradients()
+        refuse_func_gradients()
         return torch.ops.fastlora.grouped_lora_linear(*inputs)[0]
     return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
 
@@ -219,22 +219,7 @@ def _gradients(ctx: Any, dy: Tensor, operator: Callable[..., Any]) -> tuple[Tens
     return tuple(grads)
 
 
-class _Eager(torch.autograd.Function):
-    """The operator without the dispatcher: the same forward, the same backward."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gradients(ctx, dy, _backward) if dy is not None else (None,) * len(ctx.needs_input_grad)
-
-
+_Eager = eager(_forward, _setup_context, _gradients, _backward)
 torch.library.impl("fastlora::grouped_lora_linear", "CompositeExplicitAutograd", _forward)
 torch.library.impl("fastlora::grouped_lora_linear_backward", "CompositeExplicitAutograd", _backward)
 torch.library.register_autograd("fastlora::grouped_lora_linear", _autograd, setup_context=_setup_context)

@@ -170,8 +170,7 @@ def _by_kernels(
 
     parts, places, k = list(adapters.values()), _places(adapters, names), x.shape[-1]
     facts = tuple((part.scaling, part.dropout_p if _drops(part) else 0.0) for part in parts)
-    inference = torch.is_inference_mode_enabled()
-    stretches = mixed_path.rows_of(places, x.numel() // k // len(names), facts, x.device, inference)
+    stretches = mixed_path.rows_of(places, x.numel() // k // len(names), facts, x.device)
     biases = None
     if wide or bias is not None:
         nothing = x.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias
@@ -282,11 +281,17 @@ def _dtype(adapter: Adapter) -> torch.dtype:
     return torch.promote_types(adapter.lora_a.dtype, adapter.lora_b.dtype)
 
 
+_captured: list[Tensor] = []  # what CUDA graphs will read again
+
+
 def _kept(make: Any, *key: Any) -> Tensor:
     """make(*key) on the device; one copy serves all layers of a step, and all steps of a generation."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return make.__wrapped__(*key, False)  # type: ignore[no-any-return]  # it belongs to a graph or a mode
-    return make(*key, torch.is_inference_mode_enabled())  # type: ignore[no-any-return]
+    found: Tensor = make(*key, torch.is_inference_mode_enabled())
+    if found.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea of
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -30,45 +30,61 @@ from fastlora.operands import Base, Needs, refuse_second_derivative
 
 
 class Rows(NamedTuple):
-    """The stretches of a batch, on the device and on the host."""
+    """The stretches of a batch, on the device."""
 
     segments: Segments
-    owners: tuple[int, ...]  # the adapter of each stretch, or -1
-    lengths: tuple[int, ...]
+    totals: Segments  # the same, rows without an adapter having one of their own, the last
     drops: bool
 
 
-@lru_cache(maxsize=256)
-def rows_of(
-    places: tuple[int, ...],
-    rows: int,
-    facts: tuple[tuple[float, float], ...],
-    device: torch.device,
-    inference: bool,
-) -> Rows:
+_captured: list[Rows] = []  # what CUDA graphs will read again
+
+
+def rows_of(places: tuple[int, ...], rows: int, facts: tuple[tuple[float, float], ...], device: torch.device) -> Rows:
     """The stretches of a batch of samples with `rows` rows each; one copy serves all layers of a step.
 
     Args:
         places: for each sample the place of its adapter, or -1.
         facts: for each adapter its scaling and its rate of dropout, 0 where nothing is dropped.
-        inference: whether inference mode is on, whose tensors must not reach a graph.
     """
+    found = _rows_of(places, rows, facts, device, torch.is_inference_mode_enabled())
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _rows_of(
+    places: tuple[int, ...], rows: int, facts: tuple[tuple[float, float], ...], device: torch.device, inference: bool
+) -> Rows:
     stretches = [(owner, rows * len(list(group))) for owner, group in groupby(places)]
-    owners, lengths = tuple(owner for owner, _ in stretches), tuple(length for _, length in stretches)
-    by_adapter = [[place for place, owner in enumerate(owners) if owner == which] for which in range(len(facts))]
-    order = [place for mine in by_adapter for place in mine]
+    owners = [owner for owner, _ in stretches]
+    count, adapters = len(owners), len(facts)
     thresholds = [round(p * 65536) for _, p in facts]
     keep = [65536 / (65536 - threshold) for threshold in thresholds]
     table = [[s * k, s, k, t] for (s, _), k, t in zip(facts, keep, thresholds, strict=True)]
+    everyones = [adapters if owner < 0 else owner for owner in owners]
+    order = sorted((place for place in range(count) if owners[place] >= 0), key=owners.__getitem__)
+    whole = sorted(range(count), key=everyones.__getitem__)
+    ends = list(accumulate(length for _, length in stretches))
+    numbers = _moved(torch.tensor([*ends, *owners, *everyones, *order, *whole], dtype=torch.int32), device)
+    ends_, owners_, everyones_, order_, whole_ = numbers.split([count, count, count, len(order), count])
+    sizes = [owners.count(which) for which in range(-1, adapters)]
     segments = Segments(
-        torch.tensor(lengths, device=device).cumsum(0).int(),
-        len(facts),
-        torch.tensor(owners, dtype=torch.int32, device=device),
-        torch.tensor(table, dtype=torch.float32, device=device),
-        None if order == list(range(len(owners))) else torch.tensor(order, device=device),
-        tuple(map(len, by_adapter)),
+        ends_,
+        adapters,
+        owners_,
+        _moved(torch.tensor(table, dtype=torch.float32), device),
+        None if order == list(range(count)) else order_,
+        tuple(sizes[1:]),
     )
-    return Rows(segments, owners, lengths, any(thresholds))
+    totals = Segments(ends_, adapters + 1, everyones_, None, whole_, (*sizes[1:], sizes[0]))
+    return Rows(segments, totals, any(thresholds))
+
+
+def _moved(table: Tensor, device: torch.device) -> Tensor:
+    """A table on the device, without waiting for it."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def stacked(adapters: Sequence[Tensor], dim: int) -> Tensor:
@@ -160,7 +176,8 @@ def _dropout(seed: Tensor | None) -> Dropout:
 
 def _bias_gradient(dy: Tensor, rows: Rows) -> Tensor:
     """dy summed over the rows of each adapter, and last over those of none: [adapters + 1, N], fp32."""
-    found = dy.new_zeros(rows.segments.adapters + 1, dy.shape[1], dtype=torch.float32)
-    for owner, part in zip(rows.owners, dy.split(rows.lengths), strict=True):
-        found[owner] += part.sum(0, dtype=torch.float32)
-    return found
+    ones = dy.new_ones(dy.shape[0], 1, dtype=torch.float32)
+    none = dy.new_empty(rows.totals.adapters, dy.shape[1], 1)  # B, of which dB knows nothing
+    _, sums = kernel.dy_pass(dy, none, ones, 1.0, False, True, segments=rows.totals)
+    assert sums is not None
+    return sums.squeeze(2)

@@ -67,7 +67,13 @@ def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[
     if reason:
         return reason
     dtypes = {layer._modules["lora_A"]._modules[name]._parameters["weight"].dtype for name in active}
-    return _dtype_reason(x, base, dtypes, is_dense(base) and bool(active) and active[0] in layer.lora_variant)
+    dora = bool(active) and active[0] in layer.lora_variant
+    return _dtype_reason(x, base, dtypes, dora, dora and _drops(layer, active[0]))
+
+
+def _drops(layer: Any, name: str) -> bool:
+    dropout = layer._modules["lora_dropout"]._modules[name]
+    return bool(dropout.training and getattr(dropout, "p", 0.0) > 0)
 
 
 def active_names(layer: Any) -> list[str]:
@@ -166,6 +172,8 @@ def adapter_reason(layer: Any, name: str) -> str:
         return "lora_bias with DoRA"
     if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout):
         return "the dropout layer is not nn.Dropout or has hooks"
+    if dropout.training and getattr(dropout, "p", 0.0) >= 1.0 - 2**-17:
+        return "lora_dropout drops everything"
     if reason := _scaling_reason(layer, name, b):
         return reason
     if a.dtype != b.dtype:
@@ -199,7 +207,7 @@ def computed_in(x: Tensor, base: Any) -> torch.dtype:
     return dense_weight(base).dtype if is_dense(base) else compute_dtype(base, x)
 
 
-def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], by_rows: bool) -> str:
+def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], dora: bool, drops: bool) -> str:
     """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
     given, four_bit, dtype = x.dtype, not is_dense(base), computed_in(x, base)
     if torch.is_autocast_enabled(x.device.type):
@@ -208,10 +216,14 @@ def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], by_rows: boo
     else:
         good = four_bit or given == dtype
     told = ", ".join(sorted(map(str, adapters)))
-    if good and given in FLOAT_DTYPES and adapters <= {torch.float32, dtype}:
-        trained = by_rows and not adapters <= {dtype} and dense_weight(base).requires_grad
-        return f"DoRA with {told} adapters over a trained {dtype} weight" if trained else ""
-    return f"dtypes: input {given}, adapters {told}, computed in {dtype}"
+    if not (good and given in FLOAT_DTYPES and adapters <= {torch.float32, dtype}):
+        return f"dtypes: input {given}, adapters {told}, computed in {dtype}"
+    if not dora or adapters <= {dtype}:
+        return ""
+    if drops and not torch.is_autocast_enabled(x.device.type):
+        return f"DoRA with dropout and {told} adapters over {dtype}: peft multiplies in {told}"
+    trained = not four_bit and dense_weight(base).requires_grad
+    return f"DoRA with {told} adapters over a trained {dtype} weight" if trained else ""
 
 
 def is_plain(module: nn.Module) -> bool:

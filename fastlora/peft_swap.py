@@ -24,6 +24,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as peft_layer
@@ -87,15 +88,15 @@ class _Fused(_Marked):
         adapters = {name: _one(self, name) for name in names}
         if is_dense(base):
             return mixed_linear(x, dense_weight(base), base._parameters["bias"], adapters, per_sample)
-        weight = self.fastlora_adopted.of(base)
-        return mixed_linear(x.to(compute_dtype(base, x)), weight, base.bias, adapters, per_sample).to(x.dtype)
+        weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
+        return mixed_linear(x.to(dtype), weight, _bias_in(base, dtype), adapters, per_sample).to(x.dtype)
 
     def _several(self: Any, x: Tensor, base: Any, names: Sequence[str]) -> Tensor:
         adapters = [_one(self, name) for name in names]
         if is_dense(base):
             return several_linear(x, dense_weight(base), base._parameters["bias"], adapters)
-        weight = self.fastlora_adopted.of(base)
-        return several_linear(x.to(compute_dtype(base, x)), weight, base.bias, adapters).to(x.dtype)
+        weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
+        return several_linear(x.to(dtype), weight, _bias_in(base, dtype), adapters).to(x.dtype)
 
     def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
         lora_a, lora_b, scaling, _, p, training = adapter
@@ -103,7 +104,8 @@ class _Fused(_Marked):
         if is_dense(base):
             weight: Tensor | NF4Weight = dense_weight(base)
         else:
-            weight, x = self.fastlora_adopted.of(base), x.to(compute_dtype(base, x))
+            weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
+            x, bias = x.to(dtype), _bias_in(base, dtype)
         magnitude = self.lora_magnitude_vector._modules[name].weight
         norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
         operands = x, weight, lora_a, lora_b, scaling, magnitude, norms, bias
@@ -201,16 +203,20 @@ def speed_up(model: nn.Module) -> Report:
 
     Layers that peft adds to the model later get it too, from `peft.tuners.lora.LoraModel.inject_adapter`.
 
+    A model in which nothing can be sped up runs on as it is: a warning and the report say why.
+
     Returns:
         a report on every linear layer, with live counts for those sped up.
     Raises:
-        ValueError: the model has layers of peft's, but none that can be sped up. Nothing is changed.
+        ValueError: the model has no LoRA layers of peft's. Nothing is changed.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
     reasons = {name: standing_reason(layer) for name, layer in found.items()}
+    if not found:
+        raise ValueError("nothing in this peft model can be sped up: it has no LoRA layers")
     if all(reasons.values()):
-        told = "; ".join(sorted(set(reasons.values()))) or "it has no LoRA layers"
-        raise ValueError(f"nothing in this peft model can be sped up: {told}")
+        told = "; ".join(sorted(set(reasons.values())))
+        logger.warning("nothing in this peft model can be sped up, it runs on as it is: %s", told)
     for name, layer in found.items():
         if not reasons[name]:
             fuse(layer)
@@ -295,6 +301,12 @@ def standing_reason(layer: Any) -> str:
     if experts.is_wrapper(layer):
         return experts.standing_reason(layer)
     return peft_conditions.standing_reason(layer)
+
+
+def _bias_in(base: Any, dtype: torch.dtype) -> Tensor | None:
+    """The bias of a `Linear4bit`, in the dtype that it computes in or in fp32."""
+    bias: Tensor | None = base.bias
+    return bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
 
 
 def _one(layer: Any, name: str) -> Adapter:

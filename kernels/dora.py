@@ -194,10 +194,10 @@ def scaled_absmax(
     return out
 
 
-def rescale(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """factor ∘ z + bias, formed in fp32. z: [M, N], any strides; factor: [N], fp32; bias: [N]. [M, N], dtype of z."""
+def rescale(z: Tensor, factor: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """factor ∘ z + bias, formed in fp32. z: [M, N], any strides; factor: [N], fp32; bias: [N]. [M, N] in `dtype`."""
     m, n = z.shape
-    y = torch.empty(m, n, dtype=z.dtype, device=z.device)
+    y = torch.empty(m, n, dtype=dtype, device=z.device)
     with torch.cuda.device_of(z):
         _rescale_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
             z, factor, factor if bias is None else bias.contiguous(), y, m, n, *z.stride(),
@@ -207,9 +207,9 @@ def rescale(z: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def rescale_backward(
-    dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool
+    dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(factor ∘ dy [M, N], Σ_m dy ∘ z [N], Σ_m dy [N]), the sums in fp32 and in order; None for what is not given."""
+    """(factor ∘ dy [M, N] in `dtype`, Σ_m dy ∘ z [N], Σ_m dy [N]), the sums in fp32; None for what is not given."""
     m, n = dy.shape
     tiles, steps = triton.cdiv(n, COLUMNS), triton.cdiv(m, ROWS)
     wanted = 8
@@ -217,7 +217,7 @@ def rescale_backward(
         wanted = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
     per_split = triton.cdiv(steps, max(1, min(steps, wanted // tiles))) * ROWS
     splits = triton.cdiv(m, per_split)
-    dz = torch.empty(m, n, dtype=dy.dtype, device=dy.device) if factor is not None else None
+    dz = torch.empty(m, n, dtype=dtype, device=dy.device) if factor is not None else None
     dot = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if z is not None else None
     total = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if need_total else None
     with torch.cuda.device_of(dy):

@@ -167,6 +167,8 @@ def _lora_dy_kernel(
         segment, m_begin, m_end = _stretch(ends_ptr, segments, split, BLOCK_M)
         owner = owner_of(owner_ptr, segments, adapters, segment, OWNED)
         n_end = tl.where(owner >= 0, N, 0)
+        if not NEED_G:
+            m_end = tl.where(owner >= 0, m_end, m_begin)
         owner = tl.maximum(owner, 0)
         b_ptr += owner * stride_adapter
         if FACTOR >= 0:

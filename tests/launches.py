@@ -116,11 +116,13 @@ def experts(arch: int) -> None:
 
 def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
     """Forward and backward of a batch whose samples have different adapters, with biases."""
-    rows = mixed_path.rows_of((0, 1, -1, 0), 40, ((2.0, p), (1.0, 0.0)), torch.device("cpu"), False)
+    rows = mixed_path.rows_of((0, 1, -1, 0), 40, ((2.0, p), (1.0, 0.0)), torch.device("cpu"))
     base = Base(torch.randn(n, k).bfloat16(), None, None, None, None, n, k, 0)
     a, b = torch.randn(2, 16, k).to(adapter).requires_grad_(), torch.randn(2, n, 16).to(adapter).requires_grad_()
     x = torch.randn(160, k).bfloat16().requires_grad_()
-    mixed_path.linear(x, base, a, b, torch.randn(3, n), True, rows, torch.bfloat16, torch.bfloat16).sum().backward()
+    bias = torch.randn(3, n).requires_grad_()
+    y = mixed_path.linear(x, base, a, b, bias, True, rows, torch.bfloat16, torch.bfloat16)
+    y.backward(torch.ones_like(y))
 
 
 def decomposed(adapter: torch.dtype, base: str, k: int = 512, n: int = 768, m: int = 300) -> None:
@@ -132,7 +134,8 @@ def decomposed(adapter: torch.dtype, base: str, k: int = 512, n: int = 768, m: i
     bias = torch.zeros(n).bfloat16().requires_grad_()
     for _ in range(2):
         norms = kept.of(weight, a, b, 2.0)
-        dora.dora_linear(x, weight, a, b, 2.0, magnitude, norms, bias).sum().backward()
+        y = dora.dora_linear(x, weight, a, b, 2.0, magnitude, norms, bias)
+        y.backward(torch.ones_like(y))
 
 
 def main(arch: int) -> None:

@@ -24,12 +24,29 @@ def test_every_option_over_both_bases(tmp_path, capsys):
 def test_a_wrong_result_is_not_timed(monkeypatch):
     layers = options.build(options.OPTIONS["plain"], "bf16", 64, 96, torch.device("cpu"))
     layers["fastlora"].scaling["default"] *= 3
-    with pytest.raises(ValueError, match="off peft's; nothing is timed"):
+    with pytest.raises(options.RefusedError, match="off peft's; nothing is timed"):
         options.measure("plain", "bf16", layers, 8, torch.device("cpu"), 0.05)
 
 
 def test_a_layer_that_steps_back_is_not_timed():
     layers = options.build(options.OPTIONS["plain"], "bf16", 64, 96, torch.device("cpu"))
     layers["fastlora"].base_layer.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="steps back to peft: the base layer has hooks"):
+    with pytest.raises(options.RefusedError, match="steps back to peft: the base layer has hooks"):
         options.measure("plain", "bf16", layers, 8, torch.device("cpu"), 0.05)
+
+
+def test_the_others_are_measured_beside_one_that_is_refused(tmp_path, monkeypatch, capsys):
+    real = options._check
+
+    def check(layers, x, samples):
+        if samples:
+            raise options.RefusedError("no")
+        real(layers, x, samples)
+
+    monkeypatch.setattr(options, "_check", check)
+    monkeypatch.setattr(options, "BASES", ("bf16",))
+    out = tmp_path / "options.csv"
+    words = ["options", "--device", "cpu", "--quick", "--budget", "0.05", "--option", "mixed_2", "plain"]
+    assert main([*words, "--out", str(out)]) == 1
+    assert {row.kernel for row in read([out])} == {"option_plain_bf16"}
+    assert "mixed_2 over bf16, 8 tokens: no" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """DoRA's kernels, interpreted: norms of rows and when they are formed anew, the factor in scales, rescaling."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -8,13 +10,13 @@ from fastlora import nf4, reference
 triton = pytest.importorskip("triton")
 from fastlora.kernels import dora as kernel  # noqa: E402
 
-from fastlora import dispatch, dora  # noqa: E402
+from fastlora import dispatch, dora, triton_path  # noqa: E402
 from tests.numerics import assert_as_accurate, rms  # noqa: E402
 from tests.test_kernels import DEVICE, draw, poison, pytestmark  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)
-def triton_path(monkeypatch):
+def forced(monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
 
 
@@ -113,7 +115,7 @@ def test_rescaling(bias, dtype):
     m, inverse = draw(150, seed=2).requires_grad_(), draw(150, seed=3).abs()
     z = z.detach().requires_grad_()
     b = draw(150, dtype=dtype, seed=4).requires_grad_() if bias else None
-    y = dora.rescale(z, m, inverse, b)
+    y = dora.rescale(z, m, inverse, b, dtype)
     inputs = [z, m, *([b] if bias else [])]
     found = [y, *torch.autograd.grad(y, inputs, dy)]
     factor = (m.detach() * inverse).double()
@@ -148,7 +150,7 @@ def test_an_output_whose_magnitude_is_zero_has_a_gradient():
 def test_what_the_scales_cannot_carry_is_rescaled(k, dtype, monkeypatch):
     """Blocks that cross rows, and fp16, in which a factor of nearly 0 would vanish."""
     weight, values = case(32, k, "nf4")
-    a, b, m = draw(4, k, seed=1) / k**0.5, draw(32, 4, seed=2), draw(32, seed=3)
+    a, b, m = (draw(4, k, seed=1) / k**0.5).to(dtype), draw(32, 4, dtype=dtype, seed=2), draw(32, seed=3)
     taken = []
     real = dora._Rescaled.apply
     monkeypatch.setattr(dora._Rescaled, "apply", lambda *args: taken.append(1) or real(*args))
@@ -158,3 +160,34 @@ def test_what_the_scales_cannot_carry_is_rescaled(k, dtype, monkeypatch):
     exact = x.double() @ merged.t() * (m.double() / merged.norm(dim=1))
     assert taken
     assert rms(y.double() - exact) <= (1e-5 if dtype == torch.float32 else 2e-3) * rms(exact)
+
+
+def test_nothing_is_recorded_where_no_gradient_can_be_asked_for(monkeypatch):
+    weight, _ = case(64, 128, "nf4")
+    a, b, m = draw(4, 128, seed=1).requires_grad_(), draw(64, 4, seed=2).requires_grad_(), draw(64, seed=3)
+    x, norms = draw(200, 128, seed=4), dora.row_norms(weight, a, b, 1.0)
+    seen = []
+    real = triton_path.forward
+    monkeypatch.setattr(triton_path, "forward", lambda *args: seen.append(args[3:]) or real(*args))
+    bias = draw(64, seed=5)
+    with torch.no_grad():
+        dora.dora_linear(x, weight, a, b, 1.0, m.requires_grad_(), norms, bias)
+    ((given, save_h),) = seen
+    assert given is bias, "added inside the product"
+    assert not save_h
+
+
+def test_what_a_captured_graph_reads_is_kept_for_it(monkeypatch):
+    """Another scaling makes new buffers; those of the capture must stay."""
+    weight, _ = case(32, 64, "dense")
+    a, b, kept = draw(4, 64, seed=1), draw(32, 4, seed=2), dora.KeptNorms()
+    kept.of(weight, a, b, 1.0)
+    held = weakref.ref(kept._adapters[0])
+    monkeypatch.setattr(dora, "_is_capturing", lambda frozen: True)
+    fresh = kept.of(weight, a, b, 0.5)
+    assert fresh is not kept._norms, "formed in the graph, and for it alone"
+    kept.of(weight, a, b, 1.0)
+    monkeypatch.setattr(dora, "_is_capturing", lambda frozen: False)
+    kept.of(weight, a, b, 0.5)
+    kept.forget()
+    assert held() is not None

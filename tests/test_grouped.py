@@ -115,3 +115,37 @@ def test_what_does_not_fit_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         grouped_lora_linear(**given | change)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+def test_in_segments_torch_compile_sees_one_operator(packed):
+    """fp32, which grouped_mm does not take; the numbers of rows may change without another compilation."""
+    generator = torch.Generator().manual_seed(6)
+    stack = torch.randn(3 * 24, 64, generator=generator)
+    weight = nf4.quantize(stack) if packed else stack.view(3, 24, 64)
+    a, b = torch.randn(3, 4, 64, generator=generator), torch.randn(24, 4, 3, generator=generator).permute(2, 0, 1)
+    bias = torch.randn(3, 24, generator=generator)
+
+    def run(x, offsets, a, b, bias):
+        return grouped_lora_linear(x, weight, a, b, 0.5, offsets, bias)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for ends in ([7, 7, 20], [1, 15, 19]):
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        found = []
+        for call in (run, compiled):
+            x = torch.randn(20, 64, generator=torch.Generator().manual_seed(7))
+            leaves = [leaf.clone().requires_grad_() for leaf in (x, a, b, bias)]
+            y = call(leaves[0], offsets, *leaves[1:])
+            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_operator_of_segments():
+    x, a, b = torch.randn(5, 8), torch.randn(2, 2, 8), torch.randn(2, 4, 2)
+    given = [value.requires_grad_() for value in (x, torch.randn(2, 4, 8), a, b, torch.randn(2, 4))]
+    offsets = torch.tensor([2, 5], dtype=torch.int32)
+    operands = (*given, offsets, None, None, None, None, 8, 8, 0, 0.5)
+    torch.library.opcheck(torch.ops.fastlora.grouped_segments.default, operands)

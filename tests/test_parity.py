@@ -33,7 +33,8 @@ class Option(NamedTuple):
     change: Callable[[Any], object] = lambda layer: None
     call: Mapping[str, Any] = MappingProxyType({})
     steps_back: str = ""
-    wide_adapters_step_back: str = ""  # fp32 adapters over a dense 16-bit weight
+    wide_adapters_step_back: str = ""  # fp32 adapters over 16 bits
+    autocast_too: bool = True  # whether they do so under autocast as well
     dense_only: bool = False
     base_bias: bool = False
     transposed: bool = False  # GPT-2's Conv1D, which has a bias always
@@ -111,10 +112,14 @@ OPTIONS = {
     "DoRA, trained": Option(
         {"use_dora": True}, change=_train_base, dense_only=True, wide_adapters_step_back=_WIDE_DORA
     ),
-    "DoRA, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, base_bias=True),
+    "DoRA, dropout": Option(
+        {"use_dora": True, "lora_dropout": 0.25},
+        base_bias=True,
+        wide_adapters_step_back="DoRA with dropout and torch.float32 adapters",
+        autocast_too=False,
+    ),
     "DoRA, kernels": Option({"use_dora": True}, backend="triton"),
     "DoRA, kernels, bias": Option({"use_dora": True}, change=_train_bias, base_bias=True, backend="triton"),
-    "DoRA, kernels, dropout": Option({"use_dora": True, "lora_dropout": 0.25}, base_bias=True, backend="triton"),
     "one for all": Option(change=_second_adapter, call={"adapter_names": ["other"] * M}),
     "none for all": Option(call={"adapter_names": ["__base__"] * M}, base_bias=True),
     "mixed batch": Option(change=_second_adapter, call=MIXED),
@@ -190,6 +195,10 @@ def _fill(layer):
         draw(layer.lora_B[name].weight, 0.3 / (layer.scaling[name] * rank**0.5))
         if layer.lora_B[name].bias is not None:
             draw(layer.lora_B[name].bias, 1.0)  # times the scaling larger than the output
+        if name in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[name].weight
+            values = magnitude.data * (1 + 0.2 * torch.randn(magnitude.shape, generator=generator))
+            magnitude.data.copy_(values.to(torch.bfloat16))
 
 
 def build(option, base, dtype, adapter_dtype):
@@ -218,7 +227,7 @@ def build(option, base, dtype, adapter_dtype):
     layer.requires_grad_(False)
     _fill(layer)
     option.change(layer)
-    for parts in (layer.lora_A, layer.lora_B):
+    for parts in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
         parts.to(adapter_dtype).requires_grad_(True)
     return layer.train()
 
@@ -234,8 +243,9 @@ def exact(layer):
             plain.bias.requires_grad_(base.bias.requires_grad)
         plain.weight.requires_grad_(False)
         donor = build(Option(), "dense", torch.float64, torch.float64)
-        for part in ("lora_A", "lora_B", "lora_dropout"):
+        for part in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
             donor._modules[part] = copy.deepcopy(layer._modules[part])
+        donor.lora_variant = dict(layer.lora_variant)
         donor.base_layer, donor.scaling, donor.r = plain, dict(layer.scaling), dict(layer.r)
         donor._active_adapter = layer._active_adapter
         return donor.double().train()
@@ -272,7 +282,8 @@ def step(layer, dtype, autocast, call, drawn):
 def check(option, base, dtypes):
     """Hold one case of the matrix; returns what the table says of it."""
     dtype, adapter_dtype, autocast = dtypes
-    if option.wide_adapters_step_back and base == "dense" and adapter_dtype != (autocast or dtype):
+    wide = adapter_dtype != (autocast or dtype) and (option.autocast_too or not autocast)
+    if option.wide_adapters_step_back and wide:
         option = option._replace(steps_back=option.wide_adapters_step_back)
     layer, drawn = build(option, base, dtype, adapter_dtype), autocast or dtype
     true = exact(layer)

@@ -253,12 +253,17 @@ def test_a_step_back_is_logged_once(caplog):
         ({"target_modules": ["embed_tokens"]}, "peft's Embedding has no fused form"),
     ],
 )
-def test_a_model_with_nothing_to_speed_up(options, reason):
+def test_a_model_with_nothing_to_speed_up_runs_on_as_it_is(options, reason, caplog):
     model = wrapped(**options)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"nothing in this peft model can be sped up: {reason}"):
-        replace_linear(model)
-    assert snapshot(model) == before
+    before, expected = snapshot(model)[:2], model(tokens()).logits
+    with caplog.at_level(logging.WARNING, "fastlora.peft_swap"):
+        assert replace_linear(model) is model
+    assert [record.getMessage() for record in caplog.records] == [
+        f"nothing in this peft model can be sped up, it runs on as it is: {reason}"
+    ]
+    assert snapshot(model)[:2] == before
+    assert torch.equal(model(tokens()).logits, expected)
+    assert not model.fastlora_report.replaced
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -288,5 +293,5 @@ def test_a_transposed_flag_that_is_wrong_steps_back():
 
 
 def test_fp4_is_left():
-    with pytest.raises(ValueError, match="the base weight is fp4"):
-        replace_linear(wrapped(lambda: bnb_llama(quant_type="fp4")))
+    model = replace_linear(wrapped(lambda: bnb_llama(quant_type="fp4")))
+    assert {row.reason for row in model.fastlora_report.left if row.r} == {"the base weight is fp4"}
