@@ -226,8 +226,8 @@ def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: dict[s
         told = {
             next((name for name in own if name == key or name.endswith(f".{key}")), key): v for key, v in tokens.items()
         }
-    elif own:
-        told = {name: list(wanted or ()) for name in list(own)[:1]}
+    elif own and wanted:
+        told = {name: list(wanted) for name in list(own)[:1]}
     else:
         told = trained_tokens.resolve(model, wanted)
     if (adapted_layers(model) or adapted_experts(model)) and told != there:

@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter of the model is spread over processes."""
-    return any(_is_dtensor(parameter) for parameter in model.parameters())
+    """Whether any parameter of the model is spread over processes, be it gathered at present."""
+    return any(map(_is_dtensor, model.parameters())) or any(map(_is_unit, model.modules()))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -36,9 +36,8 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 def settle(model: nn.Module) -> None:
     """Spread again what FSDP2 has left gathered after a forward: what is written into gathered copies is lost."""
     for module in model.modules():
-        reshard = getattr(module, "reshard", None)
-        if callable(reshard) and hasattr(module, "unshard"):
-            reshard()
+        if _is_unit(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def by_first(write: Callable[[], None], together: bool) -> None:
@@ -51,6 +50,11 @@ def by_first(write: Callable[[], None], together: bool) -> None:
             write()
     finally:
         distributed.barrier()
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers and spreads this module's parameters."""
+    return callable(getattr(module, "reshard", None)) and hasattr(module, "unshard")
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -77,6 +77,12 @@ def step(model):
     return {"loss": loss.detach()} | {name: whole(grad) for name, grad in named.items()}
 
 
+def gathered(model):
+    """Sharded as one unit, and left gathered by a forward."""
+    logits(sharded(model, units=False))
+    return model
+
+
 def loaded(directory):
     """Logits after loading into sharded models that have other adapters, some of them gathered just before."""
     found = {}
@@ -111,6 +117,8 @@ def main(out):
         refusal(lambda: fastlora.replace_linear(bare)),
         refusal(lambda: fastlora.merge(sharded(own()))),
         refusal(lambda: fastlora.merge(theirs)),
+        refusal(lambda: fastlora.merge(gathered(own()))),
+        refusal(lambda: fastlora.load_adapter(gathered(llama()), directory / "own")),
     ]
     for backend in ("aot_eager", "inductor"):
         found["compiled", backend] = step(torch.compile(sharded(own()), backend=backend))

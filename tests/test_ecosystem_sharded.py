@@ -50,8 +50,8 @@ def test_loaded_into_a_sharded_model(results, name, units):
 
 
 def test_what_cannot_be_done_to_a_sharded_model_says_so(results):
-    bare, theirs, replaced, *merged = results[1]["refused"]
-    assert bare == "the model is sharded, and without adapters: call load_adapter before fully_shard"
+    bare, theirs, replaced, *merged, gathered = results[1]["refused"]
+    assert bare == gathered == "the model is sharded, and without adapters: call load_adapter before fully_shard"
     assert theirs == "the model is sharded, and with peft's adapters: call load_adapter before fully_shard"
     assert "its weight is a DTensor, not a plain tensor" in replaced
     for told in merged:
