@@ -36,8 +36,8 @@ def test_every_launch_compiles():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_what_experts_launch_compiles_everywhere(arch):
+@pytest.mark.parametrize("arch", [80, 90, 120])  # an architecture of each way to multiply; all six: `bench.static`
+def test_what_experts_launch_compiles(arch):
     found = compiled(arch, "experts")
     assert {name for name, *_ in found} == STACKS | (LOW_RANK - {"_lora_expand_kernel"})
     assert {spilled for name, _, spilled in found if name in STACKS} == {"0"}
