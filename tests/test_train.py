@@ -348,11 +348,15 @@ def test_a_second_signal_acts_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)  # handlers run between two instructions of the main thread
 
-    with training._signals() as caught:
-        interrupt()
-        assert caught == ["SIGINT"]
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        with training._signals() as caught:
             interrupt()
+            assert caught == ["SIGINT"]
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_runs_outside_the_main_thread(base: Path, tmp_path: Path) -> None:
