@@ -8,7 +8,8 @@ trace on a tensor; of the frozen weight such writes are not seen. On CUDA the de
 
 Where the factor m / norm goes, by the base:
     NF4 on CUDA   into the scales of the packed weight and the rows of B: the linear is then LoRA's, both ways and by
-                  whichever kernel, and no pass over [M, N] is added but one for the gradient of m
+                  whichever kernel, and no pass over [M, N] is added but, where m is trained, one for its gradient and
+                  one for a bias
     16 bits, A and B in fp32   into y; in backward into B's rows and dB's, in fp32
     otherwise     into y, and into dy
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from fastlora import functional
 from fastlora.dispatch import level_table
 from fastlora.nf4 import NF4Weight
-from fastlora.operands import refuse_second_derivative
+from fastlora.operands import computed_in, refuse_second_derivative
 
 SMALLEST = 2.0**-60  # an output's factor in place of 0
 ROWS_AT_ONCE = 1024  # of a dense weight, widened to fp32 for its norm
@@ -157,7 +158,7 @@ def dora_linear(
         [..., N], dtype of x, but over a dense weight under autocast, autocast's; differentiable in x, lora_a, lora_b,
         magnitude, bias, and in a dense weight, but for fp32 adapters over 16 bits.
     """
-    dtype, given = _computed_in(x), x.dtype
+    dtype, given = computed_in(x), x.dtype
     result = torch.promote_types(given, dtype) if isinstance(weight, NF4Weight) else dtype
     inverse, x = norms.reciprocal(), x.to(dtype)
     operands = (x, lora_a, lora_b, magnitude, bias, weight, inverse, float(scaling))
@@ -176,7 +177,7 @@ def dora_linear_with_dropout(
     norms: Tensor, bias: Tensor | None, p: float,
 ) -> Tensor:  # fmt: skip
     """As `dora_linear`, the factor and the update on dropout(x) alone: see the head of this file. p: share dropped."""
-    device, dtype, given = x.device.type, _computed_in(x), x.dtype
+    device, dtype, given = x.device.type, computed_in(x), x.dtype
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False):
         dropped, factor = F.dropout(x, p), magnitude.float() * norms.reciprocal()
@@ -192,11 +193,6 @@ def _base_product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
     if isinstance(weight, NF4Weight):
         return functional.nf4_linear(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:

@@ -24,6 +24,7 @@ from fastlora.grouped import kernels
 from fastlora.layer_report import Row
 from fastlora.linear import NF4Linear
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
+from fastlora.operands import computed_in
 from fastlora.peft_files import PREFIX
 from fastlora.survey import adapted_experts, has_hooks
 from fastlora.targets import LoRASettings, means, nearest, within
@@ -114,7 +115,7 @@ class LoRAExperts(nn.Module):
                 f"{type(self.base_layer).__name__} with adapters takes tokens [T, H], their experts [T, k] and weights "
                 "[T, k], and was called with other arguments"
             )
-        shown = _Shown(self, experts.computed_in(x))
+        shown = _Shown(self, computed_in(x))
         updates = {name: self.update(name) for name in self.r}
         return experts.forward(shown, self.num_experts, updates, x, *routing)
 

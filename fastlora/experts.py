@@ -30,6 +30,7 @@ from torch.nn.utils import parametrize
 from fastlora.grouped import grouped_lora_linear, kernels
 from fastlora.layer_report import Row
 from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
+from fastlora.operands import computed_in
 
 try:
     from peft.tuners.lora import layer as peft_layer
@@ -334,12 +335,6 @@ def _parametrized_reason(experts: Any, name: str) -> str:
     if state.quant_type != "nf4" or state.dtype not in FLOAT_DTYPES:
         return f"{name} is {state.quant_type} of {state.dtype}"
     return "" if state.shape[1:].numel() % state.blocksize == 0 else f"blocks of {name} cross from expert to expert"
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of the products for tokens x: autocast's, or their own. A packed stack expands to any."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _dtype_reason(x: Tensor, experts: Any, wrappers: list[Any]) -> str:

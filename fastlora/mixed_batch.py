@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastlora import functional
 from fastlora.nf4 import NF4Weight
-from fastlora.operands import Base
+from fastlora.operands import Base, computed_in
 
 # Rows times adapters beyond the first; above, rows are computed in segments. A CPU has no launches to save.
 SIDE_BY_SIDE_UP_TO = {"cpu": 0, "cuda": 64}
@@ -85,8 +85,7 @@ def mixed_linear(
     """
     if len(names) != x.shape[0]:
         raise ValueError(f"one adapter name for each sample: got {len(names)} names for a batch of {x.shape[0]}")
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device, dtype = x.device.type, computed_in(x)
     present = {name: adapters[name] for name in dict.fromkeys(names) if name in adapters}
     with torch.autocast(device, enabled=False):
         rows = x.to(dtype)
@@ -120,8 +119,7 @@ def several_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, a
     Returns:
         [..., N], dtype of x; over a dense weight under autocast, autocast's.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device, dtype = x.device.type, computed_in(x)
     with torch.autocast(device, enabled=False):
         widest = torch.float32 if any(_dtype(each) == torch.float32 for each in adapters) else _dtype(adapters[0])
         cast = {

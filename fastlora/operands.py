@@ -75,6 +75,12 @@ class Needs(NamedTuple):
     lora_b: bool
 
 
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, [M, N] in x's dtype; a wider bias is added as it is. x: [M, K]; weight: [N, K]; bias: [N]."""
     if bias is None or bias.dtype == x.dtype:

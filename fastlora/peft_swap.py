@@ -30,13 +30,13 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, compiler, nn
 
-from fastlora import dora, experts, functional, mixed_batch, peft_conditions
+from fastlora import dora, experts, functional, peft_conditions
 from fastlora.conv1d import dense_weight, is_conv1d, is_dense
 from fastlora.dora import KeptNorms
 from fastlora.kept_weight import KeptWeight, changed
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, kernels_of, lora_linear_4bit
-from fastlora.mixed_batch import Adapter, mixed_linear, several_linear, total_bias
+from fastlora.mixed_batch import Adapter, joined, mixed_linear, several_linear, total_bias
 from fastlora.nf4 import NF4Weight
 from fastlora.peft_conditions import EXPECTED, active_names, sampled_names, step_back_reason
 
@@ -72,9 +72,10 @@ class _Fused(_Marked):
         active = active_names(self) if per_sample is None else sampled_names(self, per_sample)
         if per_sample is not None and (len(active) != 1 or any(name != active[0] for name in per_sample)):
             return self._mixed(x, base, active, per_sample)
-        if len(active) > 1 and not _as_one(self, active):
-            return self._several(x, base, active)
-        adapter = _one(self, active[0]) if len(active) == 1 else _joined(self, active)
+        adapters = [_one(self, name) for name in active]
+        if len(active) > 1 and not _are_as_one(adapters):
+            return self._several(x, base, adapters)
+        adapter = adapters[0] if len(active) == 1 else joined(adapters)
         if active[0] in self.lora_variant:
             return self._dora(x, base, adapter, active[0])
         lora_a, lora_b, scaling, _, p, training = adapter
@@ -91,8 +92,7 @@ class _Fused(_Marked):
         weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
         return mixed_linear(x.to(dtype), weight, _bias_in(base, dtype), adapters, per_sample).to(x.dtype)
 
-    def _several(self: Any, x: Tensor, base: Any, names: Sequence[str]) -> Tensor:
-        adapters = [_one(self, name) for name in names]
+    def _several(self: Any, x: Tensor, base: Any, adapters: Sequence[Adapter]) -> Tensor:
         if is_dense(base):
             return several_linear(x, dense_weight(base), base._parameters["bias"], adapters)
         weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
@@ -316,15 +316,10 @@ def _one(layer: Any, name: str) -> Adapter:
     return peft_conditions.adapter(layer, name)
 
 
-def _as_one(layer: Any, names: Sequence[str]) -> bool:
+def _are_as_one(adapters: Sequence[Adapter]) -> bool:
     """Whether active adapters make one of the summed rank: none drops anything, and all have one dtype."""
-    parts = [_one(layer, name) for name in names]
-    same = len({part.lora_a.dtype for part in parts}) == 1
-    return same and not any(part.dropout_p > 0 and part.training for part in parts)
-
-
-def _joined(layer: Any, names: Sequence[str]) -> Adapter:
-    return mixed_batch.joined([_one(layer, name) for name in names])
+    same = len({adapter.lora_a.dtype for adapter in adapters}) == 1
+    return same and not any(adapter.dropout_p > 0 and adapter.training for adapter in adapters)
 
 
 def count(calls: Calls, reason: str) -> None:

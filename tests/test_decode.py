@@ -10,29 +10,12 @@ from fastlora import nf4, reference
 triton = pytest.importorskip("triton")
 from fastlora.kernels import decode as kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret and not torch.cuda.is_available(), reason="neither interpreter nor CUDA device"
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
+
+pytestmark = KERNELS
 CODE = torch.tensor(reference.NF4_CODE, device=DEVICE)
 SCALING = 0.5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """`torch.empty` gives NaN, so that what a kernel does not write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def draw(*shape, dtype=FP32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 class Case:

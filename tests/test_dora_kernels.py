@@ -11,8 +11,10 @@ triton = pytest.importorskip("triton")
 from fastlora.kernels import dora as kernel  # noqa: E402
 
 from fastlora import dispatch, dora, triton_path  # noqa: E402
+from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 from tests.numerics import assert_as_accurate, rms  # noqa: E402
-from tests.test_kernels import DEVICE, draw, poison, pytestmark  # noqa: E402, F401
+
+pytestmark = KERNELS
 
 
 @pytest.fixture(autouse=True)

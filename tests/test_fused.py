@@ -16,32 +16,14 @@ from fastlora.kernels.fused import Config  # noqa: E402
 from fastlora.kernels.lora import Dropout  # noqa: E402
 
 from bench.static import SHARED_LIMIT  # noqa: E402
+from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret and not torch.cuda.is_available(), reason="neither interpreter nor CUDA device"
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+pytestmark = KERNELS
 CODE = torch.tensor(reference.NF4_CODE, device=DEVICE)
 SEED = torch.tensor([2**61 + 12345], device=DEVICE)
 SCALING = 0.5
 FEW = Config(block_m=16, block_n=64, block_k=64, splits=1, warps=4, stages=3, tma=False)
 MANY = Config(block_m=64, block_n=64, block_k=64, splits=1, warps=4, stages=3, tma=False)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """`torch.empty` gives NaN, so that what a kernel does not write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def quantized(n, k, blocksize=64, nested=True):

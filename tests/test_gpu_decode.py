@@ -24,18 +24,6 @@ def decode(request):
     return cuda_native.decode
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """`torch.empty` gives NaN, so that what a kernel does not write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
 class Case:
     """Operands of a product, and what the oracle and the baseline make of them."""
 

@@ -11,10 +11,9 @@ from fastlora.kernels import grouped  # noqa: E402
 from fastlora.kernels.fused import Config  # noqa: E402
 from fastlora.kernels.segments import Segments, by_offsets  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret and not torch.cuda.is_available(), reason="neither interpreter nor CUDA device"
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
+
+pytestmark = KERNELS
 CODE = torch.tensor(reference.NF4_CODE, device=DEVICE)
 SCALING = 0.5
 ENDS = [3, 3, 25, 26, 34]  # the second expert has no row
@@ -22,22 +21,6 @@ ROWS = 36  # the last two are nobody's
 FEW = Config(block_m=16, block_n=64, block_k=64, splits=1, warps=4, stages=3, tma=False)
 MANY = Config(block_m=16, block_n=32, block_k=64, splits=1, warps=4, stages=3, tma=True)
 KINDS = ("dense", "transposed", "nested", "plain")
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """`torch.empty` gives NaN, so that what a kernel does not write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 class Case:

@@ -13,26 +13,17 @@ triton = pytest.importorskip("triton")
 from fastlora.kernels import choice, grouped  # noqa: E402
 
 from fastlora import grouped_path  # noqa: E402
+from tests.kernel_cases import DEVICE, KERNELS  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret and not torch.cuda.is_available(), reason="neither interpreter nor CUDA device"
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+pytestmark = KERNELS
 EXPERTS, N, K, R, ROWS, SCALING = 4, 40, 64, 3, 30, 0.5
 ENDS = [7, 7, 20, 28]  # the second expert has no row; the last two rows are nobody's
 LEAVES = ("x", "a", "b", "bias")
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """`torch.empty` gives NaN, and the environment forces nothing but Triton."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def forced(monkeypatch):
+    """The environment forces nothing but Triton."""
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
 
 

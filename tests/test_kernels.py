@@ -11,10 +11,9 @@ triton = pytest.importorskip("triton")
 from fastlora.kernels import lora as kernel  # noqa: E402
 from fastlora.kernels import nf4 as nf4_kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret and not torch.cuda.is_available(), reason="neither interpreter nor CUDA device"
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
+
+pytestmark = KERNELS
 SEED = torch.tensor([2**61 + 12345], device=DEVICE)
 # Activation and adapter dtypes, and the largest relative rms error of sums whose operands were not rounded.
 MODES = [
@@ -24,22 +23,6 @@ MODES = [
     (torch.float16, torch.float16, 1e-3),  # h and g are rounded to fp16
     (torch.bfloat16, torch.bfloat16, 8e-3),  # or to bf16, eight times as coarse
 ]
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """`torch.empty` gives NaN, so that what a kernel does not write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def assert_close(ours, oracle, limit):

@@ -376,8 +376,7 @@ FAULTS = {
         lambda: _mutant_backward(lambda grads, dy, base, lora: grads._replace(lora_a=grads.lora_a / lora.scaling)),
     ),
     "first adapter only": (
-        "two adapters", peft_swap, "_joined",
-        lambda: lambda layer, names: peft_swap._one(layer, names[0]),
+        "two adapters", peft_swap, "joined", lambda: lambda adapters: adapters[0],
     ),
     "ignored lora_bias": (
         "lora_bias", peft_swap, "total_bias", lambda: lambda base_bias, adapter: base_bias,

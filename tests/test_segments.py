@@ -10,7 +10,10 @@ from fastlora.kernels import lora as kernel  # noqa: E402
 from fastlora.kernels import segments as by_segments  # noqa: E402
 from fastlora.kernels.segments import Segments  # noqa: E402
 
-from tests.test_kernels import DEVICE, MODES, SEED, assert_close, draw, poison, pytestmark  # noqa: E402, F401
+from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
+from tests.test_kernels import MODES, SEED, assert_close  # noqa: E402
+
+pytestmark = KERNELS
 
 ADAPTERS = 3
 OWNERS = [2, -1, 0, 2, 0]  # of the segments; the second adapter has no row

@@ -13,11 +13,9 @@ from fastlora.kernels import choice  # noqa: E402
 from fastlora.kernels.choice import Choice  # noqa: E402
 
 from fastlora import triton_path  # noqa: E402
+from tests.kernel_cases import DEVICE, KERNELS  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret and not torch.cuda.is_available(), reason="neither interpreter nor CUDA device"
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+pytestmark = KERNELS
 SEED = 2**60 + 98765
 SCALING = 2.0
 ALL = Needs(True, True, True)
@@ -25,15 +23,8 @@ DTYPES = [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torc
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """`torch.empty` gives NaN, and the environment forces nothing but Triton."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def forced(monkeypatch):
+    """The environment forces nothing but Triton."""
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
     monkeypatch.delenv("FASTLORA_AUTOTUNE", raising=False)
     monkeypatch.setattr(choice, "_found", {})
