@@ -73,40 +73,84 @@ struct Matrix {
 
 inline Matrix matrix(const Activations& x) { return {static_cast<const Bf16*>(x.data), x.row_stride}; }
 
-// The 32 values of one group, one scale: a table of sixteen products is looked up, rounded to bf16 as they are anyhow.
-FASTLORA_BF16_INLINE __m512i nf4_products(float scale) {
+// Sixteen products of the levels and one scale, rounded to bf16 as a weight is anyhow: a table to look codes up in.
+FASTLORA_BF16_INLINE __m256i nf4_products(float scale) {
   alignas(64) static constexpr Nf4Code kCode = nf4_code();
-  const __m256i products =
-      (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_load_ps(kCode.value)));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(products), products, 1);
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_load_ps(kCode.value)));
 }
 
-FASTLORA_BF16_INLINE void nf4_group(const uint8_t* codes, __m512i products, Bf16* out) {
-  // Each byte goes to two words, of which the first shifts its high nibble down; a lookup reads the low five bits only,
-  // and the table holds everything twice.
+FASTLORA_BF16_INLINE __m512i side_by_side(__m256i low, __m256i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// The 32 values of one group, of one scale; the table holds everything twice.
+FASTLORA_BF16_INLINE void nf4_group(const uint8_t* codes, __m512i table, Bf16* out) {
+  // Each byte goes to two words, of which the first shifts its high nibble down; a lookup reads the low five bits only.
   const __m512i spread =
       _mm512_set_epi64(0x800f800f800e800eu, 0x800d800d800c800cu, 0x800b800b800a800au, 0x8009800980088008u,
                        0x8007800780068006u, 0x8005800580048004u, 0x8003800380028002u, 0x8001800180008000u);
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, products));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
+
+// Rows of codes that are asked for ahead of use. More would push one another out of the first-level cache, in which
+// rows a power of two apart have few places.
+constexpr int64_t kRowsAhead = 4;
 
 // out [rows][count] = rows of W from `row`, columns from `col`; col and count are multiples of kGroup, as K is.
 FASTLORA_BF16 inline void nf4_rows(const Nf4Weight& weight, int64_t row, int64_t rows, int64_t col, int64_t count,
                                    Bf16* out, int64_t stride) {
-  const int64_t groups_per_block = (int64_t{1} << weight.log2_blocksize) / kGroup;
+  const int64_t blocksize = int64_t{1} << weight.log2_blocksize;
   for (int64_t i = 0; i < rows; ++i, out += stride) {
-    const int64_t begin = (row + i) * weight.cols + col;
-    int64_t left = 0;  // groups up to the next scale
-    __m512i products = _mm512_setzero_si512();
-    for (int64_t at = 0; at < count; at += kGroup, --left) {
-      if (left == 0) {
-        const int64_t group = (begin + at) / kGroup;
-        left = groups_per_block - group % groups_per_block;
-        products = nf4_products(nf4_scale(weight, group / groups_per_block));
+    const int64_t begin = (row + i) * weight.cols + col, end = begin + count;
+    Bf16* to = out;
+    for (int64_t at = begin; at < end;) {
+      const int64_t block = at >> weight.log2_blocksize, stop = std::min(end, (block + 1) * blocksize);
+      const __m256i products = nf4_products(nf4_scale(weight, block));
+      const __m512i table = side_by_side(products, products);
+      __builtin_prefetch(weight.codes + (at + kRowsAhead * weight.cols) / 2);
+      for (; at < stop; at += kGroup, to += kGroup) nf4_group(weight.codes + at / 2, table, to);
+    }
+  }
+}
+
+// One group of two rows in pairs; the table holds the first row's products, then the second's.
+FASTLORA_BF16_INLINE void nf4_pairs(const uint8_t* first, const uint8_t* second, __m512i table, Pair* out) {
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+  // Two bytes of each row to a word of 32 bits, in the order in which the last two steps want them.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i mixed = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)),
+                                                _mm_unpackhi_epi8(a, b), 1);
+  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(mixed, order));
+  const __m512i nibble = _mm512_set1_epi32(0x000f000f), of_second = _mm512_set1_epi32(0x00100000);
+  const __m512i even = _mm512_or_si512(_mm512_srli_epi16(bytes, 4), of_second);
+  const __m512i odd = _mm512_or_si512(_mm512_and_si512(bytes, nibble), of_second);
+  const __m512i even_columns = _mm512_permutexvar_epi16(even, table);
+  const __m512i odd_columns = _mm512_permutexvar_epi16(odd, table);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi32(even_columns, odd_columns));
+  _mm512_storeu_si512(out + kLanes, _mm512_unpackhi_epi32(even_columns, odd_columns));
+}
+
+// The same rows as `pack_along` would pack them: panels [panel][rows / 2][kWide], `stride` apart; rows is even.
+FASTLORA_BF16 inline void nf4_panels(const Nf4Weight& weight, int64_t row, int64_t rows, int64_t col, int64_t count,
+                                     int64_t stride, Pair* panels) {
+  static_assert(kGroup == kWide, "a group fills a row of a panel");
+  const int64_t in_block = (int64_t{1} << weight.log2_blocksize) - 1, half = weight.cols / 2;
+  for (int64_t i = 0; i < rows; i += 2, panels += kWide) {
+    const int64_t first = (row + i) * weight.cols + col, second = first + weight.cols;
+    __m512i table = _mm512_setzero_si512();
+    Pair* out = panels;
+    for (int64_t at = 0; at < count; at += kGroup, out += stride) {
+      const uint8_t* codes = weight.codes + (first + at) / 2;
+      if (at == 0 || ((first + at) & in_block) == 0 || ((second + at) & in_block) == 0) {
+        table = side_by_side(nf4_products(nf4_scale(weight, (first + at) >> weight.log2_blocksize)),
+                             nf4_products(nf4_scale(weight, (second + at) >> weight.log2_blocksize)));
+        __builtin_prefetch(codes + kRowsAhead * half);
+        __builtin_prefetch(codes + (kRowsAhead + 1) * half);
       }
-      nf4_group(weight.codes + (begin + at) / 2, products, out + at);
+      nf4_pairs(codes, codes + half, table, out);
     }
   }
 }

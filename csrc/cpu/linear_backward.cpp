@@ -11,7 +11,8 @@
 namespace fastlora {
 namespace {
 
-constexpr int64_t kTokenBlock = 512;  // tokens of dx in one job
+constexpr int64_t kTokenBlock = 512;    // tokens of dx in one job
+constexpr int64_t kTiledTokens = 1024;  // tokens of dy in tiles at a time, a whole number of blocks
 // Columns of dx in one job, and rows of W in panels at a time. For few tokens the weight is all there is to read, and
 // long stretches of its rows are read the quickest.
 constexpr int64_t kColumns = 256, kSomeColumns = 1024, kFewColumns = 2048;
@@ -21,7 +22,6 @@ constexpr int64_t kSomeTokens = 64, kFewTokens = 4;
 constexpr int64_t kOuterColumns = 256;
 constexpr int64_t kOuterDepth = 256;
 constexpr int64_t kOuterRanks = 64;
-constexpr int64_t kDecodedRows = 16;
 
 struct Backward {
   const LoraLinear& linear;
@@ -37,6 +37,18 @@ struct Backward {
   Bf16* parts{};      // of scaling dy B, [tokens][extended]
   Bf16* g_columns{};  // the same, [all][tokens_stride]
   Bf16* h_columns{};  // parts of h, [all][tokens_stride]
+  // For the tokens from `begin`. Rows of dy a power of two apart push one another out of the caches: more than
+  // kSomeTokens of them are copied to tiles, each of which is one stretch of memory.
+  int64_t begin{};
+  Bf16* tiles{};  // [tile of kTileRows][step of kDepth][kTileRows][kDepth]
+
+  Bf16* tile(int64_t token, int64_t row) const {
+    return tiles + ((token - begin) / kTileRows * round_up(linear.n(), kDepth) + row) * kTileRows;
+  }
+  // dy [token .. token + kTileRows)[row ..], both where a tile begins.
+  Matrix dy_rows(int64_t token, int64_t row) const {
+    return tiles != nullptr ? Matrix{tile(token, row), kDepth} : Matrix{matrix(dy).at(token, row), dy.row_stride};
+  }
 };
 
 // Panels of B for the rows of one step.
@@ -54,9 +66,20 @@ void scatter(const Backward& f, const Bf16* parts, int64_t token, Bf16* columns)
   for (int64_t r = 0; r < f.ranks.all; ++r) columns[r * f.tokens_stride + token] = parts[r];
 }
 
-// g = scaling dy B of one group of tokens, by token and by rank, and h by rank.
+void copy_to_tiles(const Backward& f, int64_t first, int64_t count) {
+  for (int64_t t = first; t < first + count; ++t) {
+    for (int64_t row = 0; row < f.linear.n(); row += kDepth) {
+      Bf16* to = f.tile(t, row) + (t - f.begin) % kTileRows * kDepth;
+      std::memcpy(to, matrix(f.dy).at(t, row), sizeof(Bf16) * std::min(kDepth, f.linear.n() - row));
+    }
+  }
+}
+
+// One group of tokens: their tiles, g = scaling dy B by token and by rank, and h by rank.
 void take_in_tokens(const Backward& f, int64_t group) {
-  const int64_t first = group * kWide, count = std::min<int64_t>(kWide, f.dy.rows - first);
+  const int64_t first = f.begin + group * kWide, count = std::min<int64_t>(kWide, f.dy.rows - first);
+  if (f.tiles != nullptr) copy_to_tiles(f, first, count);
+  if (f.ranks.rank == 0) return;
   const Ranks& ranks = f.ranks;
   float* values = reinterpret_cast<float*>(job_room());
   Bf16* parts = reinterpret_cast<Bf16*>(values + ranks.rank);
@@ -116,27 +139,13 @@ FASTLORA_BF16 void apply_mask(const Backward& f, const Block& at, float* mask, f
 }
 
 // Panels [panel][pairs][kWide] of rows of W.
-void pack_weight(const Backward& f, const Block& at, int64_t row, int64_t rows, Bf16* decoded, Pair* panels) {
-  if (f.linear.weight != nullptr) {
-    const Matrix w = weight_rows(f.linear, row, rows, at.col, at.cols, nullptr, 0);
-    pack_along(w.data, w.stride, rows, at.cols, at.panel_stride(), panels);
+void pack_weight(const Backward& f, const Block& at, int64_t row, int64_t rows, Pair* panels) {
+  if (f.linear.weight == nullptr) {
+    nf4_panels(f.linear.nf4, row, rows, at.col, at.cols, at.panel_stride(), panels);
     return;
   }
-  const int64_t stride = at.cols + kWide;
-  for (int64_t i = 0; i < rows; i += kDecodedRows, panels += kDecodedRows / 2 * kWide) {
-    const int64_t some = std::min(kDecodedRows, rows - i);
-    nf4_rows(f.linear.nf4, row + i, some, at.col, at.cols, decoded, stride);
-    pack_along(decoded, stride, some, at.cols, at.panel_stride(), panels);
-  }
-}
-
-// Asks for the codes of these rows of W, of which a job reads a line or two each: too short a stretch for the hardware
-// to run ahead. A dense row is long enough.
-Ahead codes_ahead(const Backward& f, const Block& at, int64_t row, int64_t tiles) {
-  const LoraLinear& linear = f.linear;
-  if (linear.weight != nullptr || row >= linear.n()) return {};
-  return {linear.nf4.codes + (row * linear.k() + at.col) / 2, std::min(at.depth, linear.n() - row), at.cols / 2,
-          linear.k() / 2, tiles};
+  const Matrix w = weight_rows(f.linear, row, rows, at.col, at.cols, nullptr, 0);
+  pack_along(w.data, w.stride, rows, at.cols, at.panel_stride(), panels);
 }
 
 // dx [token ..][col ..].
@@ -144,25 +153,20 @@ void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
   const int64_t c_stride = round_up(at.cols, kWide), K = f.linear.k();
   float* c = reinterpret_cast<float*>(job_room());
   Pair* panels = reinterpret_cast<Pair*>(c + at.tokens * c_stride);
-  Bf16* decoded = reinterpret_cast<Bf16*>(panels + at.panel_stride() * (c_stride / kWide));
   std::memset(c, 0, sizeof(float) * at.tokens * c_stride);
   add_update(f, at, panels, c, c_stride);
-  const int64_t tiles = ceil_div(at.tokens, kTileRows) * ceil_div(at.cols, kWide);
   if (f.linear.drops()) apply_mask(f, at, reinterpret_cast<float*>(panels), c, c_stride);
   for (int64_t row = 0; row < f.linear.n(); row += at.depth) {
     const int64_t rows = std::min(at.depth, f.linear.n() - row);
-    pack_weight(f, at, row, rows, decoded, panels);
-    Ahead codes = codes_ahead(f, at, row + at.depth, tiles);
+    pack_weight(f, at, row, rows, panels);
     for (int64_t t = 0; t < at.tokens; t += kTileRows) {
-      const Bf16* dy = matrix(f.dy).at(at.token + t, row);
-      const Pair* panel = panels;
-      const int64_t left = std::min<int64_t>(kTileRows, at.tokens - t - kTileRows);
-      Ahead next(dy + kTileRows * f.dy.row_stride, left, 2 * rows, 2 * f.dy.row_stride,
+      const Matrix dy = f.dy_rows(at.token + t, row), following = f.dy_rows(at.token + t + kTileRows, row);
+      const int64_t some = std::min<int64_t>(kTileRows, at.tokens - t);
+      Ahead next(following.data, std::min<int64_t>(kTileRows, at.tokens - t - some), 2 * rows, 2 * dy.stride,
                  ceil_div(at.cols, kWide) * ceil_div(rows / 2, kStepPairs));
+      const Pair* panel = panels;
       for (int64_t j = 0; j < at.cols; j += kWide, panel += at.panel_stride()) {
-        codes.step();
-        multiply(panel, at.cols - j, dy, std::min<int64_t>(kTileRows, at.tokens - t), f.dy.row_stride, rows / 2,
-                 c + t * c_stride + j, c_stride, next);
+        multiply(panel, at.cols - j, dy.data, some, dy.stride, rows / 2, c + t * c_stride + j, c_stride, next);
       }
     }
   }
@@ -215,17 +219,19 @@ void outer_block(const Backward& f, bool of_b, int64_t col, int64_t cols, T* out
   }
 }
 
-void outer(const Backward& f, void* da, void* db, int threads) {
-  const int64_t of_a = da != nullptr ? ceil_div(f.linear.k(), kOuterColumns) : 0;
-  const int64_t of_b = db != nullptr ? ceil_div(f.linear.n(), kOuterColumns) : 0;
-  parallel_for(of_a + of_b, threads, [&](int64_t index) {
-    const bool b = index >= of_a;
-    const int64_t col = (b ? index - of_a : index) * kOuterColumns;
-    const int64_t cols = std::min(kOuterColumns, (b ? f.linear.n() : f.linear.k()) - col);
-    void* out = b ? db : da;
-    f.linear.adapter_dtype == 0 ? outer_block(f, b, col, cols, static_cast<float*>(out))
-                                : outer_block(f, b, col, cols, static_cast<Bf16*>(out));
-  });
+int64_t outer_jobs(const void* gradient, int64_t columns) {
+  return gradient != nullptr ? ceil_div(columns, kOuterColumns) : 0;
+}
+
+// Job `index` of the gradients of the adapters, those of A first.
+void outer(const Backward& f, void* da, void* db, int64_t index) {
+  const int64_t of_a = outer_jobs(da, f.linear.k());
+  const bool b = index >= of_a;
+  const int64_t col = (b ? index - of_a : index) * kOuterColumns;
+  const int64_t cols = std::min(kOuterColumns, (b ? f.linear.n() : f.linear.k()) - col);
+  void* out = b ? db : da;
+  f.linear.adapter_dtype == 0 ? outer_block(f, b, col, cols, static_cast<float*>(out))
+                              : outer_block(f, b, col, cols, static_cast<Bf16*>(out));
 }
 
 int64_t columns_per_job(int64_t tokens, int64_t cols, int threads) {
@@ -236,6 +242,27 @@ int64_t columns_per_job(int64_t tokens, int64_t cols, int threads) {
 int64_t depth_of_panels(int64_t tokens) {
   if (tokens > kSomeTokens) return kDepth;
   return tokens > kFewTokens ? kSomeDepth : kFewDepth;
+}
+
+// dx for kTiledTokens tokens at a time, and with the last of them dA and dB.
+void multiply_all(Backward& f, Bf16* dx, void* da, void* db, int threads) {
+  const int64_t M = f.dy.rows, K = f.linear.k();
+  const int64_t cols = columns_per_job(M, K, threads), across = ceil_div(K, cols);
+  do {
+    const int64_t tokens = std::min(kTiledTokens, M - f.begin), end = f.begin + tokens;
+    if (f.ranks.rank != 0 || f.tiles != nullptr) {
+      parallel_for(ceil_div(tokens, kWide), threads, [&](int64_t group) { take_in_tokens(f, group); });
+    }
+    const int64_t blocks = dx != nullptr ? ceil_div(tokens, kTokenBlock) * across : 0;
+    const int64_t gradients = end == M ? outer_jobs(da, K) + outer_jobs(db, f.linear.n()) : 0;
+    parallel_for(blocks, gradients, threads, [&](int64_t index) {
+      if (index >= blocks) return outer(f, da, db, index - blocks);
+      const int64_t token = f.begin + index / across * kTokenBlock, col = index % across * cols;
+      multiply_block(f, {token, std::min(kTokenBlock, end - token), col, std::min(cols, K - col), depth_of_panels(M)},
+                     dx);
+    });
+    f.begin = end;
+  } while (f.begin < M);
 }
 
 }  // namespace
@@ -255,7 +282,10 @@ bool linear_backward(const LoraLinear& linear, const Activations& dy, const Acti
   const auto sums = layout.add<float>(M_of_g * ranks.stride);
   const auto parts = layout.add<Bf16>(M_of_g * ranks.extended);
   const auto columns = layout.add<Bf16>(2 * columns_size);
+  const bool tiled = dx != nullptr && M > kSomeTokens;
+  const auto tiles = layout.add<Bf16>(tiled ? std::min(kTiledTokens, round_up(M, kTileRows)) * round_up(N, kDepth) : 0);
   if (!layout.allocate()) return false;
+  if (tiled) f.tiles = layout.at(tiles);
   f.a = {static_cast<const Bf16*>(linear.lora_a), K};
   // The last pair of an odd number of tokens ends in zero.
   std::memset(layout.at(columns), 0, sizeof(Bf16) * 2 * columns_size);
@@ -272,16 +302,7 @@ bool linear_backward(const LoraLinear& linear, const Activations& dy, const Acti
     for_steps(K, threads,
               [&](int64_t col) { split_a(linear, ranks, col, std::min(kStep, K - col), layout.at(of_a) + col, K); });
   }
-  if (ranks.rank != 0) parallel_for(ceil_div(M, kWide), threads, [&](int64_t group) { take_in_tokens(f, group); });
-  if (dx != nullptr) {
-    const int64_t cols = columns_per_job(M, K, threads), across = ceil_div(K, cols);
-    parallel_for(ceil_div(M, kTokenBlock) * across, threads, [&](int64_t index) {
-      const int64_t token = index / across * kTokenBlock, col = index % across * cols;
-      const Block at{token, std::min(kTokenBlock, M - token), col, std::min(cols, K - col), depth_of_panels(M)};
-      multiply_block(f, at, static_cast<Bf16*>(dx));
-    });
-  }
-  outer(f, da, db, threads);
+  multiply_all(f, static_cast<Bf16*>(dx), da, db, threads);
   return true;
 }
 

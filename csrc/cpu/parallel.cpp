@@ -32,7 +32,7 @@ struct alignas(64) Stretch {
 };
 
 struct Team {
-  Stretch stretches[kMaxThreads];
+  Stretch stretches[2][kMaxThreads];  // of the jobs, then of the fillers
   int threads;
   std::atomic<int> arrivals{0};
   OmpThreadNumber thread_number;
@@ -43,10 +43,12 @@ struct Team {
 void work(void* data) {
   Team& team = *static_cast<Team*>(data);
   const int self = (team.thread_number ? team.thread_number() : team.arrivals.fetch_add(1)) % team.threads;
-  for (int i = 0; i < team.threads; ++i) {
-    Stretch& stretch = team.stretches[(self + i) % team.threads];
-    for (int64_t job; (job = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
-      team.job(team.context, job);
+  for (Stretch(&stretches)[kMaxThreads] : team.stretches) {
+    for (int i = 0; i < team.threads; ++i) {
+      Stretch& stretch = stretches[(self + i) % team.threads];
+      for (int64_t job; (job = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
+        team.job(team.context, job);
+      }
     }
   }
 }
@@ -80,10 +82,10 @@ void work_on_new_threads(Team* team) {
 
 }  // namespace
 
-void run_jobs(int64_t jobs, int threads, Job job, const void* context) {
-  threads = static_cast<int>(std::min<int64_t>(std::min(threads, kMaxThreads), jobs));
+void run_jobs(int64_t jobs, int64_t fillers, int threads, Job job, const void* context) {
+  threads = static_cast<int>(std::min<int64_t>(std::min(threads, kMaxThreads), jobs + fillers));
   if (threads <= 1) {
-    for (int64_t index = 0; index < jobs; ++index) job(context, index);
+    for (int64_t index = 0; index < jobs + fillers; ++index) job(context, index);
     return;
   }
   Team team;
@@ -91,8 +93,10 @@ void run_jobs(int64_t jobs, int threads, Job job, const void* context) {
   team.job = job;
   team.context = context;
   for (int i = 0; i < threads; ++i) {
-    team.stretches[i].next = jobs * i / threads;
-    team.stretches[i].end = jobs * (i + 1) / threads;
+    team.stretches[0][i].next = jobs * i / threads;
+    team.stretches[0][i].end = jobs * (i + 1) / threads;
+    team.stretches[1][i].next = jobs + fillers * i / threads;
+    team.stretches[1][i].end = jobs + fillers * (i + 1) / threads;
   }
   const GompParallel parallel = openmp();
   team.thread_number = parallel ? openmp_thread_number() : nullptr;

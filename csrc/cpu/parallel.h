@@ -10,17 +10,24 @@ namespace fastlora {
 
 using Job = void (*)(const void* context, int64_t index);
 
-// Runs job(context, 0) .. job(context, jobs - 1) on up to `threads` threads, the caller among them, and returns when
-// all are done. Jobs must not throw.
-void run_jobs(int64_t jobs, int threads, Job job, const void* context);
+// Runs job(context, 0) .. job(context, jobs + fillers - 1) on up to `threads` threads, the caller among them, and
+// returns when all are done. A thread that finds none of the first `jobs` left goes on to the fillers. Jobs must not
+// throw.
+void run_jobs(int64_t jobs, int64_t fillers, int threads, Job job, const void* context);
 
 // What run_jobs uses for more than one thread: "openmp" or "std::thread".
 const char* threading_name();
 
 template <class Body>
-void parallel_for(int64_t jobs, int threads, const Body& body) {
+void parallel_for(int64_t jobs, int64_t fillers, int threads, const Body& body) {
   run_jobs(
-      jobs, threads, [](const void* context, int64_t index) { (*static_cast<const Body*>(context))(index); }, &body);
+      jobs, fillers, threads,
+      [](const void* context, int64_t index) { (*static_cast<const Body*>(context))(index); }, &body);
+}
+
+template <class Body>
+void parallel_for(int64_t jobs, int threads, const Body& body) {
+  parallel_for(jobs, 0, threads, body);
 }
 
 }  // namespace fastlora
