@@ -94,6 +94,7 @@ SHAPES = [
     (1, 192, 2070, 8),
     (3, 1024, 2048, 16),
     (4, 96, 1026, 4),
+    (5, 192, 134, 6),
     (8, 2080, 514, 16),
     (9, 128, 514, 3),
     (16, 256, 512, 16),
@@ -104,6 +105,7 @@ SHAPES = [
     (300, 512, 384, 16),
     (601, 544, 130, 16),
     (1030, 96, 258, 100),
+    (2055, 64, 1030, 3),
     (129, 128, 96, 256),
 ]
 
@@ -128,7 +130,7 @@ def test_nf4_has_the_bits_of_dequantize(blocksize: int, double_quant: bool) -> N
     for n, k in [(66, 32), (130, 96), (34, 2112)]:
         weight = nf4.quantize(normal(n, k), blocksize, double_quant)
         packed, expected = Packed(*weight.tensors(), blocksize, n, k), weight.dequantize(BF16)
-        for step in (8, 40, 4096):
+        for step in (1, 2, 3, 4, 5, 6, 7, 8, 40, 4096):
             columns, rows = poisoned(k, n), poisoned(n, k)
             for x, out in zip(torch.eye(k, dtype=BF16).split(step), columns.split(step), strict=True):
                 native_linear.linear(x, packed, None, None, out)

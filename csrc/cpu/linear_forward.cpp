@@ -6,6 +6,7 @@
 // More than kFewTokens tokens become panels (of kWide tokens), of which a block stays in the second-level cache, and
 // rows of W are broadcast against them: y is summed transposed. Fewer are multiplied as they lie, a row of W with each.
 #include "bf16_operands.h"
+#include "few_tokens.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -13,7 +14,6 @@
 namespace fastlora {
 namespace {
 
-constexpr int64_t kFewTokens = 8;
 constexpr int64_t kTokenBlock = 512;  // tokens in panels at a time, at most
 constexpr int64_t kRowBlock = 64;     // rows of W in one job
 constexpr int64_t kDepth = 2048;      // columns contracted at a time: long stretches of rows are read the quickest
@@ -36,6 +36,7 @@ struct Forward {
   Bf16* parts{};     // of scaling h, [tokens][extended]
   Pair* h_panels{};  // the same, [panel][extended / 2][kWide]
   Pair* x_panels{};  // of x, [step of kDepth][panel][pairs][kWide]
+  Bf16* x_codes{};   // x in the order of the codes, [K / kCodes][tokens][kCodes], instead of panels; null if not wanted
 
   bool few() const { return tokens <= kFewTokens; }
   int64_t panels() const { return ceil_div(tokens, kWide); }
@@ -83,6 +84,9 @@ void take_in_tokens(const Forward& f, int64_t group) {
   float* sums = f.sums + first * f.ranks.stride;
   float* mask = reinterpret_cast<float*>(job_room());
   Bf16* dropped = reinterpret_cast<Bf16*>(mask + kStep);
+  for (int64_t t = 0; f.x_codes != nullptr && t < count; ++t) {
+    in_order_of_codes(matrix(f.x).at(f.begin + t, 0), f.linear.k(), f.x_codes + t * kCodes, f.tokens * kCodes);
+  }
   std::memset(sums, 0, sizeof(float) * count * f.ranks.stride);
   for (int64_t col = 0; col < f.linear.k(); col += kStep) {
     const int64_t depth = std::min(kStep, f.linear.k() - col);
@@ -141,60 +145,6 @@ void multiply_block(const Forward& f, int64_t row, int64_t end) {
   store_columns(c, c_stride, rows, f.tokens, 1.0f, f.y + f.begin * f.linear.n() + row, f.linear.n());
 }
 
-constexpr int kFewRows = 4;  // rows of W that are multiplied at a time with few tokens
-
-// acc[t][i] += x[t] . w[i].
-template <int kTokens>
-FASTLORA_BF16 void dot_tile(const Bf16* x, int64_t x_stride, const Bf16* const* w, int64_t count,
-                            __m512 (*acc)[kFewRows]) {
-  __m512 total[kTokens][kFewRows];
-  FASTLORA_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    FASTLORA_UNROLL
-    for (int i = 0; i < kFewRows; ++i) total[t][i] = acc[t][i];
-  }
-  for (int64_t at = 0; at < count; at += kWide) {
-    __m512bh row[kFewRows];
-    FASTLORA_UNROLL
-    for (int i = 0; i < kFewRows; ++i) row[i] = (__m512bh)load_some(w[i] + at, count - at);
-    FASTLORA_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512bh token = (__m512bh)load_some(x + t * x_stride + at, count - at);
-      FASTLORA_UNROLL
-      for (int i = 0; i < kFewRows; ++i) total[t][i] = _mm512_dpbf16_ps(total[t][i], token, row[i]);
-    }
-  }
-  FASTLORA_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    FASTLORA_UNROLL
-    for (int i = 0; i < kFewRows; ++i) acc[t][i] = total[t][i];
-  }
-}
-
-FASTLORA_BF16 void dot(const Bf16* x, int64_t x_stride, int64_t tokens, const Bf16* const* w, int64_t count,
-                       __m512 (*acc)[kFewRows]) {
-  for (; tokens > 0; tokens -= 4, x += 4 * x_stride, acc += 4) {
-    switch (std::min<int64_t>(4, tokens)) {
-      case 1:
-        dot_tile<1>(x, x_stride, w, count, acc);
-        break;
-      case 2:
-        dot_tile<2>(x, x_stride, w, count, acc);
-        break;
-      case 3:
-        dot_tile<3>(x, x_stride, w, count, acc);
-        break;
-      default:
-        dot_tile<4>(x, x_stride, w, count, acc);
-    }
-  }
-}
-
-// Row `i` of kFewRows; the last one again where there are no more.
-inline void point_at(const Matrix& matrix, int64_t rows, const Bf16** out) {
-  for (int64_t i = 0; i < kFewRows; ++i) out[i] = matrix.at(std::min(i, rows - 1), 0);
-}
-
 // The same for few tokens, rows of W one after the other.
 FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
   Bf16* room = reinterpret_cast<Bf16*>(job_room());
@@ -210,8 +160,9 @@ FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
     point_at({f.b.at(row, 0), f.b.stride}, rows, w);
     dot(f.parts, f.ranks.extended, f.tokens, w, both, acc);
     if (f.ranks.parts > 1) dot(f.parts + both, f.ranks.extended, f.tokens, w, padded, acc);
+    if (f.x_codes != nullptr) kDotCodes[f.tokens - 1](f.linear.nf4, row, rows, f.x_codes, acc);
     const int64_t step = f.linear.weight != nullptr ? f.linear.k() : kDepth;
-    for (int64_t col = 0; col < f.linear.k(); col += step) {
+    for (int64_t col = 0; f.x_codes == nullptr && col < f.linear.k(); col += step) {
       const int64_t depth = std::min(step, f.linear.k() - col);
       point_at(weight_rows(f.linear, row, rows, col, depth, room, kRoomStride), rows, w);
       dot(x.at(f.begin, col), x.stride, f.tokens, w, depth, acc);
@@ -243,12 +194,15 @@ bool linear_forward(const LoraLinear& linear, const Activations& x, const float*
   const auto parts = layout.add<Bf16>(block * ranks.extended);
   const auto h_panels = layout.add<Pair>(block * ranks.extended / 2);
   const auto x_panels = layout.add<Pair>(x.rows <= kFewTokens ? 0 : block * K / 2);
+  const bool from_codes = x.rows <= kFewTokens && is_read_from_codes(linear);
+  const auto x_codes = layout.add<Bf16>(from_codes ? x.rows * K : 0);
   if (!layout.allocate()) return false;
   f.a_panels = layout.at(a_panels);
   f.sums = layout.at(sums);
   f.parts = layout.at(parts);
   f.h_panels = layout.at(h_panels);
   f.x_panels = layout.at(x_panels);
+  if (from_codes) f.x_codes = layout.at(x_codes);
   f.b = {static_cast<const Bf16*>(linear.lora_b), ranks.rank};
   for_steps(K, worth(K * ranks.all / kLanes, threads), [&](int64_t col) { pack_a(f, layout.at(of_a), col); });
   if (split_size != 0) {
