@@ -18,6 +18,7 @@ constexpr int64_t kTokenBlock = 512;  // tokens in panels at a time, at most
 constexpr int64_t kRowBlock = 64;     // rows of W in one job
 constexpr int64_t kDepth = 2048;      // columns contracted at a time: long stretches of rows are read the quickest
 constexpr int64_t kRoomStride = kDepth + kWide;
+constexpr int64_t kRankStep = 4;      // rows of A in one job, where h is computed whole
 
 struct Forward {
   const LoraLinear& linear;
@@ -32,6 +33,7 @@ struct Forward {
   // For the tokens of one block.
   int64_t begin{};
   int64_t tokens{};
+  float* whole_h{};  // h, [tokens][rank], if few tokens multiply fp32 adapters as they are; else null, and in parts:
   float* sums{};     // x Aᵀ, [tokens][ranks.stride]
   Bf16* parts{};     // of scaling h, [tokens][extended]
   Pair* h_panels{};  // the same, [panel][extended / 2][kWide]
@@ -78,6 +80,18 @@ void finish_h(const Forward& f, int64_t group, int64_t count) {
   pack_across(f.parts + first * extended, extended, count, extended, f.h_panels + first * extended / 2);
 }
 
+// h for a few tokens. Taking fp32 adapters apart would cost more than all products with them.
+void multiply_by_a(const Forward& f, float* h, int threads) {
+  const LoraLinear& linear = f.linear;
+  const Shrink shrink{f.x, linear.drops() ? &linear.dropout : nullptr, static_cast<const float*>(linear.lora_a), linear.k(),
+                      linear.rank, 1.0f, h};
+  parallel_for(ceil_div(linear.rank, kRankStep), worth(f.x.rows * linear.rank * linear.k() / kLanes, threads),
+               [&](int64_t index) {
+                 const int64_t begin = index * kRankStep;
+                 kAvx512Kernels.lora_shrink(shrink, {0, f.x.rows, begin, std::min(linear.rank, begin + kRankStep)});
+               });
+}
+
 // Panels of one group of tokens, and h.
 void take_in_tokens(const Forward& f, int64_t group) {
   const int64_t first = group * kWide, count = std::min<int64_t>(kWide, f.tokens - first);
@@ -87,6 +101,7 @@ void take_in_tokens(const Forward& f, int64_t group) {
   for (int64_t t = 0; f.x_codes != nullptr && t < count; ++t) {
     in_order_of_codes(matrix(f.x).at(f.begin + t, 0), f.linear.k(), f.x_codes + t * kCodes, f.tokens * kCodes);
   }
+  if (f.whole_h != nullptr) return;
   std::memset(sums, 0, sizeof(float) * count * f.ranks.stride);
   for (int64_t col = 0; col < f.linear.k(); col += kStep) {
     const int64_t depth = std::min(kStep, f.linear.k() - col);
@@ -145,6 +160,29 @@ void multiply_block(const Forward& f, int64_t row, int64_t end) {
   store_columns(c, c_stride, rows, f.tokens, 1.0f, f.y + f.begin * f.linear.n() + row, f.linear.n());
 }
 
+// acc[t][i] += scaling h[t] . B[row + i].
+FASTLORA_BF16 void add_update_to_few(const Forward& f, int64_t row, int64_t rows, __m512 (*acc)[kFewRows]) {
+  if (f.whole_h == nullptr) {
+    const int64_t padded = f.ranks.padded, both = std::min(f.ranks.parts, 2) * padded;
+    const Bf16* b[kFewRows];
+    point_at({f.b.at(row, 0), f.b.stride}, rows, b);
+    dot(f.parts, f.ranks.extended, f.tokens, b, both, acc);
+    if (f.ranks.parts > 1) dot(f.parts + both, f.ranks.extended, f.tokens, b, padded, acc);
+    return;
+  }
+  const int64_t rank = f.ranks.rank;
+  const float* b = static_cast<const float*>(f.linear.lora_b) + row * rank;
+  for (int64_t r = 0; r < rank; r += kLanes) {
+    const __mmask16 some = first_lanes(rank - r);
+    for (int64_t t = 0; t < f.tokens; ++t) {
+      const __m512 h = _mm512_mul_ps(_mm512_set1_ps(f.linear.scaling), _mm512_maskz_loadu_ps(some, f.whole_h + t * rank + r));
+      for (int64_t i = 0; i < rows; ++i) {
+        acc[t][i] = _mm512_fmadd_ps(h, _mm512_maskz_loadu_ps(some, b + i * rank + r), acc[t][i]);
+      }
+    }
+  }
+}
+
 // The same for few tokens, rows of W one after the other.
 FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
   Bf16* room = reinterpret_cast<Bf16*>(job_room());
@@ -156,10 +194,7 @@ FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
     for (int64_t t = 0; t < f.tokens; ++t) {
       for (auto& lanes : acc[t]) lanes = _mm512_setzero_ps();
     }
-    const int64_t padded = f.ranks.padded, both = std::min(f.ranks.parts, 2) * padded;
-    point_at({f.b.at(row, 0), f.b.stride}, rows, w);
-    dot(f.parts, f.ranks.extended, f.tokens, w, both, acc);
-    if (f.ranks.parts > 1) dot(f.parts + both, f.ranks.extended, f.tokens, w, padded, acc);
+    add_update_to_few(f, row, rows, acc);
     if (f.x_codes != nullptr) kDotCodes[f.tokens - 1](f.linear.nf4, row, rows, f.x_codes, acc);
     const int64_t step = f.linear.weight != nullptr ? f.linear.k() : kDepth;
     for (int64_t col = 0; f.x_codes == nullptr && col < f.linear.k(); col += step) {
@@ -184,9 +219,11 @@ bool linear_forward(const LoraLinear& linear, const Activations& x, const float*
   const Ranks ranks(linear);
   const int64_t K = linear.k(), N = linear.n();
   const int64_t block = round_up(ceil_div(x.rows, ceil_div(x.rows, kTokenBlock)), kWide);
-  const int64_t split_size = ranks.as_they_lie() ? 0 : ranks.all;
+  const bool whole = x.rows <= kFewTokens && ranks.parts > 1 && ranks.rank != 0 && K % kWidest == 0;
+  const int64_t split_size = whole || ranks.as_they_lie() ? 0 : ranks.all;
   Forward f{linear, x, bias, static_cast<Bf16*>(y), h, ranks};
   Layout layout;
+  const auto whole_h = layout.add<float>(whole && h == nullptr ? x.rows * ranks.rank : 0);
   const auto of_a = layout.add<Bf16>(K * split_size);
   const auto of_b = layout.add<Bf16>(N * split_size);
   const auto a_panels = layout.add<Pair>(K / 2 * ranks.stride);
@@ -204,7 +241,12 @@ bool linear_forward(const LoraLinear& linear, const Activations& x, const float*
   f.x_panels = layout.at(x_panels);
   if (from_codes) f.x_codes = layout.at(x_codes);
   f.b = {static_cast<const Bf16*>(linear.lora_b), ranks.rank};
-  for_steps(K, worth(K * ranks.all / kLanes, threads), [&](int64_t col) { pack_a(f, layout.at(of_a), col); });
+  if (whole) {
+    f.whole_h = h != nullptr ? h : layout.at(whole_h);
+    multiply_by_a(f, f.whole_h, threads);
+  } else {
+    for_steps(K, worth(K * ranks.all / kLanes, threads), [&](int64_t col) { pack_a(f, layout.at(of_a), col); });
+  }
   if (split_size != 0) {
     f.b = {layout.at(of_b), ranks.all};
     for_steps(N, threads, [&](int64_t row) { split_b(linear, ranks, row, std::min(kStep, N - row), layout.at(of_b)); });
