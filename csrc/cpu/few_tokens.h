@@ -135,7 +135,9 @@ FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t 
   FASTLORA_UNROLL
   for (int t = 0; t < kTokens; ++t) {
     FASTLORA_UNROLL
-    for (int i = 0; i < kRows; ++i) acc[t][i] = _mm512_add_ps(acc[t][i], _mm512_zextps256_ps512(total[t][i]));
+    for (int i = 0; i < kRows; ++i) {
+      acc[t][i] = _mm512_add_ps(acc[t][i], _mm512_insertf32x8(_mm512_setzero_ps(), total[t][i], 0));
+    }
   }
 }
 

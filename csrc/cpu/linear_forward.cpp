@@ -4,7 +4,7 @@
 // product is added onto it, rounded once. So a small update keeps its bits, and costs no pass over y.
 //
 // More than kFewTokens tokens become panels (of kWide tokens), of which a block stays in the second-level cache, and
-// rows of W are broadcast against them: y is summed transposed. Fewer are multiplied as they lie, a row of W with each.
+// rows of W are broadcast against them: y is summed transposed. Fewer are multiplied row by row (few_tokens.h).
 #include "bf16_operands.h"
 #include "few_tokens.h"
 #include "linear.h"
@@ -83,8 +83,8 @@ void finish_h(const Forward& f, int64_t group, int64_t count) {
 // h for a few tokens. Taking fp32 adapters apart would cost more than all products with them.
 void multiply_by_a(const Forward& f, float* h, int threads) {
   const LoraLinear& linear = f.linear;
-  const Shrink shrink{f.x, linear.drops() ? &linear.dropout : nullptr, static_cast<const float*>(linear.lora_a), linear.k(),
-                      linear.rank, 1.0f, h};
+  const float* a = static_cast<const float*>(linear.lora_a);
+  const Shrink shrink{f.x, linear.drops() ? &linear.dropout : nullptr, a, linear.k(), linear.rank, 1.0f, h};
   parallel_for(ceil_div(linear.rank, kRankStep), worth(f.x.rows * linear.rank * linear.k() / kLanes, threads),
                [&](int64_t index) {
                  const int64_t begin = index * kRankStep;
@@ -172,10 +172,11 @@ FASTLORA_BF16 void add_update_to_few(const Forward& f, int64_t row, int64_t rows
   }
   const int64_t rank = f.ranks.rank;
   const float* b = static_cast<const float*>(f.linear.lora_b) + row * rank;
+  const __m512 scaling = _mm512_set1_ps(f.linear.scaling);
   for (int64_t r = 0; r < rank; r += kLanes) {
     const __mmask16 some = first_lanes(rank - r);
     for (int64_t t = 0; t < f.tokens; ++t) {
-      const __m512 h = _mm512_mul_ps(_mm512_set1_ps(f.linear.scaling), _mm512_maskz_loadu_ps(some, f.whole_h + t * rank + r));
+      const __m512 h = _mm512_mul_ps(scaling, _mm512_maskz_loadu_ps(some, f.whole_h + t * rank + r));
       for (int64_t i = 0; i < rows; ++i) {
         acc[t][i] = _mm512_fmadd_ps(h, _mm512_maskz_loadu_ps(some, b + i * rank + r), acc[t][i]);
       }
