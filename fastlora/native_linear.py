@@ -7,7 +7,7 @@ One call forward, one backward, over a dense weight or NF4 codes. The update is 
 product onto it, with one rounding; neither the update nor an expanded weight is written to memory. x, dy and W are
 multiplied in bf16, an NF4 weight rounded to it as by `nf4_dequantize`. bf16 adapters are multiplied as they are, h and
 dy B rounded to bf16 for their second factors; fp32 adapters in bf16 parts that keep 24 bits (16 where the result is
-bf16).
+bf16), or as they are in a forward of few tokens.
 
 For a few tokens these calls are not much longer than the time it takes to make them: operands are packed by `struct`
 and checked by one expression each, and only a refusal looks at what was wrong.

@@ -1,7 +1,8 @@
 // What the fused products read beside activations, in bf16: the base weight, and adapters in parts.
 //
-// bf16 adapters are one part. An fp32 adapter is the sum of three bf16 parts, which hold its 24 bits; x Aᵀ and dy B
-// take all three, and products of two fp32 factors, which end in bf16, the first two of each: A1 h1 + A2 h1 + A1 h2.
+// bf16 adapters are one part. An fp32 adapter is the sum of three bf16 parts, which hold its 24 bits (a forward of few
+// tokens multiplies it as it is). x Aᵀ and dy B take all three, and products of two fp32 factors, which end in bf16, the
+// first two of each: A1 h1 + A2 h1 + A1 h2.
 #pragma once
 
 #include "bf16_tiles.h"
@@ -94,9 +95,11 @@ FASTLORA_BF16_INLINE void nf4_group(const uint8_t* codes, __m512i table, Bf16* o
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
 
-// Rows of codes that are asked for ahead of use. More would push one another out of the first-level cache, in which
-// rows a power of two apart have few places.
+// Rows of codes that are asked for ahead of use; more would push one another out of the first-level cache, in which rows
+// a power of two apart have few places. They are asked for every so many columns, half a line, for some requests are
+// dropped.
 constexpr int64_t kRowsAhead = 4;
+constexpr int64_t kAskedColumns = 64;
 
 // out [rows][count] = rows of W from `row`, columns from `col`; col and count are multiples of kGroup, as K is.
 FASTLORA_BF16 inline void nf4_rows(const Nf4Weight& weight, int64_t row, int64_t rows, int64_t col, int64_t count,
@@ -109,8 +112,11 @@ FASTLORA_BF16 inline void nf4_rows(const Nf4Weight& weight, int64_t row, int64_t
       const int64_t block = at >> weight.log2_blocksize, stop = std::min(end, (block + 1) * blocksize);
       const __m256i products = nf4_products(nf4_scale(weight, block));
       const __m512i table = side_by_side(products, products);
-      __builtin_prefetch(weight.codes + (at + kRowsAhead * weight.cols) / 2);
-      for (; at < stop; at += kGroup, to += kGroup) nf4_group(weight.codes + at / 2, table, to);
+      for (; at < stop; at += kGroup, to += kGroup) {
+        const uint8_t* codes = weight.codes + at / 2;
+        if ((at - begin) % kAskedColumns == 0) __builtin_prefetch(codes + kRowsAhead * weight.cols / 2);
+        nf4_group(codes, table, to);
+      }
     }
   }
 }
@@ -147,6 +153,8 @@ FASTLORA_BF16 inline void nf4_panels(const Nf4Weight& weight, int64_t row, int64
       if (at == 0 || ((first + at) & in_block) == 0 || ((second + at) & in_block) == 0) {
         table = side_by_side(nf4_products(nf4_scale(weight, (first + at) >> weight.log2_blocksize)),
                              nf4_products(nf4_scale(weight, (second + at) >> weight.log2_blocksize)));
+      }
+      if (at % kAskedColumns == 0) {
         __builtin_prefetch(codes + kRowsAhead * half);
         __builtin_prefetch(codes + (kRowsAhead + 1) * half);
       }

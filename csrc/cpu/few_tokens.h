@@ -4,6 +4,8 @@
 // after each shift by four bits, give sixteen words of them each; the tokens are put into the same order beforehand.
 #pragma once
 
+#include <algorithm>
+
 #include "bf16_operands.h"
 
 #if FASTLORA_HAS_BF16
@@ -65,16 +67,16 @@ inline void point_at(const Matrix& matrix, int64_t rows, const Bf16** out) {
   for (int64_t i = 0; i < kFewRows; ++i) out[i] = matrix.at(std::min(i, rows - 1), 0);
 }
 
-constexpr int64_t kCodes = 64;  // columns whose codes fill a vector of 256 bits
+constexpr int64_t kCodeColumns = 64;  // columns whose codes fill a vector of 256 bits
 constexpr int kLookups = 4;
 
 // Whether `dot_codes` takes this weight: its blocks begin and end where vectors of codes do.
 inline bool is_read_from_codes(const LoraLinear& linear) {
-  return linear.weight == nullptr && linear.nf4.cols % kCodes == 0 &&
-         (int64_t{1} << linear.nf4.log2_blocksize) >= kCodes;
+  return linear.weight == nullptr && linear.nf4.cols % kCodeColumns == 0 &&
+         (int64_t{1} << linear.nf4.log2_blocksize) >= kCodeColumns;
 }
 
-// One token's x [count] in the order of the lookups, stretches of kCodes columns `stride` apart.
+// One token's x [count] in the order of the lookups, stretches of kCodeColumns columns `stride` apart.
 FASTLORA_BF16 inline void in_order_of_codes(const Bf16* x, int64_t count, Bf16* out, int64_t stride) {
   // The low nibble of a byte holds the second of its two columns, and comes first.
   alignas(64) static constexpr uint16_t kOrder[2][kWide] = {
@@ -82,7 +84,7 @@ FASTLORA_BF16 inline void in_order_of_codes(const Bf16* x, int64_t count, Bf16* 
        0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60},
       {3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63,
        2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62}};
-  for (int64_t at = 0; at < count; at += kCodes, out += stride) {
+  for (int64_t at = 0; at < count; at += kCodeColumns, out += stride) {
     const __m512i a = _mm512_loadu_si512(x + at), b = _mm512_loadu_si512(x + at + kWide);
     for (int half = 0; half < 2; ++half) {
       const __m512i order = _mm512_load_si512(kOrder[half]);
@@ -102,10 +104,11 @@ FASTLORA_BF16_INLINE void look_up(const Nf4Weight& weight, int64_t flat, __m256b
   }
 }
 
-// acc[t][i] += x[t] . W[row + i] for i < kRows; x as [K / kCodes][kTokens][kCodes]. Rows from `rows` on are the last.
+// acc[t][first + i] += x[t] . W[row + i] for i < kRows; x as [K / kCodeColumns][kTokens][kCodeColumns]. Rows from
+// `rows` on are the last.
 template <int kTokens, int kRows>
 FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t rows, const Bf16* x,
-                                  __m512 (*acc)[kFewRows]) {
+                                  __m512 (*acc)[kFewRows], int first) {
   __m256 total[kTokens][kRows];
   int64_t begin[kRows];
   FASTLORA_UNROLL
@@ -114,7 +117,7 @@ FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t 
     FASTLORA_UNROLL
     for (int t = 0; t < kTokens; ++t) total[t][i] = _mm256_setzero_ps();
   }
-  for (int64_t at = 0; at < weight.cols; at += kCodes, x += kTokens * kCodes) {
+  for (int64_t at = 0; at < weight.cols; at += kCodeColumns, x += kTokens * kCodeColumns) {
     FASTLORA_UNROLL
     for (int i = 0; i < kRows; i += 2) {
       __m256bh w[2][kLookups];
@@ -124,7 +127,7 @@ FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t 
       for (int t = 0; t < kTokens; ++t) {
         FASTLORA_UNROLL
         for (int s = 0; s < kLookups; ++s) {
-          const auto* from = reinterpret_cast<const __m256i*>(x + t * kCodes) + s;
+          const auto* from = reinterpret_cast<const __m256i*>(x + t * kCodeColumns) + s;
           const __m256bh token = (__m256bh)_mm256_loadu_si256(from);
           total[t][i] = _mm256_dpbf16_ps(total[t][i], token, w[0][s]);
           total[t][i + 1] = _mm256_dpbf16_ps(total[t][i + 1], token, w[1][s]);
@@ -136,7 +139,8 @@ FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t 
   for (int t = 0; t < kTokens; ++t) {
     FASTLORA_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      acc[t][i] = _mm512_add_ps(acc[t][i], _mm512_insertf32x8(_mm512_setzero_ps(), total[t][i], 0));
+      __m512& sum = acc[t][first + i];
+      sum = _mm512_add_ps(sum, _mm512_insertf32x8(_mm512_setzero_ps(), total[t][i], 0));
     }
   }
 }
@@ -145,12 +149,10 @@ FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t 
 template <int kTokens>
 void dot_codes(const Nf4Weight& weight, int64_t row, int64_t rows, const Bf16* x, __m512 (*acc)[kFewRows]) {
   if constexpr (kTokens <= 4) {
-    dot_codes_tile<kTokens, kFewRows>(weight, row, rows, x, acc);
+    dot_codes_tile<kTokens, kFewRows>(weight, row, rows, x, acc, 0);
   } else {
-    dot_codes_tile<kTokens, 2>(weight, row, rows, x, acc);
-    if (rows > 2) {
-      dot_codes_tile<kTokens, 2>(weight, row + 2, rows - 2, x, reinterpret_cast<__m512(*)[kFewRows]>(&acc[0][2]));
-    }
+    dot_codes_tile<kTokens, 2>(weight, row, rows, x, acc, 0);
+    if (rows > 2) dot_codes_tile<kTokens, 2>(weight, row + 2, rows - 2, x, acc, 2);
   }
 }
 

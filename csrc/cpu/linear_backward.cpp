@@ -1,8 +1,9 @@
 // dx = dy W + scaling · mask ∘ ((dy B) A), dA = scaling · (dy B)ᵀ x̃ and dB = scaling · dyᵀ h in bf16.
 //
 // As forward: a tile of dx begins as the update, in fp32, and dy W is added onto it. Columns of W become panels, two
-// rows interleaved, in the second-level cache, and dy is broadcast as it lies; the gradients of the adapters are the
-// same product over the tokens. Every element has one order of summation, whatever the threads.
+// rows interleaved, in the second-level cache, and dy is broadcast, from a copy in tiles where many jobs read it. The
+// gradients of the adapters are the same product over the tokens. Every element has one order of summation, whatever
+// the threads.
 #include "bf16_operands.h"
 #include "linear.h"
 #include "parallel.h"
@@ -11,17 +12,27 @@
 namespace fastlora {
 namespace {
 
-constexpr int64_t kTokenBlock = 512;    // tokens of dx in one job
-constexpr int64_t kTiledTokens = 1024;  // tokens of dy in tiles at a time, a whole number of blocks
+constexpr int64_t kTokenBlock = 512;  // tokens of dx in one job
 // Columns of dx in one job, and rows of W in panels at a time. For few tokens the weight is all there is to read, and
 // long stretches of its rows are read the quickest.
-constexpr int64_t kColumns = 256, kSomeColumns = 1024, kFewColumns = 2048;
-constexpr int64_t kDepth = 512, kSomeDepth = 256, kFewDepth = 32;
-constexpr int64_t kSomeTokens = 64, kFewTokens = 4;
+constexpr int64_t kColumns = 256, kSomeColumns = 1024, kHandfulColumns = 2048;
+constexpr int64_t kDepth = 512, kSomeDepth = 256, kHandfulDepth = 32;
+constexpr int64_t kSomeTokens = 64, kHandful = 4;
+// Tokens and bytes of dy in tiles at a time, at most.
+constexpr int64_t kTiledTokens = 1024;
+constexpr int64_t kTileBytes = 32 << 20;
 // The same for dA and dB, which contract tokens; and ranks whose sums a job holds.
 constexpr int64_t kOuterColumns = 256;
 constexpr int64_t kOuterDepth = 256;
 constexpr int64_t kOuterRanks = 64;
+
+static_assert(kTiledTokens % kTokenBlock == 0 && kTokenBlock % kWide == 0 && kWide % kTileRows == 0);
+constexpr int64_t block_room(int64_t tokens, int64_t columns, int64_t depth) {
+  return 4 * columns * (tokens + depth / 2 + 1);
+}
+static_assert(block_room(kTokenBlock, kColumns, kDepth) <= kJobRoom &&
+              block_room(kSomeTokens, kSomeColumns, kSomeDepth) <= kJobRoom &&
+              block_room(kHandful, kHandfulColumns, kHandfulDepth) <= kJobRoom);
 
 struct Backward {
   const LoraLinear& linear;
@@ -37,8 +48,9 @@ struct Backward {
   Bf16* parts{};      // of scaling dy B, [tokens][extended]
   Bf16* g_columns{};  // the same, [all][tokens_stride]
   Bf16* h_columns{};  // parts of h, [all][tokens_stride]
-  // For the tokens from `begin`. Rows of dy a power of two apart push one another out of the caches: more than
-  // kSomeTokens of them are copied to tiles, each of which is one stretch of memory.
+  // Rows of dy a power of two apart push one another out of the caches. Where many jobs read them, they are copied to
+  // tiles, each of which is one stretch of memory: `tiled` tokens at a time, from `begin`, or none.
+  int64_t tiled{};
   int64_t begin{};
   Bf16* tiles{};  // [tile of kTileRows][step of kDepth][kTileRows][kDepth]
 
@@ -47,7 +59,7 @@ struct Backward {
   }
   // dy [token .. token + kTileRows)[row ..], both where a tile begins.
   Matrix dy_rows(int64_t token, int64_t row) const {
-    return tiles != nullptr ? Matrix{tile(token, row), kDepth} : Matrix{matrix(dy).at(token, row), dy.row_stride};
+    return tiled != 0 ? Matrix{tile(token, row), kDepth} : Matrix{matrix(dy).at(token, row), dy.row_stride};
   }
 };
 
@@ -78,7 +90,7 @@ void copy_to_tiles(const Backward& f, int64_t first, int64_t count) {
 // One group of tokens: their tiles, g = scaling dy B by token and by rank, and h by rank.
 void take_in_tokens(const Backward& f, int64_t group) {
   const int64_t first = f.begin + group * kWide, count = std::min<int64_t>(kWide, f.dy.rows - first);
-  if (f.tiles != nullptr) copy_to_tiles(f, first, count);
+  if (f.tiled != 0) copy_to_tiles(f, first, count);
   if (f.ranks.rank == 0) return;
   const Ranks& ranks = f.ranks;
   float* values = reinterpret_cast<float*>(job_room());
@@ -235,22 +247,29 @@ void outer(const Backward& f, void* da, void* db, int64_t index) {
 }
 
 int64_t columns_per_job(int64_t tokens, int64_t cols, int threads) {
-  const int64_t most = tokens > kSomeTokens ? kColumns : tokens > kFewTokens ? kSomeColumns : kFewColumns;
-  return std::min(most, round_up(ceil_div(cols, threads), kWide));
+  const int64_t most = tokens > kSomeTokens ? kColumns : tokens > kHandful ? kSomeColumns : kHandfulColumns;
+  return std::max<int64_t>(kWide, std::min(most, round_up(ceil_div(cols, threads), kWide)));
 }
 
 int64_t depth_of_panels(int64_t tokens) {
   if (tokens > kSomeTokens) return kDepth;
-  return tokens > kFewTokens ? kSomeDepth : kFewDepth;
+  return tokens > kHandful ? kSomeDepth : kHandfulDepth;
 }
 
-// dx for kTiledTokens tokens at a time, and with the last of them dA and dB.
-void multiply_all(Backward& f, Bf16* dx, void* da, void* db, int threads) {
+// A copy that one or two jobs read does not pay.
+int64_t tokens_in_tiles(int64_t M, int64_t N, int64_t K) {
+  if (depth_of_panels(M) != kDepth || K <= 2 * kColumns) return 0;
+  const int64_t fit = kTileBytes / static_cast<int64_t>(sizeof(Bf16)) / round_up(std::max<int64_t>(N, 1), kDepth);
+  return std::min({fit / kTokenBlock * kTokenBlock, kTiledTokens, round_up(M, kTileRows)});
+}
+
+// dx for as many tokens at a time as there are tiles for, and with the last of them dA and dB.
+void multiply_all(Backward f, Bf16* dx, void* da, void* db, int threads) {
   const int64_t M = f.dy.rows, K = f.linear.k();
   const int64_t cols = columns_per_job(M, K, threads), across = ceil_div(K, cols);
   do {
-    const int64_t tokens = std::min(kTiledTokens, M - f.begin), end = f.begin + tokens;
-    if (f.ranks.rank != 0 || f.tiles != nullptr) {
+    const int64_t end = f.tiled != 0 ? std::min(f.begin + f.tiled, M) : M, tokens = end - f.begin;
+    if (f.ranks.rank != 0 || f.tiled != 0) {
       parallel_for(ceil_div(tokens, kWide), threads, [&](int64_t group) { take_in_tokens(f, group); });
     }
     const int64_t blocks = dx != nullptr ? ceil_div(tokens, kTokenBlock) * across : 0;
@@ -282,10 +301,10 @@ bool linear_backward(const LoraLinear& linear, const Activations& dy, const Acti
   const auto sums = layout.add<float>(M_of_g * ranks.stride);
   const auto parts = layout.add<Bf16>(M_of_g * ranks.extended);
   const auto columns = layout.add<Bf16>(2 * columns_size);
-  const bool tiled = dx != nullptr && M > kSomeTokens;
-  const auto tiles = layout.add<Bf16>(tiled ? std::min(kTiledTokens, round_up(M, kTileRows)) * round_up(N, kDepth) : 0);
+  f.tiled = dx != nullptr ? tokens_in_tiles(M, N, K) : 0;
+  const auto tiles = layout.add<Bf16>(f.tiled * round_up(N, kDepth));
   if (!layout.allocate()) return false;
-  if (tiled) f.tiles = layout.at(tiles);
+  f.tiles = layout.at(tiles);
   f.a = {static_cast<const Bf16*>(linear.lora_a), K};
   // The last pair of an odd number of tokens ends in zero.
   std::memset(layout.at(columns), 0, sizeof(Bf16) * 2 * columns_size);

@@ -30,15 +30,15 @@ struct Forward {
   // Shared by all jobs.
   Matrix b{};        // B [N][all]
   Pair* a_panels{};  // of A, [step of kStep][panel][pairs][kWide]
+  float* whole_h{};  // h [M][rank], where few tokens multiply fp32 adapters as they are; null where they take parts
   // For the tokens of one block.
   int64_t begin{};
   int64_t tokens{};
-  float* whole_h{};  // h, [tokens][rank], if few tokens multiply fp32 adapters as they are; else null, and in parts:
   float* sums{};     // x Aᵀ, [tokens][ranks.stride]
   Bf16* parts{};     // of scaling h, [tokens][extended]
   Pair* h_panels{};  // the same, [panel][extended / 2][kWide]
   Pair* x_panels{};  // of x, [step of kDepth][panel][pairs][kWide]
-  Bf16* x_codes{};   // x in the order of the codes, [K / kCodes][tokens][kCodes], instead of panels; null if not wanted
+  Bf16* x_codes{};   // x in the order of the codes, [K / kCodeColumns][tokens][kCodeColumns], or null
 
   bool few() const { return tokens <= kFewTokens; }
   int64_t panels() const { return ceil_div(tokens, kWide); }
@@ -99,7 +99,8 @@ void take_in_tokens(const Forward& f, int64_t group) {
   float* mask = reinterpret_cast<float*>(job_room());
   Bf16* dropped = reinterpret_cast<Bf16*>(mask + kStep);
   for (int64_t t = 0; f.x_codes != nullptr && t < count; ++t) {
-    in_order_of_codes(matrix(f.x).at(f.begin + t, 0), f.linear.k(), f.x_codes + t * kCodes, f.tokens * kCodes);
+    Bf16* to = f.x_codes + t * kCodeColumns;
+    in_order_of_codes(matrix(f.x).at(f.begin + t, 0), f.linear.k(), to, f.tokens * kCodeColumns);
   }
   if (f.whole_h != nullptr) return;
   std::memset(sums, 0, sizeof(float) * count * f.ranks.stride);
@@ -184,7 +185,7 @@ FASTLORA_BF16 void add_update_to_few(const Forward& f, int64_t row, int64_t rows
   }
 }
 
-// The same for few tokens, rows of W one after the other.
+// y [few tokens][row, end), rows of W one after the other.
 FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
   Bf16* room = reinterpret_cast<Bf16*>(job_room());
   const Matrix x = matrix(f.x);
