@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _load_recipe() -> ModuleType:
-    """fastlora/_build.py without importing the package, which needs torch."""
-    spec = importlib.util.spec_from_file_location("fastlora_build", ROOT / "fastlora" / "_build.py")
+    """fastlora/native/build.py without importing the package, which needs torch."""
+    spec = importlib.util.spec_from_file_location("fastlora_build", ROOT / "fastlora" / "native" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -74,7 +74,7 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
     options = Step(("bench", "options", "--device", "cuda", "--out", str(out / "options.csv")))
     return [
         Phase("install", 0.5, (Step(("bench.peers", "--install")),)),
-        Phase("build", 1.5, (Step(("fastlora.native",), {"FASTLORA_CUDA_ARCHS": str(max(known))}), _STATUS)),
+        Phase("build", 1.5, (Step(("fastlora.native.cpu",), {"FASTLORA_CUDA_ARCHS": str(max(known))}), _STATUS)),
         Phase("tests", 3.0, (tests,), _no_pytest),
         Phase("kernels", 3.0, (_kernels(out, "cuda", "--limit", SECONDS),)),
         Phase("tune", 2.0, (tune,), keep=(TABLE,)),

@@ -46,11 +46,11 @@ class Row:
 def _compiled_rows(archs: list[int], kernel: str) -> Iterator[Row]:
     """Rows of the CUDA library, if it has been built, of the kernels whose name contains `kernel`."""
     from bench import fatbin
-    from fastlora import cuda_native
+    from fastlora.native import cuda
 
-    loaded, text = cuda_native.status()
+    loaded, text = cuda.status()
     if loaded:
-        yield from (row for row in fatbin.rows(*cuda_native.static_facts(), archs) if kernel in row.kernel)
+        yield from (row for row in fatbin.rows(*cuda.static_facts(), archs) if kernel in row.kernel)
     else:
         print(f"no rows of the CUDA library: {text}")
 

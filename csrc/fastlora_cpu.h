@@ -11,7 +11,7 @@
 #include "lora.h"
 #include "nf4.h"
 
-// Raised with every change of a signature, of a structure or of a meaning; fastlora/_build.py holds the same number.
+// Raised with every change of a signature, of a structure or of a meaning; fastlora/native/build.py holds the same number.
 #define FASTLORA_ABI_VERSION 5
 
 #define FASTLORA_EXPORT extern "C" __attribute__((visibility("default")))

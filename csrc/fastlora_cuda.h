@@ -10,7 +10,7 @@
 
 #include "nf4.h"
 
-// Raised with every change of a signature, of a structure or of a meaning; fastlora/_build.py holds the same number.
+// Raised with every change of a signature, of a structure or of a meaning; fastlora/native/build.py holds the same number.
 #define FASTLORA_CUDA_ABI_VERSION 1
 
 #ifndef FASTLORA_EXPORT

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora import native, reference
+from fastlora import reference
+from fastlora.native import cpu
 
 MIN_CAPABILITY = (8, 0)
 FORCED = ("triton", "cuda", "cpp", "torch")
@@ -50,7 +51,7 @@ def _backend(device_type: str, index: int | None, forced: str) -> Backend:
     if reason := _missing(fast, device_type, index):
         return Backend("torch", f"slow path: {reason}")
     if fast == "cpp":
-        return Backend("cpp", native.status()[1])
+        return Backend("cpp", cpu.status()[1])
     reason = _missing("cuda", device_type, index)
     return Backend("triton", f"Triton kernels, decode too: {reason}" if reason else "Triton kernels, compiled decode")
 
@@ -89,7 +90,7 @@ def _no_cpp(device_type: str) -> str:
     """Why the C++ library cannot run on a device; empty where it can."""
     if device_type != "cpu":
         return f"no fastlora kernels for {device_type!r} devices"
-    loaded, reason = native.status()
+    loaded, reason = cpu.status()
     return "" if loaded else reason
 
 
@@ -169,7 +170,7 @@ def _expand_with_cpp(
     scaling: float,
 ) -> None:
     a, b = (None if adapter is None else adapter.detach().float().contiguous() for adapter in (lora_a, lora_b))
-    native.nf4_dequantize(codes, absmax, absmax2, code2, offset, blocksize, out, a, b, scaling)
+    cpu.nf4_dequantize(codes, absmax, absmax2, code2, offset, blocksize, out, a, b, scaling)
 
 
 @torch.library.register_fake("fastlora::nf4_dequantize")

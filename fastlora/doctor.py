@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlora import functional, native
+from fastlora import functional
 from fastlora.kernels import choice
+from fastlora.native import cpu
 
 # Distribution -> what it is needed for; `pip install fastlora[extra]` where an extra has it.
 PACKAGES = {
@@ -109,7 +110,7 @@ def _backends() -> list[Finding]:
     findings = []
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         findings.append(_backend_of(device))
-    loaded, reason = native.status()
+    loaded, reason = cpu.status()
     findings.append(Finding("C++ library", reason, loaded, "" if loaded else reason))
     if version_of("triton") is None:
         advice = "pip install triton" if platform.system() == "Linux" else ""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import native_linear
 from fastlora.dispatch import backend
+from fastlora.native import linear as native_linear
 from fastlora.operands import Base, Gradients, Lora, Needs, refuse_second_derivative
 
 _CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import dispatch, native_quantize, reference
+from fastlora import dispatch, reference
+from fastlora.native import quantize as native_quantize
 from fastlora.reference import NESTED_BLOCKSIZE, NF4_CODE
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -18,8 +18,10 @@ the product and never makes an [M, N] in fp32. For a few rows that is not worth 
 import torch
 from torch import Tensor
 
-from fastlora import fused_path, native, native_linear, native_lora, reference
+from fastlora import fused_path, reference
 from fastlora.dispatch import backend
+from fastlora.native import cpu, linear
+from fastlora.native import lora as native_lora
 from fastlora.operands import Base, Gradients, Lora, Needs, affine
 
 FEW_ROWS = 64
@@ -55,8 +57,8 @@ def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: to
         rest = [(min(n, k) - 1, "expand, then torch's product, update first"), *([merged] if r else [])]
         rest = rest if r else [(any_m, "expand, then torch's product")]
         rest = [(GEMV_UP_TO_M, "C++ product over packed codes"), *rest] if cpp else rest
-    if cpp and dtype is torch.bfloat16 and native_linear.supports(1, n, k, r, packed):
-        few = any_m if native_linear.supports(any_m, n, k, r, packed) else native_linear.FEW_TOKENS
+    if cpp and dtype is torch.bfloat16 and linear.supports(1, n, k, r, packed):
+        few = any_m if linear.supports(any_m, n, k, r, packed) else linear.FEW_TOKENS
         rest = [(few, "one C++ product"), *(step for step in rest if step[0] > few)]
     return rest
 
@@ -181,7 +183,7 @@ def _packed_product(x: Tensor, base: Base, transposed: bool) -> Tensor:
     """x Wᵀ, or x W where `transposed`, in fp32, for a few rows."""
     assert base.absmax is not None
     out = torch.empty(x.shape[0], base.k if transposed else base.n, dtype=torch.float32, device="cpu")
-    product = native.nf4_gemv_t if transposed else native.nf4_gemv
+    product = cpu.nf4_gemv_t if transposed else cpu.nf4_gemv
     product(x.contiguous(), base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, out)
     return out
 

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import cuda_native
 from fastlora.dispatch import level_table
 from fastlora.kernels import choice, decode, fused
 from fastlora.kernels import lora as kernel
 from fastlora.kernels.choice import Choice
 from fastlora.kernels.lora import Dropout
+from fastlora.native import cuda
 from fastlora.operands import Base, Gradients, Lora, Needs, affine
 
-_DECODERS = {"decode-cuda": cuda_native, "decode": decode}
+_DECODERS = {"decode-cuda": cuda, "decode": decode}
 _NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
 _DEQUANTIZE = Choice("dequantize")
 _NO_DROPOUT = Dropout()

@@ -219,10 +219,10 @@ def compiled_decode(device: torch.device) -> tuple[bool, str]:
     """Whether the compiled decode kernel can run on a device; and what it is, or why not and what to do."""
     if device.type != "cuda":
         return False, "the compiled decode kernel needs a CUDA device"
-    from fastlora import cuda_native
+    from fastlora.native import cuda
 
-    usable, reason = cuda_native.usable(device)
-    return usable, reason or cuda_native.status()[1]
+    usable, reason = cuda.usable(device)
+    return usable, reason or cuda.status()[1]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ up; the scale of the block comes in once a word. Shift, lookup and one multiplic
 weights stay in fp32. Above, the tile is expanded and rounded to x's 16 bits, and the tensor cores
 multiply it, the weight on the rows, the tokens on 16 columns.
 
-The compiled twin, `fastlora.cuda_native`, costs fewer instructions; this serves where it is not to be had.
+The compiled twin, `fastlora.native.cuda`, costs fewer instructions; this serves where it is not to be had.
 Source: arXiv:2305.14314, section 3; arXiv:2106.09685, section 4.1.
 """
 

@@ -35,18 +35,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `isa` runs on every instruction set of the CPU library that this machine has."""
     if "isa" in metafunc.fixturenames:
-        from fastlora import native
+        from fastlora.native import cpu
 
-        metafunc.parametrize("isa", native.isas(), indirect=True)
+        metafunc.parametrize("isa", cpu.isas(), indirect=True)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The instruction set that the CPU library uses for the length of a test."""
-    from fastlora import native
+    from fastlora.native import cpu
 
     monkeypatch.setenv("FASTLORA_CPU_ISA", request.param)
-    assert request.param in native.status()[1]
+    assert request.param in cpu.status()[1]
     return str(request.param)
 
 

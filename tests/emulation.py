@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import _build, cuda_native
+from fastlora.native import build, cuda
 
 HOOKS = Path(__file__).with_name("cuda_hooks.cpp")
 _FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
@@ -20,8 +20,8 @@ def compile_objects(folder: Path, csrc: Path, only: str = "") -> None:
     Skips the test where there is no C++ compiler.
     """
     try:
-        compiler = _build.find_compiler()
-    except _build.BuildError as error:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
         pytest.skip(str(error))
     sources = [source for source in (*sorted((csrc / "cuda").glob("*.cu")), HOOKS) if only in source.stem]
 
@@ -39,7 +39,7 @@ def link(folder: Path) -> Path:
     """The library made of the objects in a folder."""
     library = folder / "libemulated.so"
     objects = map(str, sorted(folder.glob("*.o")))
-    subprocess.run([*_build.find_compiler(), "-shared", *objects, "-o", str(library)], check=True)
+    subprocess.run([*build.find_compiler(), "-shared", *objects, "-o", str(library)], check=True)
     return library
 
 
@@ -47,7 +47,7 @@ class Emulation:
     """The emulated library, and calls of it that know which memory they may touch."""
 
     def __init__(self, path):
-        self.library = cuda_native.open_library(path)
+        self.library = cuda.open_library(path)
         self.library.emulate.argtypes = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
         self.library.emulate_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
 
@@ -60,7 +60,7 @@ class Emulation:
         """`operands`: x, the five parts of the weight, blocksize, n, lora_a, lora_b, scaling, bias."""
         x, *weight = operands[:6]
         self.library.emulate(lot, *machine)
-        cuda_native._workspace.cache_clear()
+        cuda._workspace.cache_clear()
         for tensor in (*operands[:6], *operands[8:10], operands[11]):
             if tensor is not None:
                 self.library.emulate_memory(tensor.data_ptr(), tensor.nbytes, 0)
@@ -75,7 +75,7 @@ class Emulation:
 
         torch.empty = poisoned
         try:
-            return cuda_native._decode(self.library, 0, x, tuple(weight), *operands[6:])
+            return cuda._decode(self.library, 0, x, tuple(weight), *operands[6:])
         finally:
             torch.empty = empty
-            cuda_native._workspace.cache_clear()
+            cuda._workspace.cache_clear()

@@ -13,22 +13,23 @@ import torch
 from bench import fatbin
 from bench.specimens import ARCHITECTURES
 from bench.static import SHARED_LIMIT
-from fastlora import _build, cuda_native, nf4, reference
+from fastlora import nf4, reference
+from fastlora.native import build, cuda
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(scope="module")
 def library():
-    loaded, reason = cuda_native.status()
+    loaded, reason = cuda.status()
     if not loaded:
         pytest.skip(reason)
-    return _build.cuda_library_path()
+    return build.cuda_library_path()
 
 
 def test_supports_names_what_it_cannot_take():
-    assert cuda_native.supports(BF16, 16, 4096, 4097, 64, 256) == ""
-    assert cuda_native.supports(FP16, 1, 64, 1, 32, 0) == ""
+    assert cuda.supports(BF16, 16, 4096, 4097, 64, 256) == ""
+    assert cuda.supports(FP16, 1, 64, 1, 32, 0) == ""
     for given, word in (
         ((FP32, 1, 4096, 4096, 64, 16), "float32"),
         ((BF16, 17, 4096, 4096, 64, 16), "17 tokens"),
@@ -36,14 +37,14 @@ def test_supports_names_what_it_cannot_take():
         ((BF16, 1, 64, 64, 128, 16), "multiples of 128"),
         ((BF16, 1, 1 << 20, 1 << 20, 64, 16), "more blocks"),
     ):
-        assert word in cuda_native.supports(*given)
+        assert word in cuda.supports(*given)
 
 
 def test_cpu_tensors_are_sent_away():
     weight = nf4.quantize(torch.randn(64, 128))
     with pytest.raises(ValueError, match="x is on cpu"):
-        cuda_native.decode(torch.zeros(1, 128, dtype=BF16), *weight.tensors(), torch.tensor(reference.NF4_CODE), 64, 64)
-    assert "CUDA devices" in cuda_native.usable(torch.device("cpu"))[1]
+        cuda.decode(torch.zeros(1, 128, dtype=BF16), *weight.tensors(), torch.tensor(reference.NF4_CODE), 64, 64)
+    assert "CUDA devices" in cuda.usable(torch.device("cpu"))[1]
 
 
 def test_importing_asks_no_device():
@@ -54,11 +55,11 @@ def test_importing_asks_no_device():
 
 
 def test_a_missing_library_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(_build, "cuda_library_path", lambda: tmp_path / "none.so")
-    monkeypatch.setattr(_build, "find_nvcc", lambda: "nvcc")
-    assert "has not been built: run `python -m fastlora.native`" in cuda_native._load.__wrapped__()[1]
+    monkeypatch.setattr(build, "cuda_library_path", lambda: tmp_path / "none.so")
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    assert "has not been built: run `python -m fastlora.native`" in cuda._load.__wrapped__()[1]
     (tmp_path / "none.so").write_text("no library")
-    assert "cannot be loaded" in cuda_native._load.__wrapped__()[1]
+    assert "cannot be loaded" in cuda._load.__wrapped__()[1]
 
 
 def fake_nvcc(folder, archs="75 80 90"):
@@ -74,44 +75,44 @@ def test_nvcc_is_found_where_it_may_be(monkeypatch, tmp_path):
     nvcc = fake_nvcc(tmp_path)
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("CUDA_PATH", str(tmp_path))
-    assert _build.find_nvcc() == str(nvcc)
+    assert build.find_nvcc() == str(nvcc)
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "bin"))
-    with pytest.raises(_build.BuildError, match=r"CUDA_PATH is .* correct or unset"):
-        _build.find_nvcc()
+    with pytest.raises(build.BuildError, match=r"CUDA_PATH is .* correct or unset"):
+        build.find_nvcc()
     monkeypatch.delenv("CUDA_PATH")
     monkeypatch.setenv("PATH", str(nvcc.parent))
-    assert _build.find_nvcc() == str(nvcc)
+    assert build.find_nvcc() == str(nvcc)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(_build, "_DEFAULT_NVCC", tmp_path / "none")
-    monkeypatch.setattr(_build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(_build.BuildError, match="no nvcc found: install the CUDA toolkit"):
-        _build.find_nvcc()
+    monkeypatch.setattr(build, "_DEFAULT_NVCC", tmp_path / "none")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(build.BuildError, match="no nvcc found: install the CUDA toolkit"):
+        build.find_nvcc()
 
 
 def test_architectures_are_those_that_nvcc_knows(monkeypatch, tmp_path):
     nvcc = str(fake_nvcc(tmp_path))
     monkeypatch.delenv("FASTLORA_CUDA_ARCHS", raising=False)
-    assert _build._architectures(nvcc) == ("80", "90")
-    assert _build._code_flags(("80", "86", "90", "120")) == [
+    assert build._architectures(nvcc) == ("80", "90")
+    assert build._code_flags(("80", "86", "90", "120")) == [
         "-gencode=arch=compute_80,code=[sm_80,sm_86]",
         "-gencode=arch=compute_90,code=[sm_90,sm_120,compute_90]",
         "-DFASTLORA_ARCHITECTURES=80_86_90_120",
     ]
     monkeypatch.setenv("FASTLORA_CUDA_ARCHS", "90, 80")
-    assert _build._architectures(nvcc) == ("80", "90")
+    assert build._architectures(nvcc) == ("80", "90")
     monkeypatch.setenv("FASTLORA_CUDA_ARCHS", "99")
-    with pytest.raises(_build.BuildError, match=r"names '99'; .* knows 75, 80, 90"):
-        _build._architectures(nvcc)
+    with pytest.raises(build.BuildError, match=r"names '99'; .* knows 75, 80, 90"):
+        build._architectures(nvcc)
 
 
 @pytest.mark.slow
 def test_nvcc_compiles_the_library(monkeypatch, tmp_path):
     try:
-        _build.find_nvcc()
-    except _build.BuildError as error:
+        build.find_nvcc()
+    except build.BuildError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("FASTLORA_CUDA_ARCHS", "90")
-    compiled = cuda_native.open_library(_build.compile_cuda_library(tmp_path / "library.so"))
+    compiled = cuda.open_library(build.compile_cuda_library(tmp_path / "library.so"))
     assert compiled.fastlora_cuda_architectures() == b"90"
 
 
@@ -142,7 +143,7 @@ def test_without_a_driver_the_library_says_so(library):
 @pytest.mark.slow
 def test_machine_code(library):
     pytest.importorskip("triton")  # has the disassembler
-    path, shared = cuda_native.static_facts()
+    path, shared = cuda.static_facts()
     rows = list(fatbin.rows(path, shared, ARCHITECTURES))
     assert len(rows) == 16 * len({row.arch for row in rows}) > 0
     for row in rows:

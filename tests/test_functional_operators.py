@@ -114,10 +114,10 @@ def test_a_wrong_backend_is_named(monkeypatch):
 
 
 def test_the_slow_path_says_why(monkeypatch):
-    from fastlora import native
+    from fastlora.native import cpu
 
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
-    monkeypatch.setattr(native, "status", lambda: (False, "no compiler was found"))
+    monkeypatch.setattr(cpu, "status", lambda: (False, "no compiler was found"))
     from fastlora.dispatch import _backend
 
     _backend.cache_clear()

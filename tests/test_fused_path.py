@@ -7,15 +7,16 @@ import torch
 from numerics import assert_as_accurate
 from torch import Tensor
 
-from fastlora import fused_path, native, native_linear, nf4, reference
+from fastlora import fused_path, nf4, reference
 from fastlora.functional import lora_linear, nf4_linear
+from fastlora.native import cpu, linear
 from fastlora.nf4 import NF4Weight
 
 BF16 = torch.bfloat16
 K, N, R, SCALING = 64, 48, 4, 2.0
 
 pytestmark = pytest.mark.skipif(
-    native.isas()[-1:] != ("avx512bf16",), reason="this processor, or this build, has no AVX512_BF16"
+    cpu.isas()[-1:] != ("avx512bf16",), reason="this processor, or this build, has no AVX512_BF16"
 )
 
 
@@ -27,11 +28,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def counting(name: str) -> Any:
-        function = getattr(native_linear, name)
+        function = getattr(linear, name)
         return lambda *args: made.append(name) or function(*args)
 
     for name in ("linear", "linear_backward"):
-        monkeypatch.setattr(native_linear, name, counting(name))
+        monkeypatch.setattr(linear, name, counting(name))
     return made
 
 

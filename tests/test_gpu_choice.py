@@ -8,8 +8,9 @@ from fastlora.kernels import choice
 
 from bench.operands import Problem, make_operands
 from bench.trials import Case, low_rank_trials, product_trials
-from fastlora import cuda_native, dispatch, nf4
+from fastlora import dispatch, nf4
 from fastlora.functional import lora_linear
+from fastlora.native import cuda
 
 pytestmark = pytest.mark.gpu
 SCALING = 2.0
@@ -115,14 +116,14 @@ def test_the_compiled_decode_kernel_can_be_forced(monkeypatch):
     dispatch._backend.cache_clear()
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
     x, weight, a, b = layer(4)
-    loaded, reason = cuda_native.status()
+    loaded, reason = cuda.status()
     if not loaded:
         with pytest.raises(ValueError, match="FASTLORA_BACKEND=cuda cannot run on cuda"):
             lora_linear(x, weight, a, b, SCALING)
         pytest.skip(f"no compiled library: {reason}")
     calls = []
-    decode = cuda_native.decode
-    monkeypatch.setattr(cuda_native, "decode", lambda *operands: calls.append(1) or decode(*operands))
+    decode = cuda.decode
+    monkeypatch.setattr(cuda, "decode", lambda *operands: calls.append(1) or decode(*operands))
     with torch.no_grad():
         forced = lora_linear(x, weight, a, b, SCALING)
         monkeypatch.setenv("FASTLORA_BACKEND", "triton")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import cuda_native, nf4, reference
+from fastlora import nf4, reference
+from fastlora.native import cuda
 
 pytest.importorskip("triton")
 from fastlora.kernels import decode as triton_decode
@@ -18,10 +19,10 @@ SCALING = 2.0
 def decode(request):
     if request.param == "triton":
         return triton_decode.decode
-    usable, reason = cuda_native.usable(torch.device("cuda"))
+    usable, reason = cuda.usable(torch.device("cuda"))
     if not usable:
         pytest.skip(reason)
-    return cuda_native.decode
+    return cuda.decode
 
 
 class Case:
@@ -178,11 +179,11 @@ def test_no_call_waits_for_the_device(decode):
 
 
 def test_both_agree_with_the_weight_as_dequantized():
-    usable, reason = cuda_native.usable(torch.device("cuda"))
+    usable, reason = cuda.usable(torch.device("cuda"))
     if not usable:
         pytest.skip(reason)
     case = Case(1, 4096, 4096, 0, FP16)
-    compiled, interpreted = case.run(cuda_native.decode), case.run(triton_decode.decode)
+    compiled, interpreted = case.run(cuda.decode), case.run(triton_decode.decode)
     limit = 2 * (case.expected(FP16).double() - case.expected(torch.float64)).abs().max()
     assert (compiled.double() - interpreted.double()).abs().max() <= limit
 

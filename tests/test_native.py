@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import _build, native
+from fastlora.native import build, cpu
 from fastlora.reference import NF4_CODE
 from tests.numerics import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NF4 = torch.tensor(NF4_CODE)
 
-loaded = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+loaded = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -60,16 +60,16 @@ def reference(w: Packed, n: int, k: int) -> Tensor:
 
 def dequantize(w: Packed, n: int, k: int, dtype: torch.dtype, *adapter: Tensor | float) -> Tensor:
     out = torch.full((n, k), torch.nan, dtype=dtype)
-    native.nf4_dequantize(*w, out, *adapter)  # type: ignore[arg-type]
+    cpu.nf4_dequantize(*w, out, *adapter)  # type: ignore[arg-type]
     return out
 
 
 def test_loaded_wherever_there_is_a_compiler() -> None:
     try:
-        _build.find_compiler()
-    except _build.BuildError:
+        build.find_compiler()
+    except build.BuildError:
         pytest.skip("no compiler here")
-    assert native.status()[0], native.status()[1]
+    assert cpu.status()[0], cpu.status()[1]
 
 
 # K that is no multiple of the block, odd N*K, less than one group, several jobs of the thread pool.
@@ -144,7 +144,7 @@ def test_merge_of_nothing_is_the_weight(isa: str) -> None:
     assert torch.equal(dequantize(w, 20, 100, torch.bfloat16, a, b, 0.0), reference(w, 20, 100).bfloat16())
 
 
-PRODUCTS = {"gemv": native.nf4_gemv, "gemv_t": native.nf4_gemv_t}
+PRODUCTS = {"gemv": cpu.nf4_gemv, "gemv_t": cpu.nf4_gemv_t}
 
 
 def product(name: str, x: Tensor, w: Packed, n: int, k: int) -> Tensor:
@@ -268,11 +268,11 @@ def test_bad_weights_are_refused(message: str) -> None:
     w = GOOD._replace(**BAD_WEIGHTS[message])
     out, y, dx = torch.zeros(N, K), torch.zeros(2, N), torch.zeros(2, K)
     with pytest.raises(ValueError, match=message):
-        native.nf4_dequantize(*w, out)
+        cpu.nf4_dequantize(*w, out)
     with pytest.raises(ValueError, match=message):
-        native.nf4_gemv(torch.ones(2, K), *w, y)
+        cpu.nf4_gemv(torch.ones(2, K), *w, y)
     with pytest.raises(ValueError, match=message):
-        native.nf4_gemv_t(torch.ones(2, N), *w, dx)
+        cpu.nf4_gemv_t(torch.ones(2, N), *w, dx)
     assert not any(t.any() for t in (out, y, dx))
 
 
@@ -291,57 +291,57 @@ def test_bad_operands_are_refused() -> None:
     ]
     for message, arguments in bad:
         with pytest.raises(ValueError, match=message):
-            native.nf4_dequantize(*GOOD, *arguments)
+            cpu.nf4_dequantize(*GOOD, *arguments)
     assert not out.any()
     with pytest.raises(ValueError, match="x has 2 rows and out 3"):
-        native.nf4_gemv(torch.ones(2, K), *GOOD, torch.zeros(3, N))
+        cpu.nf4_gemv(torch.ones(2, K), *GOOD, torch.zeros(3, N))
     with pytest.raises(ValueError, match="codes has 192 elements, expected 189"):
-        native.nf4_gemv(torch.ones(2, K - 1), *GOOD, torch.zeros(2, N))
+        cpu.nf4_gemv(torch.ones(2, K - 1), *GOOD, torch.zeros(2, N))
 
 
 @loaded
 def test_an_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLORA_CPU_ISA", "avx1024")
-    assert not native.status()[0]
+    assert not cpu.status()[0]
     with pytest.raises(ValueError, match=r"FASTLORA_CPU_ISA='avx1024': this machine has portable"):
-        native.nf4_dequantize(*GOOD, torch.zeros(N, K))
+        cpu.nf4_dequantize(*GOOD, torch.zeros(N, K))
 
 
 @pytest.fixture
 def fresh_load() -> Iterator[None]:
-    native._load.cache_clear()
+    cpu._load.cache_clear()
     yield
-    native._load.cache_clear()
+    cpu._load.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_load")
 def test_a_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_build, "library_path", lambda: tmp_path / "none.so")
-    live, reason = native.status()
+    monkeypatch.setattr(build, "library_path", lambda: tmp_path / "none.so")
+    live, reason = cpu.status()
     assert not live
     assert "none.so has not been built" in reason
-    assert _build.REBUILD in reason
-    assert native.isas() == ()
+    assert build.REBUILD in reason
+    assert cpu.isas() == ()
     with pytest.raises(RuntimeError, match="has not been built"):
-        native.nf4_dequantize(*GOOD, torch.zeros(N, K))
+        cpu.nf4_dequantize(*GOOD, torch.zeros(N, K))
 
 
 @loaded
 @pytest.mark.usefixtures("fresh_load")
 def test_a_stale_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    version = _build.ABI_VERSION
-    monkeypatch.setattr(_build, "ABI_VERSION", version + 1)
-    live, reason = native.status()
+    version = build.ABI_VERSION
+    monkeypatch.setattr(build, "ABI_VERSION", version + 1)
+    live, reason = cpu.status()
     assert not live
     assert f"is stale: it has interface {version}, this fastlora needs {version + 1}" in reason
-    assert _build.REBUILD in reason
+    assert build.REBUILD in reason
 
 
 @pytest.mark.usefixtures("fresh_load")
 def test_a_library_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "broken.so"
     path.write_bytes(b"not a library")
-    monkeypatch.setattr(_build, "library_path", lambda: path)
-    live, reason = native.status()
+    monkeypatch.setattr(build, "library_path", lambda: path)
+    live, reason = cpu.status()
     assert not live
     assert "cannot be loaded" in reason

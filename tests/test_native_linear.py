@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import native, native_linear, nf4, reference
-from fastlora.native_linear import Packed, Update
+from fastlora import nf4, reference
+from fastlora.native import cpu, linear
+from fastlora.native.linear import Packed, Update
 from tests.numerics import assert_as_accurate, rms
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -17,9 +18,7 @@ SCALING = 2.0
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        native.isas()[-1:] != ("avx512bf16",), reason="this processor, or this build, has no AVX512_BF16"
-    ),
+    pytest.mark.skipif(cpu.isas()[-1:] != ("avx512bf16",), reason="this processor, or this build, has no AVX512_BF16"),
 ]
 
 
@@ -70,8 +69,8 @@ class Case:
         (n, r), dtype = self.lora_b.shape, self.lora_a.dtype
         y, h, dx = poisoned(m, n), poisoned(m, r, dtype=FP32), poisoned(m, k)
         da, db = poisoned(r, k, dtype=dtype), poisoned(n, r, dtype=dtype)
-        native_linear.linear(self.x, self.weight, self.update, self.bias, y, h)
-        native_linear.linear_backward(self.dy, self.x, h, self.weight, self.update, dx, da, db)
+        linear.linear(self.x, self.weight, self.update, self.bias, y, h)
+        linear.linear_backward(self.dy, self.x, h, self.weight, self.update, dx, da, db)
         return [y, dx, da, db]
 
     def expected(self, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -123,7 +122,7 @@ def test_as_accurate_as_the_reference(packed: bool, adapter_dtype: torch.dtype, 
 
 def test_the_largest_rank() -> None:
     for adapter_dtype in (BF16, FP32):
-        Case(70, 256, 96, native_linear.MAX_RANK, adapter_dtype, True, False).check("rank")
+        Case(70, 256, 96, linear.MAX_RANK, adapter_dtype, True, False).check("rank")
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
@@ -136,9 +135,9 @@ def test_nf4_has_the_bits_of_dequantize(blocksize: int, double_quant: bool) -> N
         for step in (1, 2, 3, 4, 5, 6, 7, 8, 40, 4096):
             columns, rows = poisoned(k, n), poisoned(n, k)
             for x, out in zip(torch.eye(k, dtype=BF16).split(step), columns.split(step), strict=True):
-                native_linear.linear(x, packed, None, None, out)
+                linear.linear(x, packed, None, None, out)
             for dy, out in zip(torch.eye(n, dtype=BF16).split(step), rows.split(step), strict=True):
-                native_linear.linear_backward(dy, None, None, packed, None, out)
+                linear.linear_backward(dy, None, None, packed, None, out)
             assert torch.equal(columns.t(), expected), (n, k, step)
             assert torch.equal(rows, expected), (n, k, step)
 
@@ -152,8 +151,8 @@ def test_base_and_update_are_rounded_once(m: int) -> None:
     lora_b *= 7e-5 * 0.02 / rms(lora_b @ lora_a)
     update = Update(lora_a, lora_b, 1.0)
     y, h, dx = poisoned(m, n), poisoned(m, 16, dtype=FP32), poisoned(m, k)
-    native_linear.linear(x, weight, update, None, y, h)
-    native_linear.linear_backward(x, None, None, weight, update, dx)
+    linear.linear(x, weight, update, None, y, h)
+    linear.linear_backward(x, None, None, weight, update, dx)
     merged = weight.double() + lora_b.double() @ lora_a.double()
     plain = (x.double() @ weight.double().t()).bfloat16()
     once = (x.double() @ merged.t()).bfloat16()
@@ -194,13 +193,13 @@ def test_parts_can_be_left_out() -> None:
     y, dx, da, db = case.ours()
     h = poisoned(20, 4, dtype=FP32)
     alone = poisoned(20, 96)
-    native_linear.linear(case.x, case.weight, case.update, None, alone)
+    linear.linear(case.x, case.weight, case.update, None, alone)
     assert torch.equal(alone, y)
-    native_linear.linear(case.x, case.weight, case.update, None, alone, h)
+    linear.linear(case.x, case.weight, case.update, None, alone, h)
     for wanted in itertools.product([False, True], repeat=3):
         outs = [torch.full_like(t, torch.nan) if want else None for want, t in zip(wanted, (dx, da, db), strict=True)]
         x, saved = case.x if wanted[1] else None, h if wanted[2] else None
-        native_linear.linear_backward(case.dy, x, saved, case.weight, case.update, *outs)
+        linear.linear_backward(case.dy, x, saved, case.weight, case.update, *outs)
         for out, expected in zip(outs, (dx, da, db), strict=True):
             assert out is None or torch.equal(out, expected), wanted
 
@@ -208,9 +207,9 @@ def test_parts_can_be_left_out() -> None:
 def test_empty() -> None:
     case = Case(3, 64, 48, 4, FP32, True, False)
     da, db = poisoned(4, 64, dtype=FP32), poisoned(48, 4, dtype=FP32)
-    native_linear.linear(case.x[:0], case.weight, case.update, None, poisoned(0, 48), poisoned(0, 4, dtype=FP32))
+    linear.linear(case.x[:0], case.weight, case.update, None, poisoned(0, 48), poisoned(0, 4, dtype=FP32))
     h = poisoned(0, 4, dtype=FP32)
-    native_linear.linear_backward(case.dy[:0], case.x[:0], h, case.weight, case.update, poisoned(0, 64), da, db)
+    linear.linear_backward(case.dy[:0], case.x[:0], h, case.weight, case.update, poisoned(0, 64), da, db)
     assert not da.any()
     assert not db.any()
 
@@ -218,7 +217,7 @@ def test_empty() -> None:
 def test_no_columns() -> None:
     weight, update = normal(48, 0), Update(normal(4, 0, dtype=FP32), normal(48, 4, dtype=FP32), 1.0)
     dy, h, db = normal(3, 48), torch.ones(3, 4), poisoned(48, 4, dtype=FP32)
-    native_linear.linear_backward(dy, None, h, weight, update, poisoned(3, 0), None, db)
+    linear.linear_backward(dy, None, h, weight, update, poisoned(3, 0), None, db)
     torch.testing.assert_close(db, dy.float().sum(0)[:, None].expand(48, 4))
 
 
@@ -227,18 +226,18 @@ def test_no_columns() -> None:
 def test_h_is_not_needed_for_y(m: int, adapter_dtype: torch.dtype) -> None:
     case = Case(m, 576, 130, 12, adapter_dtype, True, True, 0.1)
     y = poisoned(m, 130)
-    native_linear.linear(case.x, case.weight, case.update, case.bias, y)
+    linear.linear(case.x, case.weight, case.update, case.bias, y)
     assert torch.equal(y, case.ours()[0])
 
 
 def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native_linear.supports(1, 48, 64, 16, True)
-    assert native_linear.supports(native_linear.FEW_TOKENS, 2, 2, 0, False)
+    assert linear.supports(1, 48, 64, 16, True)
+    assert linear.supports(linear.FEW_TOKENS, 2, 2, 0, False)
     for m, n, k, rank, packed in [(1, 47, 64, 4, False), (1, 48, 63, 4, False), (1, 48, 80, 4, True)]:
-        assert not native_linear.supports(m, n, k, rank, packed)
-    assert not native_linear.supports(1, 48, 64, native_linear.MAX_RANK + 1, False)
+        assert not linear.supports(m, n, k, rank, packed)
+    assert not linear.supports(1, 48, 64, linear.MAX_RANK + 1, False)
     monkeypatch.setenv("FASTLORA_CPU_ISA", "avx512")
-    assert not native_linear.supports(1, 48, 64, 16, False)
+    assert not linear.supports(1, 48, 64, 16, False)
     with pytest.raises(RuntimeError, match="returned 2"):
         Case(3, 64, 48, 4, BF16, False, False).ours()
 
@@ -275,7 +274,7 @@ def test_bad_operands_are_refused(message: str) -> None:
     update = Update(operands["lora_a"], operands["lora_b"], 1.0)
     y, h = torch.zeros(M, N, dtype=BF16), torch.zeros(M, R)
     with pytest.raises(ValueError, match=message):
-        native_linear.linear(operands["x"], operands["weight"], update, operands["bias"], y, h)
+        linear.linear(operands["x"], operands["weight"], update, operands["bias"], y, h)
     assert not y.any()
     assert not h.any()
 
@@ -290,7 +289,7 @@ def test_bad_results_are_refused() -> None:
         ("h is .* torch.bfloat16", y, h.bfloat16()),
     ]:
         with pytest.raises(ValueError, match=message):
-            native_linear.linear(x, weight, update, None, out, saved)
+            linear.linear(x, weight, update, None, out, saved)
     dx, da, db = torch.zeros(M, K, dtype=BF16), torch.zeros(R, K), torch.zeros(N, R)
     bad: list[tuple[str, tuple]] = [
         (r"dy is \[3, 64\]", (x, x, h, weight, update, dx, da, db)),
@@ -306,5 +305,5 @@ def test_bad_results_are_refused() -> None:
     ]
     for message, arguments in bad:
         with pytest.raises(ValueError, match=message):
-            native_linear.linear_backward(*arguments)
+            linear.linear_backward(*arguments)
     assert not any(t.any() for t in (y, h, dx, da, db))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import native, native_lora, reference
+from fastlora import reference
+from fastlora.native import cpu, lora
 from tests.numerics import rms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -12,7 +13,7 @@ SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 2**64 - 1, 0x123456789ABCDEF0]
 # Sums of fp32 products, in short runs: below a hundredth of what one bf16 rounding would cost.
 RMS_LIMIT = 1e-6
 
-loaded = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+loaded = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -31,7 +32,7 @@ def inside_nan(t: Tensor) -> Tensor:
 def shrink(x: Tensor, lora_a: Tensor, *options: float | None) -> Tensor:
     M, R = x.shape[0], lora_a.shape[0]
     flat = torch.full((M * R + 8,), torch.nan)
-    native_lora.lora_shrink(x, lora_a, flat[4:-4].view(M, R), *options)  # type: ignore[arg-type]
+    lora.lora_shrink(x, lora_a, flat[4:-4].view(M, R), *options)  # type: ignore[arg-type]
     assert flat[:4].isnan().all()
     assert flat[-4:].isnan().all()
     return flat[4:-4].view(M, R)
@@ -39,7 +40,7 @@ def shrink(x: Tensor, lora_a: Tensor, *options: float | None) -> Tensor:
 
 def outer(x: Tensor, g: Tensor, *options: float | None) -> Tensor:
     out = inside_nan(torch.full((g.shape[1], x.shape[1]), torch.nan))
-    native_lora.lora_outer(x, g, out, *options)  # type: ignore[arg-type]
+    lora.lora_outer(x, g, out, *options)  # type: ignore[arg-type]
     around = out._base
     assert around is not None
     assert all(side.isnan().all() for side in (around[0], around[-1], around[:, :3], around[:, -3:]))
@@ -103,7 +104,7 @@ def test_strides(isa: str) -> None:
             torch.empty(K, 2 * R).t()[::2],
             torch.empty(R, K, 2)[..., 0],
         ):
-            native_lora.lora_outer(x, g, out.fill_(torch.nan))
+            lora.lora_outer(x, g, out.fill_(torch.nan))
             assert torch.equal(out, d), (x.stride(), out.stride())
     column = normal(M, 4, dtype=torch.float16)[:, 1:2]
     assert torch.equal(shrink(column, torch.ones(1, 1)), column.float())
@@ -131,14 +132,14 @@ def test_masks_are_the_references(isa: str, p: float) -> None:
             expected = reference.dropout_mask(seed, rows, cols, p)
             for dtype in DTYPES:
                 out = torch.full((rows, cols), torch.nan, dtype=dtype)
-                native_lora.dropout_mask(seed, p, out)
+                lora.dropout_mask(seed, p, out)
                 assert torch.equal(out, expected.to(dtype)), (seed, rows, cols, dtype)
 
 
 def test_masks_of_several_jobs(isa: str) -> None:
     for rows, cols in [(3, 20003), (300, 256), (700, 61)]:
         out = torch.full((rows, cols), torch.nan)
-        native_lora.dropout_mask(5, 0.2, out)
+        lora.dropout_mask(5, 0.2, out)
         assert torch.equal(out, reference.dropout_mask(5, rows, cols, 0.2))
 
 
@@ -166,7 +167,7 @@ def test_threads_do_not_change_the_bits(isa: str) -> None:
 
     def everything() -> list[Tensor]:
         mask = torch.empty(x.shape)
-        native_lora.dropout_mask(3, 0.1, mask)
+        lora.dropout_mask(3, 0.1, mask)
         return [
             shrink(x, lora_a, 1.5, 3, 0.1),
             shrink(x[:5], lora_a),
@@ -191,7 +192,7 @@ def test_empty() -> None:
         assert torch.equal(outer(torch.empty(0, 8, dtype=dtype), torch.ones(0, 2), 1.0, 4, 0.5), torch.zeros(2, 8))
         assert outer(torch.empty(3, 0, dtype=dtype), torch.ones(3, 2)).shape == (2, 0)
     for shape in [(0, 0), (0, 5), (5, 0)]:
-        native_lora.dropout_mask(1, 0.5, torch.empty(shape))
+        lora.dropout_mask(1, 0.5, torch.empty(shape))
 
 
 M, K, R = 3, 20, 2
@@ -208,9 +209,9 @@ BAD_X = {
 def test_bad_activations_are_refused(message: str) -> None:
     h, d = torch.zeros(M, R), torch.zeros(R, K)
     with pytest.raises(ValueError, match=message):
-        native_lora.lora_shrink(BAD_X[message], torch.ones(R, K), h)
+        lora.lora_shrink(BAD_X[message], torch.ones(R, K), h)
     with pytest.raises(ValueError, match=message):
-        native_lora.lora_outer(BAD_X[message], torch.ones(M, R), d)
+        lora.lora_outer(BAD_X[message], torch.ones(M, R), d)
     assert not h.any()
     assert not d.any()
 
@@ -229,7 +230,7 @@ def test_bad_operands_are_refused() -> None:
     ]
     for message, lora_a, out in bad_shrinks:
         with pytest.raises(ValueError, match=message):
-            native_lora.lora_shrink(x, lora_a, out)
+            lora.lora_shrink(x, lora_a, out)
     bad_outers: list[tuple[str, Tensor, Tensor]] = [
         ("g is torch.bfloat16", g.bfloat16(), d),
         ("g is not contiguous", torch.ones(R, M).t(), d),
@@ -243,7 +244,7 @@ def test_bad_operands_are_refused() -> None:
     ]
     for message, factor, out in bad_outers:
         with pytest.raises(ValueError, match=message):
-            native_lora.lora_outer(x, factor, out)
+            lora.lora_outer(x, factor, out)
     assert not h.any()
     assert not d.any()
 
@@ -263,11 +264,11 @@ def test_bad_operands_are_refused() -> None:
 def test_bad_dropout_is_refused(message: str, seed: int, p: float) -> None:
     h, d, mask = torch.zeros(M, R), torch.zeros(R, K), torch.zeros(M, K)
     with pytest.raises(ValueError, match=message):
-        native_lora.lora_shrink(torch.ones(M, K), torch.ones(R, K), h, 1.0, seed, p)
+        lora.lora_shrink(torch.ones(M, K), torch.ones(R, K), h, 1.0, seed, p)
     with pytest.raises(ValueError, match=message):
-        native_lora.lora_outer(torch.ones(M, K), torch.ones(M, R), d, 1.0, seed, p)
+        lora.lora_outer(torch.ones(M, K), torch.ones(M, R), d, 1.0, seed, p)
     with pytest.raises(ValueError, match=message):
-        native_lora.dropout_mask(seed, p, mask)
+        lora.dropout_mask(seed, p, mask)
     assert not any(t.any() for t in (h, d, mask))
 
 
@@ -279,5 +280,5 @@ def test_bad_masks_are_refused() -> None:
         ("out is not contiguous", torch.zeros(K, M).t()),
     ]:
         with pytest.raises(ValueError, match=message):
-            native_lora.dropout_mask(1, 0.5, out)
+            lora.dropout_mask(1, 0.5, out)
         assert not out.any()

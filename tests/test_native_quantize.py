@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import native, native_quantize, nf4
+from fastlora import nf4
+from fastlora.native import cpu, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-loaded = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+loaded = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -73,7 +74,7 @@ def test_what_is_not_finite_shows_in_its_scale(isa: str) -> None:
             w = torch.ones(130)
             w[where] = value
             absmax = torch.zeros(3)
-            native_quantize.nf4_quantize(w, 64, torch.empty(65, dtype=torch.uint8), absmax)
+            quantize.nf4_quantize(w, 64, torch.empty(65, dtype=torch.uint8), absmax)
             assert torch.isfinite(absmax).tolist() == [block != where // 64 for block in range(3)], (value, where)
 
 
@@ -81,12 +82,12 @@ def test_what_is_not_finite_shows_in_its_scale(isa: str) -> None:
 def test_nothing_beyond_the_results_is_written() -> None:
     w = torch.randn(99)
     codes, absmax = torch.full((60,), 7, dtype=torch.uint8), torch.full((9,), torch.nan)
-    native_quantize.nf4_quantize(w, 64, codes[5:55], absmax[3:5])
+    quantize.nf4_quantize(w, 64, codes[5:55], absmax[3:5])
     assert codes[:5].eq(7).all()
     assert codes[55:].eq(7).all()
     assert absmax[:3].isnan().all()
     assert absmax[5:].isnan().all()
-    native_quantize.nf4_quantize(w[:0], 64, codes[:0], absmax[:0])
+    quantize.nf4_quantize(w[:0], 64, codes[:0], absmax[:0])
 
 
 @loaded
@@ -103,7 +104,7 @@ def test_bad_operands_are_refused() -> None:
     ]
     for message, arguments in bad:
         with pytest.raises(ValueError, match=message):
-            native_quantize.nf4_quantize(*arguments)
+            quantize.nf4_quantize(*arguments)
     table, levels = torch.zeros(65536, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)
     for message, arguments in [
         ("table has 256 elements", (absmax, 0.0, table[:256], levels, torch.zeros(1))),
@@ -111,5 +112,5 @@ def test_bad_operands_are_refused() -> None:
         ("absmax2 has 2 elements", (absmax, 0.0, table, levels, torch.zeros(2))),
     ]:
         with pytest.raises(ValueError, match=message):
-            native_quantize.quantize_scales(*arguments)
+            quantize.quantize_scales(*arguments)
     assert not any(t.any() for t in (codes, absmax, levels))

@@ -32,7 +32,7 @@ CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")  # code for each run
 _VIRTUAL_ARCHITECTURES = ("80", "90")  # those that the sources tell apart
 REBUILD = "python -m fastlora.native"
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _COMPILERS = ("g++", "c++", "clang++")
 _DEFAULT_NVCC = Path("/usr/local/cuda/bin/nvcc")
 # GCC warns of its own AVX-512 headers (gcc.gnu.org/PR105593).

@@ -30,36 +30,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlora import _build
+from fastlora.native import build as native_build
+from fastlora.native.weight import DTYPES, Weight, pointer_of, require, require_matrix, weight_of
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
-
-
-class Weight(ctypes.Structure):
-    """fastlora::Nf4Weight of csrc/nf4.h."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("absmax", ctypes.c_void_p),
-        ("absmax2", ctypes.c_void_p),
-        ("code2", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("log2_blocksize", ctypes.c_int64),
-    )
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and what it is, or None and why not."""
-    path, version = _build.library_path(), _build.ABI_VERSION
-    library, text = _build.open_built(
-        path, _build.find_compiler, lambda path: ctypes.CDLL(str(path)), lambda it: it.fastlora_abi_version(), version
+    library, text = native_build.open_built(
+        native_build.library_path(),
+        native_build.find_compiler,
+        lambda path: ctypes.CDLL(str(path)),
+        lambda opened: opened.fastlora_abi_version(),
+        native_build.ABI_VERSION,
     )
     if library is not None:
         _declare(library)
@@ -117,7 +104,7 @@ def build() -> Path:
     Raises:
         RuntimeError: it cannot be compiled (no compiler, folder not writable), or what was compiled cannot be loaded.
     """
-    path = _build.compile_library(_build.library_path())
+    path = native_build.compile_library(native_build.library_path())
     _load.cache_clear()
     library, text = _load()
     if library is None:
@@ -286,38 +273,6 @@ def check(result: int) -> None:
         raise RuntimeError(f"fastlora's CPU library returned {result}")
 
 
-def pointer_of(tensor: Tensor | None) -> int | None:
-    """Where a tensor's first element lies; None for None."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-def require(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int | None = None, strided: bool = False
-) -> None:
-    """Refuses a tensor of another dtype, device, layout or size.
-
-    Raises:
-        ValueError: it is not as asked for.
-    """
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; this library is for CPU tensors: move it with .cpu()")
-    if not strided and not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous: pass {name}.contiguous()")
-    if numel is not None and tensor.numel() != numel:
-        raise ValueError(f"{name} has {tensor.numel()} elements, expected {numel}")
-
-
-def require_matrix(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES), strided: bool = False
-) -> None:
-    """Likewise, and one that has not two dimensions."""
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected two dimensions")
-    require(name, tensor, dtypes, strided=strided)
-
-
 def _product_shape(x: Tensor, out: Tensor) -> tuple[int, int, int]:
     require_matrix("x", x)
     require_matrix("out", out)
@@ -341,45 +296,3 @@ def _check_adapters(lora_a: Tensor | None, lora_b: Tensor | None, N: int, K: int
             f"expected [R, {K}] and [{N}, R] with R at least 1"
         )
     return R
-
-
-def weight_of(
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    N: int,
-    K: int,
-) -> Weight:
-    """An NF4 weight [N, K] as the library takes it; it borrows the tensors.
-
-    Raises:
-        ValueError: a tensor is not as `nf4_dequantize` asks for.
-    """
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize is {blocksize}, expected a power of two from 32 to 4096")
-    blocks = -(-N * K // blocksize)
-    require("codes", codes, (torch.uint8,), (N * K + 1) // 2)
-    if absmax2 is None and code2 is None and offset is None:
-        require("absmax", absmax, (torch.float32,), blocks)
-    elif absmax2 is None or code2 is None or offset is None:
-        raise ValueError("absmax2, code2 and offset go together: pass all three (nested scales) or none (plain)")
-    else:
-        require("absmax", absmax, (torch.uint8,), blocks)
-        require("absmax2", absmax2, (torch.float32,), -(-blocks // 256))
-        require("code2", code2, (torch.float32,), 256)
-        require("offset", offset, (torch.float32,), 1)
-    return Weight(
-        codes.data_ptr(), absmax.data_ptr(), pointer_of(absmax2), pointer_of(code2), pointer_of(offset), N, K,
-        blocksize.bit_length() - 1,
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    build()
-    print(status()[1])
-    from fastlora import cuda_native
-
-    print(cuda_native.build_where_possible())

@@ -11,7 +11,8 @@ Source: arXiv:2305.14314, section 3.
 import torch
 from torch import Tensor
 
-from fastlora.native import BLOCKSIZES, DTYPES, check, chosen_isa, loaded, require
+from fastlora.native.cpu import check, chosen_isa, loaded
+from fastlora.native.weight import BLOCKSIZES, DTYPES, require
 
 TABLE_STEPS = 65536
 

@@ -11,7 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastlora.native import DTYPES, check, chosen_isa, loaded, require_matrix
+from fastlora.native.cpu import check, chosen_isa, loaded
+from fastlora.native.weight import DTYPES, require_matrix
 from fastlora.reference import dropout_threshold
 
 

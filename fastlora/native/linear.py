@@ -21,8 +21,9 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from fastlora.native import ISAS, check, chosen_isa, loaded, weight_of
-from fastlora.native_lora import dropout_of
+from fastlora.native.cpu import ISAS, check, chosen_isa, loaded
+from fastlora.native.lora import dropout_of
+from fastlora.native.weight import weight_of
 
 MAX_RANK = 512
 FEW_TOKENS = 16  # what is left to this code where the processor has AMX, which torch uses

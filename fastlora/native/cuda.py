@@ -22,18 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlora import _build
-from fastlora.native import Weight, pointer_of
+from fastlora.native import build as native_build
+from fastlora.native.weight import BLOCKSIZES, DTYPES, Weight, pointer_of, weight_of
 
 MAX_TOKENS = 16
 MAX_RANK = 1 << 16
 MAX_SIDE = 1 << 26  # of a weight
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _COLUMNS = 64  # K is a multiple of this
 _ALIGNMENT = 16  # bytes
 _X_DTYPES = (torch.bfloat16, torch.float16)
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Decode(ctypes.Structure):
@@ -61,9 +59,9 @@ class _Decode(ctypes.Structure):
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and what it is, or None and why not."""
-    path, version = _build.cuda_library_path(), _build.CUDA_ABI_VERSION
-    library, text = _build.open_built(
-        path, _build.find_nvcc, open_library, lambda it: it.fastlora_cuda_abi_version(), version
+    path, version = native_build.cuda_library_path(), native_build.CUDA_ABI_VERSION
+    library, text = native_build.open_built(
+        path, native_build.find_nvcc, open_library, lambda it: it.fastlora_cuda_abi_version(), version
     )
     if library is None:
         return None, text
@@ -113,7 +111,8 @@ def _usable(index: int) -> str:
         result = library.fastlora_cuda_probe(index)
     if result == 0:
         return ""
-    return f"{text} does not run on cuda:{index}: {_message(library, result)}; run `{_build.REBUILD}` on this machine"
+    rebuild = f"run `{native_build.REBUILD}` on this machine"
+    return f"{text} does not run on cuda:{index}: {_message(library, result)}; {rebuild}"
 
 
 def usable(device: torch.device) -> tuple[bool, str]:
@@ -131,7 +130,7 @@ def static_facts() -> tuple[Path, dict[int, int]]:
         RuntimeError: the library is not loaded.
     """
     library = _loaded()
-    return _build.cuda_library_path(), {m: library.fastlora_cuda_decode_shared(m) for m in (0, 2, 8, MAX_TOKENS)}
+    return native_build.cuda_library_path(), {m: library.fastlora_cuda_decode_shared(m) for m in (0, 2, 8, MAX_TOKENS)}
 
 
 def build() -> Path:
@@ -142,7 +141,7 @@ def build() -> Path:
     Raises:
         RuntimeError: it cannot be compiled (no nvcc, folder not writable), or what was compiled cannot be loaded.
     """
-    path = _build.compile_cuda_library(_build.cuda_library_path())
+    path = native_build.compile_cuda_library(native_build.cuda_library_path())
     _load.cache_clear()
     _usable.cache_clear()
     library, text = _load()
@@ -158,8 +157,8 @@ def build_where_possible() -> str:
         RuntimeError: nvcc is here, but `build` fails.
     """
     try:
-        _build.find_nvcc()
-    except _build.BuildError as error:
+        native_build.find_nvcc()
+    except native_build.BuildError as error:
         return f"no CUDA library: {error}"
     build()
     return status()[1]
@@ -246,7 +245,7 @@ def _decode(
     if bias is not None:
         bias = _bias(bias, x, n)
     codes = _aligned(weight[0])
-    packed = _weight(x.device, codes, *weight[1:], blocksize, n, K)
+    packed = weight_of(codes, *weight[1:], blocksize, n, K, x.device)
     out = torch.empty(M, n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -255,12 +254,12 @@ def _decode(
     x = _aligned(x)
     row_stride = x.stride(0) if M > 1 else K
     device = x.device.index or 0
-    size = _workspace(library, device, M, n, K, blocksize.bit_length() - 1, R, _DTYPES[x.dtype])
+    size = _workspace(library, device, M, n, K, blocksize.bit_length() - 1, R, DTYPES[x.dtype])
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
     arguments = _Decode(
         packed, x.data_ptr(), row_stride, M, pointer_of(a), pointer_of(b), R, pointer_of(bias), out.data_ptr(),
-        workspace.data_ptr(), scaling, _DTYPES[x.dtype], _DTYPES[x.dtype if a is None else a.dtype],
-        _DTYPES[x.dtype if bias is None else bias.dtype], device,
+        workspace.data_ptr(), scaling, DTYPES[x.dtype], DTYPES[x.dtype if a is None else a.dtype],
+        DTYPES[x.dtype if bias is None else bias.dtype], device,
     )  # fmt: skip
     result = library.fastlora_cuda_decode(arguments, stream)
     if result != 0:
@@ -289,42 +288,6 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _require(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
-    if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
-        raise ValueError(
-            f"{name} must be contiguous, {numel} x {dtype} on {device}; got {tensor.numel()} x {tensor.dtype} "
-            f"on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}"
-        )
-
-
-def _weight(
-    device: torch.device,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    n: int,
-    k: int,
-) -> Weight:
-    blocks = -(n * k // -blocksize)
-    _require("codes", codes, torch.uint8, (n * k + 1) // 2, device)
-    if absmax2 is None and code2 is None and offset is None:
-        _require("absmax", absmax, torch.float32, blocks, device)
-    elif absmax2 is None or code2 is None or offset is None:
-        raise ValueError("absmax2, code2 and offset go together: pass all three (nested scales) or none (plain)")
-    else:
-        _require("absmax", absmax, torch.uint8, blocks, device)
-        _require("absmax2", absmax2, torch.float32, -(blocks // -256), device)
-        _require("code2", code2, torch.float32, 256, device)
-        _require("offset", offset, torch.float32, 1, device)
-    return Weight(
-        codes.data_ptr(), absmax.data_ptr(), pointer_of(absmax2), pointer_of(code2), pointer_of(offset), n, k,
-        blocksize.bit_length() - 1,
-    )  # fmt: skip
-
-
 def _adapters(x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
     """Both adapters in the one dtype that the kernels read, at aligned addresses."""
     if lora_a is None and lora_b is None:
@@ -338,7 +301,7 @@ def _adapters(x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, n: int) -
             f"expected [R, {k}] and [{n}, R]"
         )
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if adapter.dtype not in _DTYPES or adapter.device != x.device:
+        if adapter.dtype not in DTYPES or adapter.device != x.device:
             raise ValueError(
                 f"{name} is {adapter.dtype} on {adapter.device}, expected fp32, bf16 or fp16 on {x.device}"
             )
@@ -347,7 +310,7 @@ def _adapters(x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, n: int) -
 
 
 def _bias(bias: Tensor, x: Tensor, n: int) -> Tensor:
-    if bias.shape != (n,) or bias.dtype not in _DTYPES or bias.device != x.device:
+    if bias.shape != (n,) or bias.dtype not in DTYPES or bias.device != x.device:
         raise ValueError(
             f"bias is {list(bias.shape)} {bias.dtype} on {bias.device}, "
             f"expected [{n}], fp32, bf16 or fp16, on {x.device}"

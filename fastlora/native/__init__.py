@@ -1,0 +1,1 @@
+"""The compiled libraries: built from `csrc/`, called through ctypes, with every operand checked on the way."""
