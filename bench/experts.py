@@ -29,7 +29,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import fastlora
 from bench.measure import device_name, interleave
 from bench.record import Point, Recorder
-from fastlora import grouped_path
+from fastlora.ops import grouped_cuda
 
 SUMMARY = "adapters on stacks of experts against peft"
 RANK = 16
@@ -131,7 +131,7 @@ class ByTorch(nn.Module):
 
     def forward(self, *args: Tensor) -> Tensor:
         """What the layer gives; its backward goes the same way."""
-        with mock.patch.object(grouped_path, "refusal", return_value="torch's grouped_mm is asked for"):
+        with mock.patch.object(grouped_cuda, "refusal", return_value="torch's grouped_mm is asked for"):
             result: Tensor = self.layer(*args)
         return result
 

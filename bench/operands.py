@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.nf4 import NF4Weight, quantize
+from fastlora.ops.nf4 import NF4Weight, quantize
 
 LINEAR_KERNELS = ("nf4_linear", "bf16_linear")
 DEQUANTIZE = "nf4_dequantize"

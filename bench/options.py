@@ -27,7 +27,7 @@ import fastlora
 from bench.measure import device_name, interleave
 from bench.operands import missing
 from bench.record import Point, Recorder
-from fastlora import nf4
+from fastlora.ops import nf4
 
 SUMMARY = "peft's options (DoRA, mixed batches, several adapters, ...) against peft, one layer each"
 RANK, SAMPLES = 16, 8

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bench.layers import Expansion, LoraLayer, Provider, ServingLayer
 from bench.operands import DEQUANTIZE, SCALING, Operands, Problem, clone, error_line
 from fastlora import reference
-from fastlora.nf4 import NF4Weight
+from fastlora.ops.nf4 import NF4Weight
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TRAINING_MODES = ("forward", "backward", "both")

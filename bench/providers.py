@@ -24,7 +24,7 @@ from bench.operands import (
     make_operands,
 )
 from bench.packages import BF16, FP32, PEERS, adapters, dense_linear, with_adapters
-from fastlora.nf4 import NF4Weight
+from fastlora.ops.nf4 import NF4Weight
 
 
 def _build_torch(operands: Operands) -> list[LoraLayer]:
@@ -47,7 +47,7 @@ def _build_fastlora(operands: Operands, dtype: torch.dtype) -> list[LoraLayer]:
 
 
 def _build_expansions(operands: Operands, dtype: torch.dtype) -> list[LoraLayer]:
-    from fastlora.functional import nf4_dequantize
+    from fastlora.ops.linear import nf4_dequantize
 
     p = operands.problem
     a, b = adapters(operands, dtype)

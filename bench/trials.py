@@ -78,10 +78,11 @@ class Truth:
 
 def product_trials(case: Case, operands: Operands) -> tuple[list[Trial], Truth]:
     """The ways to do a product on these operands, and the truth about it."""
-    from fastlora.kernels import choice, lora
+    from fastlora.kernels import choice, lora, search
 
-    from fastlora import triton_path
-    from fastlora.operands import Base, Lora
+    from fastlora.ops import linear_cuda
+    from fastlora.ops.backend import compiled_decode
+    from fastlora.ops.operands import Base, Lora
 
     problem = operands.problem
     x, dy = draw_inputs(problem, case.m, grad=False)
@@ -92,12 +93,14 @@ def product_trials(case: Case, operands: Operands) -> tuple[list[Trial], Truth]:
     def call(chosen: choice.Choice, serial: int) -> tuple[Tensor, ...]:
         base = bases[serial % len(bases)]
         if case.op == "linear":
-            return triton_path.forward_by(chosen, x, base, adapters, None, False)[:1]
-        return (triton_path.dx_by(chosen, dy, g, base, adapters),)
+            return linear_cuda.forward_by(chosen, x, base, adapters, None, False)[:1]
+        return (linear_cuda.dx_by(chosen, dy, g, base, adapters),)
 
     found = []
-    for chosen in choice.candidates(case.op, case.m, case.n, case.k, False, problem.device):
-        refusal = triton_path.refusal(chosen.kernel, x.dtype, case.m, case.k, case.n, bases[0].blocksize, case.r)
+    for chosen in search.candidates(
+        case.op, case.m, case.n, case.k, False, problem.device, compiled_decode(problem.device)[0]
+    ):
+        refusal = linear_cuda.refusal(chosen.kernel, x.dtype, case.m, case.k, case.n, bases[0].blocksize, case.r)
         if not refusal:
             config = tuple(map(int, chosen.config)) if chosen.config is not None else None
             found.append(Trial(chosen.kernel, config, partial(call, chosen), len(bases)))

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from fastlora.adapter import load_adapter, save_adapter
     from fastlora.expert_layers import LoRAExperts
     from fastlora.experts import quantize_experts
-    from fastlora.functional import backend, lora_linear, nf4_dequantize, nf4_linear
-    from fastlora.grouped import grouped_lora_linear
     from fastlora.layer_report import Report
     from fastlora.linear import LoRALinear, NF4Linear
     from fastlora.merging import merge
-    from fastlora.nf4 import NF4Weight, quantize
+    from fastlora.ops.backend import backend
+    from fastlora.ops.grouped import grouped_lora_linear
+    from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear
+    from fastlora.ops.nf4 import NF4Weight, quantize
     from fastlora.quantizer import FastLoRANF4Config
     from fastlora.replace import replace_linear, report, restore
 

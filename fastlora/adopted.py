@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.nf4 import NF4Weight
+from fastlora.ops.nf4 import NF4Weight
 
 
 class AdoptedWeight:

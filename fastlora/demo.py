@@ -30,9 +30,10 @@ from rich.table import Table
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from fastlora import functional, stdlib_data
+from fastlora import stdlib_data
 from fastlora.data import IGNORED, collate
 from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.ops.backend import backend
 from fastlora.recipe import Recipe, from_mapping, parse_overrides, read
 from fastlora.train import Hooks, Result, Run, load_base, train
 
@@ -228,7 +229,7 @@ def _introduction(run: Run) -> Panel:
         f"A Llama of {parameters:.1f} M parameters, pretrained on {tokens:.0f} M tokens of the standard library's "
         "source, learns to say what a function does.\n"
         f"Base frozen in {(run.recipe.quantize or precision).upper()}, LoRA r={run.recipe.r} on every linear layer, "
-        f"{run.total_steps} steps in {precision} on {device}, kernels: {functional.backend(device).name}."
+        f"{run.total_steps} steps in {precision} on {device}, kernels: {backend(device).name}."
     )
     return Panel(text, title="fastlora demo", title_align="left")
 
@@ -252,7 +253,7 @@ def _summary(run: Run, before: Measured, after: Measured, seconds: float) -> dic
         "steps": run.total_steps,
         "seconds": round(seconds, 1),
         "device": str(run.accelerator.device),
-        "backend": functional.backend(run.accelerator.device).name,
+        "backend": backend(run.accelerator.device).name,
         "bf16": run.recipe.bf16,
     }
 

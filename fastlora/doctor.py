@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlora import functional
 from fastlora.kernels import choice
 from fastlora.native import cpu
+from fastlora.ops.backend import backend, compiled_decode
 
 # Distribution -> what it is needed for; `pip install fastlora[extra]` where an extra has it.
 PACKAGES = {
@@ -127,7 +127,7 @@ def _cuda_kernels() -> list[Finding]:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if not devices:
         return [Finding("compiled decode", "idle: it needs an NVIDIA GPU", False)]
-    live, reason = choice.compiled_decode(devices[0])
+    live, reason = compiled_decode(devices[0])
     findings = [Finding("compiled decode", f"live: {reason}" if live else reason, live, "" if live else reason)]
     for device in devices:
         measured, rows = choice.describe(device)
@@ -137,7 +137,7 @@ def _cuda_kernels() -> list[Finding]:
 
 def _backend_of(device: str) -> Finding:
     try:
-        name, reason = functional.backend(torch.device(device))
+        name, reason = backend(torch.device(device))
     except ValueError as error:  # FASTLORA_BACKEND names what cannot run here
         return Finding(device, str(error), False, str(error))
     return Finding(device, f"{name}: {reason}", name != "torch", reason if name == "torch" else "")

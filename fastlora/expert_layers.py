@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora import experts, functional, sharded, trained_modules
-from fastlora.grouped import kernels
+from fastlora import experts, sharded, trained_modules
 from fastlora.layer_report import Row
 from fastlora.linear import NF4Linear
-from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
-from fastlora.operands import computed_in
+from fastlora.ops.autograd import computed_in
+from fastlora.ops.backend import backend
+from fastlora.ops.grouped import kernels
+from fastlora.ops.nf4 import FLOAT_DTYPES, NF4Weight, quantize
 from fastlora.peft_files import PREFIX
 from fastlora.survey import adapted_experts, has_hooks
 from fastlora.targets import LoRASettings, means, nearest, within
@@ -165,7 +166,7 @@ class LoRAExperts(nn.Module):
             shape, size = (b.shape[0], a.shape[1]), weight.blocksize if isinstance(weight, NF4Weight) else blocksize
             packed, computed = size > 0, kernels(a.device, weight.dtype, self.num_experts, *shape, size, r)
             said = f"adapters r={r} on {self.num_experts} experts" + (", weight quantized to NF4" if packed else "")
-            kind, path = type(self.base_layer).__name__, functional.backend(a.device).name
+            kind, path = type(self.base_layer).__name__, backend(a.device).name
             yield Row(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=computed)
 
     def saved(self, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastlora.grouped import grouped_lora_linear, kernels
 from fastlora.layer_report import Row
-from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
-from fastlora.operands import computed_in
+from fastlora.ops.autograd import computed_in
+from fastlora.ops.grouped import grouped_lora_linear, kernels
+from fastlora.ops.nf4 import FLOAT_DTYPES, NF4Weight
 
 try:
     from peft.tuners.lora import layer as peft_layer

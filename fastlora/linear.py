@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import functional, starts
+from fastlora import starts
 from fastlora.adopted import AdoptedWeight, compute_dtype, is_linear4bit
 from fastlora.conv1d import as_linear, dense_weight, is_conv1d, is_dense, plain_layer
-from fastlora.nf4 import FLOAT_DTYPES, NF4Weight, quantize
+from fastlora.ops.linear import kernels, lora_linear, nf4_dequantize, nf4_linear
+from fastlora.ops.nf4 import FLOAT_DTYPES, NF4Weight, quantize
 
 _BUFFERS = ("codes", "absmax", "absmax2", "code2", "offset")
 
@@ -94,7 +95,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], dtype of x."""
-        return functional.nf4_linear(x, self.weight, self.bias_for(x))
+        return nf4_linear(x, self.weight, self.bias_for(x))
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype, or wider in fp32: an NF4 weight goes with any input, and so shall the bias."""
@@ -192,7 +193,7 @@ def kernels_of(base: Any, shape: tuple[int, int], r: int, quantize: bool = False
     blocksize = weight.blocksize if isinstance(weight, NF4Weight) else state.blocksize if state is not None else 0
     if blocksize == 0 and not quantize and is_conv1d(base):
         return ""
-    return functional.kernels(*shape, r, blocksize or (64 if quantize else 0), dtype, weight.device)
+    return kernels(*shape, r, blocksize or (64 if quantize else 0), dtype, weight.device)
 
 
 class LoRALinear(nn.Module):
@@ -294,10 +295,10 @@ class LoRALinear(nn.Module):
         dropout = getattr(self.lora_dropout[self.active_adapter], "p", 0.0)
         if is_dense(base):
             weight = dense_weight(base)
-            return functional.lora_linear(x, weight, lora_a, lora_b, scaling, base.bias, dropout, self.training)
+            return lora_linear(x, weight, lora_a, lora_b, scaling, base.bias, dropout, self.training)
         if isinstance(base, NF4Linear):
             bias = base.bias_for(x)
-            return functional.lora_linear(x, base.weight, lora_a, lora_b, scaling, bias, dropout, self.training)
+            return lora_linear(x, base.weight, lora_a, lora_b, scaling, bias, dropout, self.training)
         codes = self._adopted.of(base)
         return lora_linear_4bit(x, base, codes, lora_a, lora_b, scaling, dropout, self.training, base.bias)
 
@@ -318,7 +319,7 @@ class LoRALinear(nn.Module):
         )
         lora_a, lora_b, scaling = self.adapter()
         if isinstance(weight, NF4Weight):
-            merged = functional.nf4_dequantize(weight, dtype, lora_a, lora_b, scaling)
+            merged = nf4_dequantize(weight, dtype, lora_a, lora_b, scaling)
         else:
             update = (weight.detach().float(), lora_b.detach().float(), lora_a.detach().float())
             merged = torch.addmm(*update, alpha=scaling).to(dtype or weight.dtype)
@@ -373,7 +374,7 @@ def lora_linear_4bit(
     dtype = compute_dtype(linear4bit, x)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(dtype)
-    y = functional.lora_linear(x.to(dtype), weight, lora_a, lora_b, scaling, bias, dropout_p, training)
+    y = lora_linear(x.to(dtype), weight, lora_a, lora_b, scaling, bias, dropout_p, training)
     return y.to(x.dtype)
 
 

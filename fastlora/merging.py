@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import functional, nf4, replace, sharded, survey, trained_tokens
+from fastlora import replace, sharded, survey, trained_tokens
 from fastlora.adopted import AdoptedWeight, is_linear4bit
 from fastlora.linear import LoRALinear, NF4Linear
-from fastlora.nf4 import NF4Weight
+from fastlora.ops import nf4
+from fastlora.ops.linear import nf4_dequantize
+from fastlora.ops.nf4 import NF4Weight
 from fastlora.trainer_compat import forget_quantization
 
 
@@ -160,7 +162,7 @@ def _quantized_again(layer: LoRALinear) -> tuple[nn.Module, Kept]:
     base: Any = layer.base_layer
     before = AdoptedWeight().of(base) if is_linear4bit(base) else base.weight
     lora_a, lora_b, scaling = layer.adapter()
-    merged = functional.nf4_dequantize(before, torch.float32, lora_a, lora_b, scaling)
+    merged = nf4_dequantize(before, torch.float32, lora_a, lora_b, scaling)
     after = nf4.quantize(merged.to(before.dtype), before.blocksize, before.nested)
     left = kept(before, after, scaling * (lora_b.detach().float() @ lora_a.detach().float()))
     if is_linear4bit(base):

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 
 from fastlora.conv1d import dense_weight, is_conv1d, is_dense
 from fastlora.linear import compute_dtype, is_linear4bit
-from fastlora.mixed_batch import Adapter
-from fastlora.nf4 import FLOAT_DTYPES
+from fastlora.ops.mixed import Adapter
+from fastlora.ops.nf4 import FLOAT_DTYPES
 
 try:
     from peft.tuners.lora.variants import DoraLinearVariant

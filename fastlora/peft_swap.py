@@ -11,7 +11,7 @@ a reason met for the first time is logged as a warning, unless the user asked fo
 
 Several active adapters run as one of the summed rank: A's rows one below the other, B's columns side by side, each
 times its scaling; where they have masks of dropout or dtypes of their own, h is formed for each. DoRA rescales the
-fused product's rows (`fastlora.dora`). Layers that peft adds to such a model later are sped up as they come. `restore`
+fused product's rows (`ops.dora`). Layers that peft adds to such a model later are sped up as they come. `restore`
 takes it all back.
 
 A caution about bitsandbytes: in eval mode, without gradients, on a CPU with AVX512_BF16, `Linear4bit.forward` repacks
@@ -30,14 +30,17 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, compiler, nn
 
-from fastlora import dora, experts, functional, peft_conditions
+from fastlora import experts, peft_conditions
 from fastlora.conv1d import dense_weight, is_conv1d, is_dense
-from fastlora.dora import KeptNorms
 from fastlora.kept_weight import KeptWeight, changed
 from fastlora.layer_report import Calls, Report, Row
 from fastlora.linear import AdoptedWeight, compute_dtype, is_linear4bit, kernels_of, lora_linear_4bit
-from fastlora.mixed_batch import Adapter, joined, mixed_linear, several_linear, total_bias
-from fastlora.nf4 import NF4Weight
+from fastlora.ops import dora
+from fastlora.ops.backend import backend
+from fastlora.ops.dora import KeptNorms
+from fastlora.ops.linear import lora_linear
+from fastlora.ops.mixed import Adapter, joined, mixed_linear, several_linear, total_bias
+from fastlora.ops.nf4 import NF4Weight
 from fastlora.peft_conditions import EXPECTED, active_names, sampled_names, step_back_reason
 
 logger = logging.getLogger(__name__)
@@ -81,7 +84,7 @@ class _Fused(_Marked):
         lora_a, lora_b, scaling, _, p, training = adapter
         if is_dense(base):
             bias = total_bias(base._parameters["bias"], adapter)
-            return functional.lora_linear(x, dense_weight(base), lora_a, lora_b, scaling, bias, p, training)
+            return lora_linear(x, dense_weight(base), lora_a, lora_b, scaling, bias, p, training)
         weight, bias = self.fastlora_adopted.of(base), total_bias(base.bias, adapter)
         return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, p, training, bias)
 
@@ -347,12 +350,12 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
             if reason:
                 rows.append(Row(name, type(module).__name__, shape, False, reason, r=rank))
                 continue
-            backends.append(functional.backend(base.weight.device))
+            backends.append(backend(base.weight.device))
             said = f"peft's layer sped up in place, r={rank}"
             packed, path, kernels = is_linear4bit(base), backends[-1].name, kernels_of(base, shape, rank)
             rows.append(Row(name, kind, shape, True, said, path, rank, packed, module.fastlora_calls, kernels))
         elif name in found and experts.is_wrapper(module):
-            backends.append(functional.backend(next(module.parameters()).device))
+            backends.append(backend(next(module.parameters()).device))
             rows.append(experts.row(name, module, reasons[name], backends[-1].name))
         elif (isinstance(module, nn.Linear) or is_conv1d(module)) and not name.startswith(inside):
             k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)

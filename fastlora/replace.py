@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import functional, new_layers, nf4_layers, survey, trained_modules, trained_tokens
+from fastlora import new_layers, nf4_layers, survey, trained_modules, trained_tokens
 from fastlora.layer_report import Report
 from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linear4bit, kernels_of
-from fastlora.nf4 import BLOCKSIZES
+from fastlora.ops.backend import backend
+from fastlora.ops.nf4 import BLOCKSIZES
 from fastlora.survey import Site, find_sites, output_head
 from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
 from fastlora.trainer_compat import admit_training, let_inputs_require_grad
@@ -162,12 +163,12 @@ def report(model: nn.Module) -> Report:
         module: Any = modules.get(row.name)
         if row.replaced and name in stacks:
             (row,) = (new for new in stacks[name].rows(name) if new.name == row.name)
-            live[row.path] = functional.backend(next(stacks[name].parameters()).device)
+            live[row.path] = backend(next(stacks[name].parameters()).device)
         elif row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
             base: Any = module.base_layer if isinstance(module, LoRALinear) else module
-            backend = functional.backend(base.weight.device)
-            live[backend.name] = backend
-            row = dataclasses.replace(row, path=backend.name, kernels=kernels_of(base, row.shape, row.r))
+            found = backend(base.weight.device)
+            live[found.name] = found
+            row = dataclasses.replace(row, path=found.name, kernels=kernels_of(base, row.shape, row.r))
         elif row.replaced:
             row = dataclasses.replace(row, replaced=False, path="unchanged", reason="taken out since", r=0)
         rows.append(row)

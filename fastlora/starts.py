@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import nf4
+from fastlora.ops import nf4
 
 Pair = tuple[Tensor, Tensor]
 

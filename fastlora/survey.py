@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora import functional
 from fastlora.conv1d import is_dense
 from fastlora.layer_report import Report, Row
 from fastlora.linear import AdoptedWeight, NF4Linear, is_linear4bit, kernels_of
-from fastlora.nf4 import FLOAT_DTYPES
+from fastlora.ops.backend import backend
+from fastlora.ops.nf4 import FLOAT_DTYPES
 from fastlora.targets import within
 
 _HEAD_NAMES = ("lm_head", "score", "classifier")
@@ -170,12 +170,12 @@ def report(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = ())
     """What becomes of every linear layer once the marked sites are replaced; stacks: rows of stacks of experts."""
     devices = {site.module.weight.device for site in sites.values() if site.adapt}
     devices |= {next(model.get_submodule(row.name.rpartition(".")[0]).parameters()).device for row in stacks}
-    backends = {device: functional.backend(device) for device in sorted(devices, key=str)}
+    backends = {device: backend(device) for device in sorted(devices, key=str)}
     head = output_head(model)
     rows = list(stacks)
     for name, site in sites.items():
         replaced = site.adapt or site.quantize
-        path = functional.backend(site.module.weight.device).name if replaced else "unchanged"
+        path = backend(site.module.weight.device).name if replaced else "unchanged"
         in_nf4 = site.quantize or (site.adapt and not is_dense(site.module))
         kernels = kernels_of(site.module, site.shape, site.r, site.quantize) if replaced else ""
         why = _why(site, head)

@@ -25,18 +25,16 @@ fused kernel reaches a share e of cuBLAS's rate F, so both cost the same at
 e = 0.6 is assumed. F / B in FLOP a byte: 153 A100, 76 RTX 3090, 164 RTX 4090, 181 H200, 281 B200, 117 RTX 5090, each
 standing for its architecture. M* is rounded to whole tiles of 16 tokens.
 
-Environment: FASTLORA_BACKEND=cuda takes decode-cuda wherever it applies, triton never; FASTLORA_AUTOTUNE=1 times the
-candidates at the first use of a shape, outside graph capture, and remembers the quickest while the process lives.
+Environment: FASTLORA_BACKEND=cuda takes decode-cuda wherever it applies, triton never; FASTLORA_AUTOTUNE=1 searches at
+run time instead (`search`).
 """
 
 import csv
 import functools
 import math
 import os
-import statistics
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,7 +52,6 @@ OPS = (*PRODUCTS, *LOW_RANK)
 DECODE_UP_TO_M = 16
 ANY_M = 1 << 62
 _STAND_IN = (8, 0)  # the architecture whose rows serve the interpreter
-_SEARCH_CALLS = 5
 
 
 class Choice(NamedTuple):
@@ -162,22 +159,27 @@ def gpu_of(device: torch.device) -> tuple[str, tuple[int, int]]:
     return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
 
 
-def choose(op: str, m: int, n: int, k: int, r: int, dropout: bool, device: torch.device) -> Choice:
+def choose(
+    op: str, m: int, n: int, k: int, r: int, dropout: bool, device: torch.device, compiled: bool = False
+) -> Choice:
     """The kernel for a product with an NF4 weight [N, K] and a LoRA of rank R.
 
     Args:
         op: "linear", x [M, K] to y [M, N], or "linear_t", dy [M, N] to dx [M, K].
         r: 0 without LoRA.
+        compiled: whether the compiled decode kernel runs on the device.
     Raises:
         ValueError: the table has no row that fits.
     """
-    bounds, choices = _choices(op, n, k, r, dropout, device, os.environ.get("FASTLORA_BACKEND"))
+    bounds, choices = _choices(op, n, k, r, dropout, device, compiled, os.environ.get("FASTLORA_BACKEND"))
     return choices[bisect_left(bounds, m)]
 
 
-def steps(op: str, n: int, k: int, r: int, dropout: bool, device: torch.device) -> list[tuple[int, Choice]]:
+def steps(
+    op: str, n: int, k: int, r: int, dropout: bool, device: torch.device, compiled: bool = False
+) -> list[tuple[int, Choice]]:
     """(largest M, its kernel) for the products of `choose`, M ascending; the last has no bound, ANY_M."""
-    return list(zip(*_choices(op, n, k, r, dropout, device, os.environ.get("FASTLORA_BACKEND")), strict=True))
+    return list(zip(*_choices(op, n, k, r, dropout, device, compiled, os.environ.get("FASTLORA_BACKEND")), strict=True))
 
 
 def tile(op: str, m: int, length: int, r: int, mode: str, dropout: bool, device: torch.device) -> Tile | None:
@@ -188,7 +190,7 @@ def tile(op: str, m: int, length: int, r: int, mode: str, dropout: bool, device:
 
 @functools.cache
 def _choices(
-    op: str, n: int, k: int, r: int, dropout: bool, device: torch.device, forced: str | None
+    op: str, n: int, k: int, r: int, dropout: bool, device: torch.device, compiled: bool, forced: str | None
 ) -> tuple[list[int], list[Choice]]:
     from fastlora.kernels.fused import Config
 
@@ -200,29 +202,19 @@ def _choices(
     bounds = [_bound(rung) for rung in rungs]
     if not bounds or bounds[-1] < ANY_M:
         raise ValueError(f"{TABLE} has no row for {op} with any M on {gpu_of(device)}: add one, or reinstall fastlora")
-    return _with_decode(bounds, choices, op, dropout, device, forced)
+    return _with_decode(bounds, choices, op, dropout, compiled, forced)
 
 
 def _with_decode(
-    bounds: list[int], choices: list[Choice], op: str, dropout: bool, device: torch.device, forced: str | None
+    bounds: list[int], choices: list[Choice], op: str, dropout: bool, compiled: bool, forced: str | None
 ) -> tuple[list[int], list[Choice]]:
     """The ladder with the compiled decode kernel put in where it is forced, and Triton's where it is not to be had."""
     if forced == "cuda" and op == "linear" and not dropout:
         above = bisect_left(bounds, DECODE_UP_TO_M + 1)
         return [DECODE_UP_TO_M, *bounds[above:]], [Choice("decode-cuda"), *choices[above:]]
-    if forced == "triton" or not compiled_decode(device)[0]:
+    if forced == "triton" or not compiled:
         choices = [Choice("decode") if choice.kernel == "decode-cuda" else choice for choice in choices]
     return bounds, choices
-
-
-def compiled_decode(device: torch.device) -> tuple[bool, str]:
-    """Whether the compiled decode kernel can run on a device; and what it is, or why not and what to do."""
-    if device.type != "cuda":
-        return False, "the compiled decode kernel needs a CUDA device"
-    from fastlora.native import cuda
-
-    usable, reason = cuda.usable(device)
-    return usable, reason or cuda.status()[1]
 
 
 @functools.cache
@@ -276,82 +268,6 @@ def _nearest(rows: list[Row], op: str, k: int | None, n: int | None, r: int, dro
 
 def _bound(row: Row) -> int:
     return ANY_M if row.m is None else row.m
-
-
-def candidates(op: str, m: int, n: int, k: int, dropout: bool, device: torch.device) -> list[Choice]:
-    """What could run a product; `dequantize`, the one that always can, first."""
-    from fastlora.kernels import fused
-
-    found = [Choice("dequantize")]
-    if op == "linear" and m <= DECODE_UP_TO_M and not dropout:
-        found += [Choice("decode-cuda")] if compiled_decode(device)[0] else []
-        found.append(Choice("decode"))
-    return found + [Choice("fused", config) for config in fused.candidates(op, m, n, k, gpu_of(device)[1])]
-
-
-_found: dict[tuple[Any, ...], Choice] = {}
-
-
-def autotunes() -> bool:
-    """Whether FASTLORA_AUTOTUNE asks for a search at run time."""
-    return os.environ.get("FASTLORA_AUTOTUNE", "0") not in ("", "0")
-
-
-def search(
-    op: str,
-    m: int,
-    n: int,
-    k: int,
-    r: int,
-    dropout: bool,
-    device: torch.device,
-    run: Callable[[Choice], object],
-    fits: Callable[[Choice], bool],
-) -> Choice:
-    """The quickest of the candidates, timed once for all M up to the next power of two; the table's while capturing.
-
-    Args:
-        run: does the product by a choice. What it raises for want of a GPU's resources drops the candidate.
-        fits: whether a candidate can do this product at all.
-    """
-    key = (op, (m - 1).bit_length(), n, k, r, dropout, device)
-    if key in _found:
-        return _found[key]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return choose(op, m, n, k, r, dropout, device)
-    times = {}
-    for choice in dict.fromkeys([choose(op, m, n, k, r, dropout, device), *candidates(op, m, n, k, dropout, device)]):
-        if not fits(choice):
-            continue
-        try:
-            times[choice] = _milliseconds(functools.partial(run, choice), device)
-        except _out_of_resources():
-            continue
-    _found[key] = min(times, key=times.__getitem__)
-    return _found[key]
-
-
-def _out_of_resources() -> type[Exception]:
-    from triton.runtime.errors import OutOfResources
-
-    return OutOfResources
-
-
-def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    call()  # compiles
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return (time.perf_counter() - began) * 1e3
-    samples = []
-    for _ in range(_SEARCH_CALLS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end))
-    return statistics.median(samples)
 
 
 def describe(device: torch.device) -> tuple[bool, str]:

@@ -14,7 +14,7 @@ rounded once. Neighbouring programs take GROUP_M row tiles by all columns, so th
 
 Bytes: each weight of an expert that has rows once a row tile, x once a column tile (both from the cache, mostly), y
 once. An expert without rows costs nothing. NF4 costs 0.516 bytes a weight, and 5 to 8 instructions for each row tile:
-from some rows an expert on it is cheaper to expand the stack once, and `fastlora.grouped_path` says where.
+from some rows an expert on it is cheaper to expand the stack once, and `fastlora.ops.grouped_cuda` says where.
 """
 
 from typing import Any

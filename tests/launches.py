@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.static import _cuobjdump
-from fastlora import dispatch, dora, grouped, mixed_path, nf4, triton_path
-from fastlora.operands import Base, Lora, Needs
+from fastlora.ops import backend, dora, grouped, linear_cuda, mixed_cuda, nf4
+from fastlora.ops.operands import Base, Lora, Needs
 
 ALL = Needs(True, True, True)
 
@@ -65,7 +65,7 @@ def pretend(arch: int) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    dispatch._no_triton = lambda *_: ""
+    backend._no_triton = lambda *_: ""
     choice.gpu_of = lambda device: ("unknown", capability)
     fused._device = lambda index: (capability, 132)
     nf4_kernel.lookup = decode.lookup = lambda *_: "shfl"
@@ -81,9 +81,9 @@ def step(
     r = 40 if m > 64 else 16
     lora = Lora(torch.randn(r, k).to(adapter), torch.randn(n, r).to(adapter), 2.0, p, seed)
     x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
-    _, h = triton_path.forward_by(Choice(kernel), x, base, lora, dy[0] if bias else None, True)
+    _, h = linear_cuda.forward_by(Choice(kernel), x, base, lora, dy[0] if bias else None, True)
     backward = "fused" if kernel == "decode" else kernel
-    triton_path.backward_by(Choice(backward), dy, x, h, base, lora, ALL)
+    linear_cuda.backward_by(Choice(backward), dy, x, h, base, lora, ALL)
 
 
 def stack(rows: int, kind: str, adapter: torch.dtype, n: int = 256, k: int = 512) -> None:
@@ -116,12 +116,12 @@ def experts(arch: int) -> None:
 
 def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
     """Forward and backward of a batch whose samples have different adapters, with biases."""
-    rows = mixed_path.rows_of((0, 1, -1, 0), 40, ((2.0, p), (1.0, 0.0)), torch.device("cpu"))
+    rows = mixed_cuda.rows_of((0, 1, -1, 0), 40, ((2.0, p), (1.0, 0.0)), torch.device("cpu"))
     base = Base(torch.randn(n, k).bfloat16(), None, None, None, None, n, k, 0)
     a, b = torch.randn(2, 16, k).to(adapter).requires_grad_(), torch.randn(2, n, 16).to(adapter).requires_grad_()
     x = torch.randn(160, k).bfloat16().requires_grad_()
     bias = torch.randn(3, n).requires_grad_()
-    y = mixed_path.linear(x, base, a, b, bias, True, rows, torch.bfloat16, torch.bfloat16)
+    y = mixed_cuda.linear(x, base, a, b, bias, True, rows, torch.bfloat16, torch.bfloat16)
     y.backward(torch.ones_like(y))
 
 

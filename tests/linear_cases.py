@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastlora import nf4, reference
-from fastlora.functional import lora_linear
-from fastlora.nf4 import NF4Weight
+from fastlora import reference
+from fastlora.ops import nf4
+from fastlora.ops.linear import lora_linear
+from fastlora.ops.nf4 import NF4Weight
 from tests.numerics import assert_as_accurate
 
 SCALING = 2.0

@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
-from fastlora.kernels import choice
+from fastlora.kernels import choice, search
 from fastlora.kernels.choice import ANY_M, Row, Tile
 
-from fastlora import dispatch
+from fastlora.ops import backend as backends
 
 CPU = torch.device("cpu")
 FLOP_PER_BYTE = {"sm_80": 153, "sm_86": 76, "sm_89": 164, "sm_90": 181, "sm_100": 281, "sm_120": 117}
@@ -22,7 +22,7 @@ def fresh(monkeypatch):
     remembered = (choice._table, choice._choices, choice._tiles)
     for cached in remembered:
         cached.cache_clear()
-    monkeypatch.setattr(choice, "_found", {})
+    monkeypatch.setattr(search, "_found", {})
     yield
     for cached in remembered:
         cached.cache_clear()
@@ -142,12 +142,10 @@ def test_tiles_of_the_low_rank_kernels(monkeypatch):
 
 
 def test_the_compiled_decode_kernel_is_taken_where_it_is_live_and_not_where_triton_is_forced(monkeypatch):
-    monkeypatch.setattr(choice, "compiled_decode", lambda device: (True, "stand-in"))
-
     def chosen(backend: str | None, m: int = 16, dropout: bool = False, op: str = "linear") -> str:
         if backend:
             monkeypatch.setenv("FASTLORA_BACKEND", backend)
-        return choice.choose(op, m, 512, 512, 16, dropout, CPU).kernel
+        return choice.choose(op, m, 512, 512, 16, dropout, CPU, compiled=True).kernel
 
     assert chosen(None) == "decode-cuda"
     assert chosen("triton") == "decode"
@@ -161,29 +159,29 @@ def test_the_compiled_decode_kernel_is_taken_where_it_is_live_and_not_where_trit
 @pytest.fixture
 def a_gpu(monkeypatch):
     """The Triton kernels run on "cuda", as far as dispatch can tell."""
-    monkeypatch.setattr(dispatch, "_no_triton", lambda *_: "")
-    dispatch._backend.cache_clear()
+    monkeypatch.setattr(backends, "_no_triton", lambda *_: "")
+    backends._backend.cache_clear()
     yield
-    dispatch._backend.cache_clear()
+    backends._backend.cache_clear()
 
 
 def test_the_backend_says_which_decode_kernel_runs(monkeypatch, a_gpu):
-    monkeypatch.setattr(choice, "compiled_decode", lambda device: (False, "not built: run make"))
-    assert dispatch.backend("cuda") == ("triton", "Triton kernels, decode too: not built: run make")
-    dispatch._backend.cache_clear()
-    monkeypatch.setattr(choice, "compiled_decode", lambda device: (True, "/lib/decode.so"))
-    assert dispatch.backend("cuda") == ("triton", "Triton kernels, compiled decode")
+    monkeypatch.setattr(backends, "compiled_decode", lambda device: (False, "not built: run make"))
+    assert backends.backend("cuda") == ("triton", "Triton kernels, decode too: not built: run make")
+    backends._backend.cache_clear()
+    monkeypatch.setattr(backends, "compiled_decode", lambda device: (True, "/lib/decode.so"))
+    assert backends.backend("cuda") == ("triton", "Triton kernels, compiled decode")
 
 
 def test_the_compiled_decode_kernel_that_is_not_there_cannot_be_forced(monkeypatch, a_gpu):
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"FASTLORA_BACKEND=cuda cannot run on cpu: .* needs a CUDA device"):
-        dispatch.backend("cpu")
-    monkeypatch.setattr(choice, "compiled_decode", lambda device: (False, "not built: run make"))
+        backends.backend("cpu")
+    monkeypatch.setattr(backends, "compiled_decode", lambda device: (False, "not built: run make"))
     with pytest.raises(ValueError, match="FASTLORA_BACKEND=cuda cannot run on cuda: not built: run make"):
-        dispatch.backend("cuda")
-    monkeypatch.setattr(choice, "compiled_decode", lambda device: (True, "/lib/decode.so"))
-    name, reason = dispatch.backend("cuda")
+        backends.backend("cuda")
+    monkeypatch.setattr(backends, "compiled_decode", lambda device: (True, "/lib/decode.so"))
+    name, reason = backends.backend("cuda")
     assert name == "triton"
     assert "forced by FASTLORA_BACKEND" in reason
 
@@ -198,21 +196,21 @@ def test_a_choice_takes_less_than_five_microseconds():
     assert best < 5e-6
 
 
-def search(monkeypatch, milliseconds: dict[str, float], m: int = 33, fits=lambda other: True) -> str:
+def quickest(monkeypatch, milliseconds: dict[str, float], m: int = 33, fits=lambda other: True) -> str:
     """The kernel that a search finds where kernels take these times."""
-    monkeypatch.setattr(choice, "_milliseconds", lambda call, device: call() or milliseconds[ran[-1]])
+    monkeypatch.setattr(search, "_milliseconds", lambda call, device: call() or milliseconds[ran[-1]])
     ran: list[str] = []
-    found = choice.search("linear", m, 64, 64, 16, False, CPU, lambda other: ran.append(other.kernel), fits)
+    found = search.search("linear", m, 64, 64, 16, False, CPU, False, lambda other: ran.append(other.kernel), fits)
     return found.kernel if ran else f"{found.kernel}, remembered"
 
 
 def test_a_search_takes_the_quickest_and_remembers_it_up_to_the_next_power_of_two(monkeypatch):
     times = {"dequantize": 1.0, "decode": 3.0, "fused": 2.0}
-    assert search(monkeypatch, times) == "dequantize"
-    assert search(monkeypatch, times, m=64) == "dequantize, remembered"
-    assert search(monkeypatch, {**times, "fused": 0.5}, m=65) == "fused"
-    assert search(monkeypatch, {**times, "decode": 0.1}, m=3) == "decode"
-    assert search(monkeypatch, {**times, "decode": 0.1}, m=7, fits=lambda other: other.kernel != "decode") != "decode"
+    assert quickest(monkeypatch, times) == "dequantize"
+    assert quickest(monkeypatch, times, m=64) == "dequantize, remembered"
+    assert quickest(monkeypatch, {**times, "fused": 0.5}, m=65) == "fused"
+    assert quickest(monkeypatch, {**times, "decode": 0.1}, m=3) == "decode"
+    assert quickest(monkeypatch, {**times, "decode": 0.1}, m=7, fits=lambda other: other.kernel != "decode") != "decode"
 
 
 def test_a_candidate_that_asks_too_much_of_the_gpu_is_dropped(monkeypatch):
@@ -222,8 +220,8 @@ def test_a_candidate_that_asks_too_much_of_the_gpu_is_dropped(monkeypatch):
         if other.kernel == "fused":
             raise OutOfResources(1 << 20, 1 << 17, "shared memory")
 
-    monkeypatch.setattr(choice, "_milliseconds", lambda call, device: call() or 1.0)
-    assert choice.search("linear", 33, 64, 64, 16, False, CPU, run, lambda other: True).kernel == "dequantize"
+    monkeypatch.setattr(search, "_milliseconds", lambda call, device: call() or 1.0)
+    assert search.search("linear", 33, 64, 64, 16, False, CPU, False, run, lambda other: True).kernel == "dequantize"
 
 
 def test_the_doctor_says_whether_rows_were_measured(monkeypatch):
@@ -232,19 +230,19 @@ def test_the_doctor_says_whether_rows_were_measured(monkeypatch):
     assert [f.found for f in doctor._cuda_kernels()] == ["idle: it needs an NVIDIA GPU"] or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("NVIDIA H200", (9, 0)))
-    monkeypatch.setattr(choice, "compiled_decode", lambda device: (False, "not built: run make"))
+    monkeypatch.setattr(doctor, "compiled_decode", lambda device: (False, "not built: run make"))
     decode, rows = doctor._cuda_kernels()
     assert (decode.good, decode.advice) == (False, "not built: run make")
     assert not rows.good
     assert rows.found.startswith("defaults of sm_90, not measured on NVIDIA H200")
     use(monkeypatch, [*choice.read(), row(m=64, k=64, n=64, r=16), row("dy", m=64, n=64, r=16, kernel="narrow")])
-    monkeypatch.setattr(choice, "compiled_decode", lambda device: (True, "/lib/decode.so"))
+    monkeypatch.setattr(doctor, "compiled_decode", lambda device: (True, "/lib/decode.so"))
     decode, rows = doctor._cuda_kernels()
     assert decode == doctor.Finding("compiled decode", "live: /lib/decode.so")
     assert rows == doctor.Finding("choice of kernels, cuda:0", "2 rows measured on NVIDIA H200, for 1 shapes")
 
 
 def test_bounds_end_with_any_m():
-    bounds, _ = choice._choices("linear", 512, 512, 16, False, CPU, None)
+    bounds, _ = choice._choices("linear", 512, 512, 16, False, CPU, False, None)
     assert bounds == sorted(set(bounds))
     assert bounds[-1] == ANY_M

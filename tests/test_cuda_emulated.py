@@ -12,8 +12,9 @@ from emulation import Emulation, compile_objects, link
 from numerics import assert_as_accurate
 
 from bench.static import SHARED_LIMIT
-from fastlora import nf4, reference
+from fastlora import reference
 from fastlora.native import build, cuda
+from fastlora.ops import nf4
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALING = 2.0

@@ -13,8 +13,9 @@ import torch
 from bench import fatbin
 from bench.specimens import ARCHITECTURES
 from bench.static import SHARED_LIMIT
-from fastlora import nf4, reference
+from fastlora import reference
 from fastlora.native import build, cuda
+from fastlora.ops import nf4
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

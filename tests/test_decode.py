@@ -5,7 +5,8 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import nf4, reference
+from fastlora import reference
+from fastlora.ops import nf4
 
 triton = pytest.importorskip("triton")
 from fastlora.kernels import decode as kernel  # noqa: E402

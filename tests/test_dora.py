@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastlora import dora, nf4
+from fastlora.ops import dora, nf4
 from fastlora.replace import replace_linear
 
 peft = pytest.importorskip("peft")

@@ -5,12 +5,13 @@ import weakref
 import pytest
 import torch
 
-from fastlora import nf4, reference
+from fastlora import reference
+from fastlora.ops import nf4
 
 triton = pytest.importorskip("triton")
 from fastlora.kernels import dora as kernel  # noqa: E402
 
-from fastlora import dispatch, dora, triton_path  # noqa: E402
+from fastlora.ops import dequantize, dora, linear_cuda  # noqa: E402
 from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 from tests.numerics import assert_as_accurate, rms  # noqa: E402
 
@@ -106,7 +107,7 @@ def test_scales_carry_the_factor(nested):
     absmax = kernel.scaled_absmax(*scales, factor, 4)
     exact = reference.nf4_scales(*scales).view(24, 4) * factor[:, None]
     assert torch.equal(absmax.view(24, 4), exact)
-    scaled = dispatch.nf4_dequantize(weight.codes, absmax, None, None, None, 24, 256, 64, torch.float32)
+    scaled = dequantize.nf4_dequantize(weight.codes, absmax, None, None, None, 24, 256, 64, torch.float32)
     torch.testing.assert_close(scaled.double(), values * factor[:, None].double(), rtol=1e-6, atol=0)
 
 
@@ -169,8 +170,8 @@ def test_nothing_is_recorded_where_no_gradient_can_be_asked_for(monkeypatch):
     a, b, m = draw(4, 128, seed=1).requires_grad_(), draw(64, 4, seed=2).requires_grad_(), draw(64, seed=3)
     x, norms = draw(200, 128, seed=4), dora.row_norms(weight, a, b, 1.0)
     seen = []
-    real = triton_path.forward
-    monkeypatch.setattr(triton_path, "forward", lambda *args: seen.append(args[3:]) or real(*args))
+    real = linear_cuda.forward
+    monkeypatch.setattr(linear_cuda, "forward", lambda *args: seen.append(args[3:]) or real(*args))
     bias = draw(64, seed=5)
     with torch.no_grad():
         dora.dora_linear(x, weight, a, b, 1.0, m.requires_grad_(), norms, bias)

@@ -10,7 +10,7 @@ import fastlora
 from fastlora import eva
 from fastlora.adapter import load_adapter, save_adapter
 from fastlora.linear import LoRALinear, NF4Linear
-from fastlora.nf4 import NF4Weight
+from fastlora.ops.nf4 import NF4Weight
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 

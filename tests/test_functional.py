@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dispatch import backend
-from fastlora.functional import lora_linear, nf4_linear
+from fastlora.ops.backend import backend
+from fastlora.ops.linear import lora_linear, nf4_linear
 from tests.linear_cases import SCALING, Case, operator_arguments
 from tests.numerics import assert_as_accurate, rms
 
@@ -59,13 +59,13 @@ def test_activations_large_enough_to_stream(base, dtype, adapter_dtype, monkeypa
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + BF16)
 def test_a_few_rows_over_a_dense_weight_on_the_cpu(dtype, adapter_dtype, monkeypatch):
-    from fastlora import torch_path
+    from fastlora.ops import linear_cpu
 
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
     monkeypatch.setenv("FASTLORA_CPU_ISA", "portable")  # where AVX512_BF16 is, one fused call takes bf16
     calls = []
-    few_rows = torch_path.few_rows
-    monkeypatch.setattr(torch_path, "few_rows", lambda *args: calls.append(1) or few_rows(*args))
+    few_rows = linear_cpu.few_rows
+    monkeypatch.setattr(linear_cpu, "few_rows", lambda *args: calls.append(1) or few_rows(*args))
     Case(17, 192, 130, 8, dtype, adapter_dtype, bias=True).check()
     Case(1, 192, 2070, 8, dtype, adapter_dtype).check()
     assert len(calls) == 2

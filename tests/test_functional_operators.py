@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import functional, nf4
-from fastlora.dispatch import backend
-from fastlora.functional import lora_linear
+from fastlora.ops import backend as backends
+from fastlora.ops import nf4
+from fastlora.ops.backend import backend
+from fastlora.ops.linear import lora_linear
 from tests.linear_cases import SCALING, Case, operator_arguments
 
 
@@ -50,12 +51,12 @@ def test_compile_with_inductor_and_dynamic_rows():
 def test_a_selective_checkpoint_keeps_the_output_by_the_operators_name(monkeypatch):
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-    from fastlora import torch_path
+    from fastlora.ops import linear_cpu
 
     monkeypatch.setenv("FASTLORA_BACKEND", "torch")
     calls = []
-    forward = torch_path.forward
-    monkeypatch.setattr(torch_path, "forward", lambda *args: calls.append(1) or forward(*args))
+    forward = linear_cpu.forward
+    monkeypatch.setattr(linear_cpu, "forward", lambda *args: calls.append(1) or forward(*args))
     case = Case(90, 64, 64, 4, torch.float32)
     x, a, b = case.leaves()
 
@@ -110,7 +111,7 @@ def test_bad_operands_are_named(change, message):
 def test_a_wrong_backend_is_named(monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "abacus")
     with pytest.raises(ValueError, match="must be one of triton, cuda, cpp, torch; got 'abacus'"):
-        functional.backend("cpu")
+        backends.backend("cpu")
 
 
 def test_the_slow_path_says_why(monkeypatch):
@@ -118,7 +119,7 @@ def test_the_slow_path_says_why(monkeypatch):
 
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
     monkeypatch.setattr(cpu, "status", lambda: (False, "no compiler was found"))
-    from fastlora.dispatch import _backend
+    from fastlora.ops.backend import _backend
 
     _backend.cache_clear()
     assert backend("cpu") == ("torch", "slow path: no compiler was found")

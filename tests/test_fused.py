@@ -8,7 +8,8 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import nf4, reference
+from fastlora import reference
+from fastlora.ops import nf4
 
 triton = pytest.importorskip("triton")
 from fastlora.kernels import fused, fused_config  # noqa: E402

@@ -7,10 +7,11 @@ import torch
 from numerics import assert_as_accurate
 from torch import Tensor
 
-from fastlora import fused_path, nf4, reference
-from fastlora.functional import lora_linear, nf4_linear
+from fastlora import reference
 from fastlora.native import cpu, linear
-from fastlora.nf4 import NF4Weight
+from fastlora.ops import linear_cpu_bf16, nf4
+from fastlora.ops.linear import lora_linear, nf4_linear
+from fastlora.ops.nf4 import NF4Weight
 
 BF16 = torch.bfloat16
 K, N, R, SCALING = 64, 48, 4, 2.0
@@ -217,9 +218,9 @@ def test_checkpoints_and_autocast_give_the_same_bits() -> None:
 
 def test_takes_asks_for_what_the_library_needs() -> None:
     x, weight, *_ = operands()
-    base = fused_path.Base(weight, None, None, None, None, N, K, 0)
-    assert fused_path.takes(x, base, None)
-    assert not fused_path.takes(x.half(), base, None)
-    assert not fused_path.takes(x, base._replace(n=N - 1), None)
-    assert not fused_path.serves(x[:0], base, None, None)
-    assert not fused_path.serves(x, base, None, normal(N).requires_grad_())
+    base = linear_cpu_bf16.Base(weight, None, None, None, None, N, K, 0)
+    assert linear_cpu_bf16.takes(x, base, None)
+    assert not linear_cpu_bf16.takes(x.half(), base, None)
+    assert not linear_cpu_bf16.takes(x, base._replace(n=N - 1), None)
+    assert not linear_cpu_bf16.serves(x[:0], base, None, None)
+    assert not linear_cpu_bf16.serves(x, base, None, normal(N).requires_grad_())

@@ -4,9 +4,10 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import nf4, reference
-from fastlora.dispatch import backend
-from fastlora.functional import lora_linear, nf4_dequantize
+from fastlora import reference
+from fastlora.ops import nf4
+from fastlora.ops.backend import backend
+from fastlora.ops.linear import lora_linear, nf4_dequantize
 
 pytestmark = pytest.mark.gpu
 SCALING = 2.0

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastlora.kernels import choice
+from fastlora.kernels import choice, search
 
 from bench.operands import Problem, make_operands
 from bench.trials import Case, low_rank_trials, product_trials
-from fastlora import dispatch, nf4
-from fastlora.functional import lora_linear
 from fastlora.native import cuda
+from fastlora.ops import backend, nf4
+from fastlora.ops.linear import lora_linear
 
 pytestmark = pytest.mark.gpu
 SCALING = 2.0
@@ -102,18 +102,18 @@ def test_a_search_runs_once_and_not_while_a_graph_is_captured(monkeypatch):
         monkeypatch.setenv("FASTLORA_AUTOTUNE", "1")
         with torch.cuda.graph(graph):
             captured = lora_linear(x, weight, a, b, SCALING)
-        assert choice._found == {}
+        assert search._found == {}
         graph.replay()
         assert torch.equal(captured, expected)
         searched = lora_linear(x, weight, a, b, SCALING)
-        assert len(choice._found) == 1
+        assert len(search._found) == 1
         torch.testing.assert_close(searched, expected, rtol=2e-2, atol=2e-2)
-        monkeypatch.setattr(choice, "_milliseconds", lambda *_: pytest.fail("searched twice"))
+        monkeypatch.setattr(search, "_milliseconds", lambda *_: pytest.fail("searched twice"))
         assert torch.equal(lora_linear(x, weight, a, b, SCALING), searched)
 
 
 def test_the_compiled_decode_kernel_can_be_forced(monkeypatch):
-    dispatch._backend.cache_clear()
+    backend._backend.cache_clear()
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
     x, weight, a, b = layer(4)
     loaded, reason = cuda.status()

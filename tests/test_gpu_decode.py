@@ -4,8 +4,9 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import nf4, reference
+from fastlora import reference
 from fastlora.native import cuda
+from fastlora.ops import nf4
 
 pytest.importorskip("triton")
 from fastlora.kernels import decode as triton_decode

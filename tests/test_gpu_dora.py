@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import dora, nf4
+from fastlora.ops import dora, nf4
 from tests.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastlora import grouped, nf4
-from fastlora.grouped import grouped_lora_linear
+from fastlora.ops import grouped, nf4
+from fastlora.ops.grouped import grouped_lora_linear
 from tests.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu

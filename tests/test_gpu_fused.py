@@ -7,7 +7,8 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import dispatch, nf4, reference
+from fastlora import reference
+from fastlora.ops import dequantize, nf4
 
 pytestmark = pytest.mark.gpu
 SCALING = 0.5
@@ -44,7 +45,7 @@ class Case:
     def __call__(self, config=None):
         from fastlora.kernels import fused
 
-        weight = (*self.weight.tensors(), dispatch.level_table(self.x.device), self.blocksize)
+        weight = (*self.weight.tensors(), dequantize.level_table(self.x.device), self.blocksize)
         if self.op == "linear":
             return fused.linear(self.x, *weight, self.n, self.h, self.b, SCALING, self.bias, config)
         return fused.linear_t(self.x, *weight, self.k, SCALING * self.h, self.b.t(), self.dropout, config)
@@ -123,7 +124,7 @@ def test_the_weight_is_bit_for_bit_the_expanded_one(op, m):
     """Products with rows of the unit matrix, by pointers and by tensor maps."""
     from fastlora.kernels import fused
 
-    code = dispatch.level_table(torch.device("cuda", torch.cuda.current_device()))
+    code = dequantize.level_table(torch.device("cuda", torch.cuda.current_device()))
     function, columns, length = (fused.linear, N, K) if op == "linear" else (fused.linear_t, K, N)
     weight = nf4.quantize(draw(N, K, dtype=torch.float32))
     exact = weight.dequantize(torch.bfloat16)
@@ -146,7 +147,7 @@ def test_strides_and_addresses_without_alignment():
     padded[:, 3 : K + 3] = case.x
     codes = torch.empty(case.weight.codes.numel() + 1, dtype=torch.uint8, device="cuda")
     codes[1:] = case.weight.codes
-    weight = (codes[1:], *case.weight.tensors()[1:], dispatch.level_table(case.x.device), 64)
+    weight = (codes[1:], *case.weight.tensors()[1:], dequantize.level_table(case.x.device), 64)
     for x in (padded[:, 3 : K + 3], case.x.t().contiguous().t()):
         for tma in (False, True):
             ours = fused.linear(x, *weight, N, case.h, case.b, SCALING, case.bias, config._replace(tma=tma))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import dispatch, grouped_path, nf4
-from fastlora.grouped import grouped_lora_linear
+from fastlora.ops import dequantize, grouped_cuda, nf4
+from fastlora.ops.grouped import grouped_lora_linear
 
 pytestmark = pytest.mark.gpu
 EXPERTS, N, K, R, SCALING = 6, 320, 448, 16, 0.5  # sizes that are no multiples of a tile
@@ -62,8 +62,8 @@ class Layer:
 def taken(monkeypatch):
     """Counts calls of the Triton way, which every test here is about."""
     calls = []
-    way = grouped_path.grouped_linear
-    monkeypatch.setattr(grouped_path, "grouped_linear", lambda *args: calls.append(1) or way(*args))
+    way = grouped_cuda.grouped_linear
+    monkeypatch.setattr(grouped_cuda, "grouped_linear", lambda *args: calls.append(1) or way(*args))
     yield
     assert calls
 
@@ -96,7 +96,7 @@ def test_the_weight_is_bit_for_bit_the_expanded_one(op):
     from fastlora.kernels.segments import by_offsets
 
     layer = Layer(16, "nf4")
-    packed = grouped.Packed(*layer.stack.tensors(), dispatch.level_table(layer.x.device), 64, N, K)
+    packed = grouped.Packed(*layer.stack.tensors(), dequantize.level_table(layer.x.device), 64, N, K)
     length, function = (K, grouped.grouped_linear) if op == "linear" else (N, grouped.grouped_linear_t)
     exact = layer.values.mT if op == "linear" else layer.values
     unit = torch.eye(length, dtype=torch.bfloat16, device="cuda").repeat(EXPERTS, 1)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastlora import mixed_batch, nf4
-from fastlora.mixed_batch import Adapter, mixed_linear
+from fastlora.ops import mixed, nf4
+from fastlora.ops.mixed import Adapter, mixed_linear
 from tests.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +60,7 @@ def run(device, dtype, adapter_dtype, tokens, base, p):
 @pytest.mark.parametrize("tokens", [1, 40, 300])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_mixed_batches_by_kernels(base, tokens, adapter_dtype, monkeypatch):
-    monkeypatch.setitem(mixed_batch.SIDE_BY_SIDE_UP_TO, "cuda", 0)
+    monkeypatch.setitem(mixed.SIDE_BY_SIDE_UP_TO, "cuda", 0)
     ours, baseline, oracle = run("cuda", torch.bfloat16, adapter_dtype, tokens, base, 0.0)
     for name, value in ours.items():
         assert_as_accurate(value, baseline[name], oracle[name], name)

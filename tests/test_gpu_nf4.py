@@ -6,8 +6,9 @@ Each case is a compilation of a second or more, so options are crossed only wher
 import pytest
 import torch
 
-from fastlora import nf4, reference
-from fastlora.dispatch import level_table
+from fastlora import reference
+from fastlora.ops import nf4
+from fastlora.ops.dequantize import level_table
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

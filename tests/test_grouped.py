@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import grouped, nf4
-from fastlora.grouped import grouped_lora_linear
+from fastlora.ops import grouped, nf4
+from fastlora.ops.grouped import grouped_lora_linear
 from tests.numerics import assert_as_accurate
 
 GROUPED = list(itertools.product((None, "segments"), (True, False), (8, 3)))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from numerics import assert_as_accurate
 
-from fastlora import nf4
-from fastlora.grouped import grouped_lora_linear, kernels
+from fastlora.ops import nf4
+from fastlora.ops.grouped import grouped_lora_linear, kernels
 
 triton = pytest.importorskip("triton")
 from fastlora.kernels import choice, grouped  # noqa: E402
 
-from fastlora import grouped_path  # noqa: E402
+from fastlora.ops import grouped_cuda  # noqa: E402
 from tests.kernel_cases import DEVICE, KERNELS  # noqa: E402
 
 pytestmark = KERNELS
@@ -204,10 +204,10 @@ def test_what_it_does_not_take_goes_another_way(launched):
     layer.run(layer.ours)
     assert launched == []
     operands = layer.leaves["x"], layer.stack, EXPERTS, layer.leaves["a"], layer.leaves["b"]
-    assert "bf16 or fp16" in grouped_path.refusal(*operands)
+    assert "bf16 or fp16" in grouped_cuda.refusal(*operands)
     layer = Layer()
     operands = layer.leaves["x"], layer.stack, EXPERTS, layer.leaves["a"].half(), layer.leaves["b"]
-    assert "neither fp32 nor" in grouped_path.refusal(*operands)
+    assert "neither fp32 nor" in grouped_cuda.refusal(*operands)
 
 
 def test_the_ways_in_words(monkeypatch):

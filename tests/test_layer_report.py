@@ -7,10 +7,10 @@ import torch
 from fastlora.kernels import choice
 
 import fastlora
-from fastlora import functional, fused_path, nf4, torch_path, triton_path
-from fastlora.dispatch import backend
 from fastlora.linear import NF4Linear
-from fastlora.operands import Base, Lora
+from fastlora.ops import linear, linear_cpu, linear_cpu_bf16, linear_cuda, nf4
+from fastlora.ops.backend import backend
+from fastlora.ops.operands import Base, Lora
 from tests.models import gpt2, llama
 
 CPU = torch.device("cpu")
@@ -26,14 +26,14 @@ def operands(n, k, r, blocksize=64, dtype=torch.float32):
 def test_steps_on_the_cpu_are_what_the_path_does(r):
     n, k = 96, 64
     base, lora = operands(n, k, r)
-    steps = torch_path.steps(n, k, 64, r, torch.float32, CPU)
+    steps = linear_cpu.steps(n, k, 64, r, torch.float32, CPU)
     assert [bound for bound, _ in steps] == sorted({bound for bound, _ in steps})
     for bound, words in steps:
         for m in {max(1, bound - 1), bound} if bound < 1 << 20 else {4096}:
             x = torch.empty(m, k)
-            assert torch_path._reads_packed(x, base) == ("packed codes" in words)
+            assert linear_cpu._reads_packed(x, base) == ("packed codes" in words)
             if lora is not None:
-                merges = torch_path._merges(x, base, lora) and not torch_path._reads_packed(x, base)
+                merges = linear_cpu._merges(x, base, lora) and not linear_cpu._reads_packed(x, base)
                 assert merges == ("merge" in words), (m, words)
 
 
@@ -43,10 +43,10 @@ def test_one_product_is_said_where_it_serves(packed):
     base, lora = operands(n, k, r, dtype=torch.bfloat16)
     if not packed:
         base = Base(torch.zeros(n, k, dtype=torch.bfloat16), None, None, None, None, n, k, 0)
-    steps = torch_path.steps(n, k, 64 * packed, r, torch.bfloat16, CPU)
+    steps = linear_cpu.steps(n, k, 64 * packed, r, torch.bfloat16, CPU)
     for m in (1, 64, 5000):
         words = next(words for bound, words in steps if m <= bound)
-        served = fused_path.serves(torch.empty(m, k, dtype=torch.bfloat16), base, lora, None)
+        served = linear_cpu_bf16.serves(torch.empty(m, k, dtype=torch.bfloat16), base, lora, None)
         assert served == (words == "one C++ product")
 
 
@@ -55,21 +55,21 @@ def test_steps_on_a_gpu_are_the_choices():
     pytest.importorskip("triton")
     n, k, r = 256, 512, 8
     base, lora = operands(n, k, r, dtype=torch.bfloat16)
-    steps = triton_path.steps(n, k, 64, r, torch.bfloat16, CPU)
+    steps = linear_cuda.steps(n, k, 64, r, torch.bfloat16, CPU)
     assert steps[-1][0] == choice.ANY_M
     for bound, words in steps:
         m = min(bound, 5000)
-        chosen = triton_path._choose("linear", torch.empty(m, k, dtype=torch.bfloat16), base, lora, lambda other: None)
-        assert triton_path._WORDS[chosen.kernel] == words, m
-    assert triton_path.steps(n, k, 0, r, torch.bfloat16, CPU) == [(choice.ANY_M, "cuBLAS, update first")]
+        chosen = linear_cuda._choose("linear", torch.empty(m, k, dtype=torch.bfloat16), base, lora, lambda other: None)
+        assert linear_cuda._WORDS[chosen.kernel] == words, m
+    assert linear_cuda.steps(n, k, 0, r, torch.bfloat16, CPU) == [(choice.ANY_M, "cuBLAS, update first")]
 
 
 def test_words(monkeypatch):
     steps = [(8, "a"), (16, "a"), (64, "b"), (1 << 62, "c")]
-    monkeypatch.setattr(torch_path, "steps", lambda *_: steps)
-    assert functional.kernels(2, 2, 1, 0, torch.float32, CPU) == "up to 16 tokens a, up to 64 tokens b, above c"
-    monkeypatch.setattr(torch_path, "steps", lambda *_: steps[-1:])
-    assert functional.kernels(2, 2, 1, 0, torch.float32, CPU) == "c"
+    monkeypatch.setattr(linear_cpu, "steps", lambda *_: steps)
+    assert linear.kernels(2, 2, 1, 0, torch.float32, CPU) == "up to 16 tokens a, up to 64 tokens b, above c"
+    monkeypatch.setattr(linear_cpu, "steps", lambda *_: steps[-1:])
+    assert linear.kernels(2, 2, 1, 0, torch.float32, CPU) == "c"
 
 
 def test_the_report_has_them(capsys):
@@ -77,7 +77,7 @@ def test_the_report_has_them(capsys):
     before = fastlora.replace_linear(model, r=4, quantize="nf4").fastlora_report
     report = fastlora.report(model)
     replaced = [row for row in report.rows if row.replaced]
-    expected = {functional.kernels(*row.shape, 4, 64, torch.bfloat16, CPU) for row in replaced}
+    expected = {linear.kernels(*row.shape, 4, 64, torch.bfloat16, CPU) for row in replaced}
     assert {row.kernels for row in replaced} == {row.kernels for row in before.replaced} == expected
     assert {row["kernels"] for row in json.loads(report.to_json())["rows"]} == expected | {""}
     report.print()

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora import functional, nf4, reference
+from fastlora import reference
 from fastlora.linear import LoRALinear, NF4Linear, is_linear4bit
-from fastlora.nf4 import NF4Weight
+from fastlora.ops import linear as functional
+from fastlora.ops import nf4
+from fastlora.ops.nf4 import NF4Weight
 from tests.numerics import assert_as_accurate
 
 K, N, R = 128, 80, 8

@@ -4,9 +4,9 @@ import pytest
 import torch
 from numerics import rms
 
-from fastlora import functional, nf4
-from fastlora.functional import lora_linear
 from fastlora.merging import kept
+from fastlora.ops import linear, nf4
+from fastlora.ops.linear import lora_linear
 
 N = K = 1024
 R = 16
@@ -34,8 +34,8 @@ def base():
 def test_nf4_dithers_the_rounding_and_keeps_the_update(base, size):
     weight = nf4.quantize(base)
     a, b = update(size)
-    plain = functional.nf4_dequantize(weight, torch.bfloat16)
-    merged = functional.nf4_dequantize(weight, torch.bfloat16, a, b, 1.0)
+    plain = linear.nf4_dequantize(weight, torch.bfloat16)
+    merged = linear.nf4_dequantize(weight, torch.bfloat16, a, b, 1.0)
     # the smaller the update, the fewer weights carry it: the spread of the gain is about 0.02 at 7e-6
     assert abs(gain(merged.double() - plain.double(), (b @ a).double()) - 1) < 0.06
     # one rounding of W + s B A is at most as far from the truth as rounding W and s B A x apart
@@ -72,7 +72,7 @@ def test_quantizing_again_loses_a_small_update(base, size, most, least):
     """What `merge(model, quantize="nf4")` warns of: values that were quantized before lie amid NF4's steps."""
     before = nf4.quantize(base)
     a, b = update(size)
-    merged = functional.nf4_dequantize(before, torch.float32, a, b, 1.0)
+    merged = linear.nf4_dequantize(before, torch.float32, a, b, 1.0)
     left = kept(before, nf4.quantize(merged), b @ a)
     assert least < left.share < most
     realised = nf4.quantize(merged).dequantize(torch.float32) - before.dequantize(torch.float32)

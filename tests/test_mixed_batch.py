@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import mixed_batch, nf4
+from fastlora.ops import mixed, nf4
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, randomize
 from tests.peft_models import counts, wrapped
@@ -27,7 +27,7 @@ def test_mixed_batches(base, monkeypatch):
         module.training = type(module).__name__ == "Linear4bit"  # in eval mode bitsandbytes repacks it, and loses bits
     expected = []
     for tokens_, names, few in ((BATCH, NAMES, 0), (BATCH[:, :1], NAMES, 100), (BATCH[:2], ["other", "other"], 0)):
-        monkeypatch.setitem(mixed_batch.SIDE_BY_SIDE_UP_TO, "cpu", few)
+        monkeypatch.setitem(mixed.SIDE_BY_SIDE_UP_TO, "cpu", few)
         expected.append(plain(tokens_, adapter_names=names).logits)
         torch.testing.assert_close(model(tokens_, adapter_names=names).logits, expected[-1], rtol=1e-4, atol=1e-5)
     assert counts(model) == (24, 0), "8 layers, 3 calls"
@@ -112,7 +112,7 @@ def test_mixed_batches_after_inference_mode_can_be_trained():
 
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_a_mixed_batch_compiles_without_a_graph_break(side_by_side, monkeypatch):
-    monkeypatch.setitem(mixed_batch.SIDE_BY_SIDE_UP_TO, "cpu", 1000 if side_by_side else 0)
+    monkeypatch.setitem(mixed.SIDE_BY_SIDE_UP_TO, "cpu", 1000 if side_by_side else 0)
     torch._dynamo.reset()
     model = replace_linear(_with_other(wrapped(lambda: llama(num_hidden_layers=1)))).eval()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -126,7 +126,7 @@ def test_a_mixed_batch_compiles_without_a_graph_break(side_by_side, monkeypatch)
 def test_a_name_for_each_sample():
     x, weight = torch.randn(3, 2, 8), torch.randn(4, 8)
     with pytest.raises(ValueError, match="one adapter name for each sample: got 2 names for a batch of 3"):
-        mixed_batch.mixed_linear(x, weight, None, {}, ["a", "b"])
+        mixed.mixed_linear(x, weight, None, {}, ["a", "b"])
 
 
 @pytest.mark.parametrize("rows", [3, 40, 700])
@@ -134,12 +134,12 @@ def test_kernels_read_an_nf4_weight_packed_where_rows_are_few(rows, monkeypatch)
     """Decoding, the fused product, and the expanded weight: each against the products of the samples alone."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
-    from fastlora import triton_path
+    from fastlora.ops import linear_cuda
 
     expanded = []
-    real = triton_path.Base.dense if hasattr(triton_path, "Base") else None
+    real = linear_cuda.Base.dense if hasattr(linear_cuda, "Base") else None
     assert real is not None
-    monkeypatch.setattr(triton_path.Base, "dense", lambda self, dtype: expanded.append(1) or real(self, dtype))
+    monkeypatch.setattr(linear_cuda.Base, "dense", lambda self, dtype: expanded.append(1) or real(self, dtype))
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape):
@@ -147,10 +147,10 @@ def test_kernels_read_an_nf4_weight_packed_where_rows_are_few(rows, monkeypatch)
 
     weight = nf4.quantize(draw(128, 128) / 12)
     values = weight.dequantize(torch.float32)
-    adapters = {name: mixed_batch.Adapter(draw(4, 128) / 12, draw(128, 4) / 8, 0.5) for name in ("one", "two")}
+    adapters = {name: mixed.Adapter(draw(4, 128) / 12, draw(128, 4) / 8, 0.5) for name in ("one", "two")}
     names = ["two", "none", "one"]
     x, dy = draw(3, rows, 128).requires_grad_(), draw(3, rows, 128)
-    y = mixed_batch.mixed_linear(x, weight, None, adapters, names)
+    y = mixed.mixed_linear(x, weight, None, adapters, names)
     (dx,) = torch.autograd.grad(y, x, dy)
     for place, name in enumerate(names):
         merged = values

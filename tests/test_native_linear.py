@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import nf4, reference
+from fastlora import reference
 from fastlora.native import cpu, linear
 from fastlora.native.linear import Packed, Update
+from fastlora.ops import nf4
 from tests.numerics import assert_as_accurate, rms
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import nf4
 from fastlora.native import cpu, quantize
+from fastlora.ops import nf4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

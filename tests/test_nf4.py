@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fastlora import nf4
-from fastlora.nf4 import BLOCKSIZES, NF4Weight, quantize
+from fastlora.ops import nf4
+from fastlora.ops.nf4 import BLOCKSIZES, NF4Weight, quantize
 
 bnb = pytest.importorskip("bitsandbytes")
 BF = bnb.functional

@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import functional, fused_path, mixed_batch, nf4, peft_swap, reference, torch_path
+from fastlora import peft_swap, reference
 from fastlora.linear import is_linear4bit
-from fastlora.nf4 import NF4Weight
+from fastlora.ops import linear as functional
+from fastlora.ops import linear_cpu, linear_cpu_bf16, mixed, nf4
+from fastlora.ops.nf4 import NF4Weight
 from tests.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
@@ -292,7 +294,7 @@ def check(option, base, dtypes):
         if option.backend:
             patch.setenv("FASTLORA_BACKEND", option.backend)
         if option.side_by_side:
-            patch.setitem(mixed_batch.SIDE_BY_SIDE_UP_TO, "cpu", M)
+            patch.setitem(mixed.SIDE_BY_SIDE_UP_TO, "cpu", M)
         patch.setattr(torch, "randint", lambda *_, device, **__: torch.tensor([SEED], device=device))
         oracle = step(true, torch.float64, None, option.call, drawn) if not option.steps_back else {}
         baseline = step(layer, dtype, autocast, option.call, drawn)
@@ -328,8 +330,8 @@ def test_both_ways_to_a_mixed_batch_are_taken(monkeypatch):
     """The parity cases are of two kinds, by the number of rows."""
     taken = []
     for name in ("_side_by_side", "_in_segments"):
-        real = getattr(mixed_batch, name)
-        monkeypatch.setattr(mixed_batch, name, lambda *args, real=real, name=name: taken.append(name) or real(*args))
+        real = getattr(mixed, name)
+        monkeypatch.setattr(mixed, name, lambda *args, real=real, name=name: taken.append(name) or real(*args))
     for option in ("mixed batch", "mixed, few rows", "one for all", "none for all"):
         check(OPTIONS[option], "dense", DTYPES["fp32"])
     assert taken == ["_in_segments", "_side_by_side"]
@@ -361,10 +363,10 @@ def _ignoring(reason):
 
 
 def _names_reversed(x, weight, bias, adapters, names):
-    return mixed_batch.mixed_linear(x, weight, bias, adapters, names[::-1])
+    return mixed.mixed_linear(x, weight, bias, adapters, names[::-1])
 
 
-PATHS = (torch_path, fused_path)  # that a backward on the CPU may take
+PATHS = (linear_cpu, linear_cpu_bf16)  # that a backward on the CPU may take
 FAULTS = {
     "missing scale": ("plain", functional, "lora_linear", lambda: _with(scaling=1.0)),
     "dx without LoRA": (

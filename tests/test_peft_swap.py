@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.nf4 import NF4Weight
+from fastlora.ops.nf4 import NF4Weight
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 from tests.numerics import assert_as_accurate

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import nf4
 from fastlora.adapter import load_adapter, save_adapter
 from fastlora.linear import LoRALinear, NF4Linear
 from fastlora.merging import merge
+from fastlora.ops import nf4
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 

@@ -5,14 +5,15 @@ import torch
 from numerics import assert_as_accurate
 from torch import Tensor
 
-from fastlora import nf4, reference
-from fastlora.operands import Base, Gradients, Lora, Needs
+from fastlora import reference
+from fastlora.ops import nf4
+from fastlora.ops.operands import Base, Gradients, Lora, Needs
 
 triton = pytest.importorskip("triton")
-from fastlora.kernels import choice  # noqa: E402
+from fastlora.kernels import choice, search  # noqa: E402
 from fastlora.kernels.choice import Choice  # noqa: E402
 
-from fastlora import triton_path  # noqa: E402
+from fastlora.ops import linear_cuda  # noqa: E402
 from tests.kernel_cases import DEVICE, KERNELS  # noqa: E402
 
 pytestmark = KERNELS
@@ -61,9 +62,9 @@ class Layer:
 
     def ours(self, needs: Needs = ALL) -> tuple[Tensor, Gradients]:
         """y, then the gradients."""
-        y, h = triton_path.forward(self.x, self.base, self.lora, self.bias, save_h=needs.lora_b)
+        y, h = linear_cuda.forward(self.x, self.base, self.lora, self.bias, save_h=needs.lora_b)
         assert (h is not None) == needs.lora_b
-        return y, triton_path.backward(self.dy, self.x if needs.lora_a else None, h, self.base, self.lora, needs)
+        return y, linear_cuda.backward(self.dy, self.x if needs.lora_a else None, h, self.base, self.lora, needs)
 
     def check(self) -> None:
         """Hold y, dx, dA and dB against the tolerance rule."""
@@ -83,9 +84,9 @@ def force(monkeypatch, forward: str, backward: str) -> None:
 def calls(monkeypatch) -> list[str]:
     """The names of the functions that reach a kernel, in the order of their calls."""
     made: list[str] = []
-    watched = [(triton_path.fused, name) for name in ("linear", "linear_t")]
-    watched += [(triton_path.kernel, name) for name in ("shrink", "expand", "dy_pass", "x_pass")]
-    watched += [(triton_path.decode, "decode"), (triton_path.cuda_native, "decode")]
+    watched = [(linear_cuda.fused, name) for name in ("linear", "linear_t")]
+    watched += [(linear_cuda.kernel, name) for name in ("shrink", "expand", "dy_pass", "x_pass")]
+    watched += [(linear_cuda.decode, "decode"), (linear_cuda.cuda, "decode")]
     for module, name in watched:
         monkeypatch.setattr(module, name, spy(getattr(module, name), name, made))
     expanded = Base._expanded
@@ -152,8 +153,8 @@ def test_a_layer_without_adapters(m):
     exact = layer.exact.double()
     for dtype in (torch.float16, torch.bfloat16) if m == 24 else (torch.float16,):
         x, dy, bias = (t.to(dtype) for t in (layer.x, layer.dy, layer.bias))
-        y, h = triton_path.forward(x, layer.base, None, bias, False)
-        dx, da, db = triton_path.backward(dy, None, None, layer.base, None, Needs(True, False, False))
+        y, h = linear_cuda.forward(x, layer.base, None, bias, False)
+        dx, da, db = linear_cuda.backward(dy, None, None, layer.base, None, Needs(True, False, False))
         assert h is da is db is None
         rounded = layer.exact.to(dtype)
         y_oracle, dx_oracle = x.double() @ exact.t() + bias.double(), dy.double() @ exact
@@ -188,10 +189,10 @@ def test_activations_with_any_strides():
 def test_the_table_decides_and_h_is_formed_only_where_it_is_wanted(monkeypatch, calls, m, p, expected):
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("unknown", (8, 0)))
     layer = Layer(m, 64, 40, p=p)
-    triton_path.forward(layer.x, layer.base, layer.lora, None, save_h=False)
+    linear_cuda.forward(layer.x, layer.base, layer.lora, None, save_h=False)
     assert calls == expected
     calls.clear()
-    triton_path.forward(layer.x, layer.base, layer.lora, None, save_h=True)
+    linear_cuda.forward(layer.x, layer.base, layer.lora, None, save_h=True)
     assert sorted(calls) == sorted({*expected, "shrink"})
 
 
@@ -208,11 +209,11 @@ def test_backward_reads_each_activation_once(monkeypatch, calls, m, p, expected)
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("unknown", (8, 0)))
     layer = Layer(m, 64, 40, p=p)
     h = torch.randn(m, 8, device=DEVICE)
-    triton_path.backward(layer.dy, layer.x, h, layer.base, layer.lora, ALL)
+    linear_cuda.backward(layer.dy, layer.x, h, layer.base, layer.lora, ALL)
     assert calls == expected
     if p == 0.0 and m > 288:  # a merged weight needs no g
         calls.clear()
-        triton_path.backward(layer.dy, None, None, layer.base, layer.lora, Needs(True, False, False))
+        linear_cuda.backward(layer.dy, None, None, layer.base, layer.lora, Needs(True, False, False))
         assert calls == ["dequantize"]
 
 
@@ -220,12 +221,12 @@ def test_what_a_kernel_refuses_goes_to_the_next(monkeypatch, calls):
     force(monkeypatch, "decode-cuda", "fused")
     layer = Layer(4)
     refused: set[str] = set()
-    monkeypatch.setattr(triton_path, "refusal", lambda kernel, *_: "no" if kernel in refused else "")
-    monkeypatch.setattr(triton_path.cuda_native, "decode", lambda *_: calls.append("cuda") or layer.dy)
+    monkeypatch.setattr(linear_cuda, "refusal", lambda kernel, *_: "no" if kernel in refused else "")
+    monkeypatch.setattr(linear_cuda.cuda, "decode", lambda *_: calls.append("cuda") or layer.dy)
     for refuses, expected in ((None, "cuda"), ("decode-cuda", "decode"), ("decode", "linear"), ("fused", "dequantize")):
         refused |= {refuses} if refuses else set()
         calls.clear()
-        triton_path.forward(layer.x, layer.base, layer.lora, None, False)
+        linear_cuda.forward(layer.x, layer.base, layer.lora, None, False)
         assert calls[-1] == expected
 
 
@@ -233,17 +234,17 @@ def test_a_dense_weight_goes_to_cublas(monkeypatch, calls):
     monkeypatch.setattr(choice, "choose", lambda *_: pytest.fail("the table is for NF4"))
     layer = Layer(24)
     base = Base(layer.exact.half(), None, None, None, None, layer.base.n, layer.base.k, 0)
-    triton_path.forward(layer.x, base, layer.lora, None, False)
-    triton_path.backward(layer.dy, layer.x, torch.randn(24, 8, device=DEVICE), base, layer.lora, ALL)
+    linear_cuda.forward(layer.x, base, layer.lora, None, False)
+    linear_cuda.backward(layer.dy, layer.x, torch.randn(24, 8, device=DEVICE), base, layer.lora, ALL)
     assert calls == ["shrink", "expand", "dy_pass", "x_pass", "expand"]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_autotuning_gives_the_right_result_and_searches_once(monkeypatch, p):
     monkeypatch.setenv("FASTLORA_AUTOTUNE", "1")
-    monkeypatch.setattr(triton_path.fused, "candidates", lambda *_: [None])
+    monkeypatch.setattr(linear_cuda.fused, "candidates", lambda *_: [None])
     timed = []
-    monkeypatch.setattr(choice, "_milliseconds", lambda call, device: timed.append(call()) or len(timed))
+    monkeypatch.setattr(search, "_milliseconds", lambda call, device: timed.append(call()) or len(timed))
     layer = Layer(9, 64, 40, p=p)
     layer.ours()
     searched = len(timed)

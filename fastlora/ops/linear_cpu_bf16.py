@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.dispatch import backend
 from fastlora.native import linear as native_linear
-from fastlora.operands import Base, Gradients, Lora, Needs, refuse_second_derivative
+from fastlora.ops.autograd import refuse_second_derivative
+from fastlora.ops.backend import backend
+from fastlora.ops.operands import Base, Gradients, Lora, Needs
 
 _CPU = torch.device("cpu")
 

@@ -6,92 +6,14 @@ Nothing here asks a device anything at import. `FASTLORA_BACKEND=torch|cpp|trito
 """
 
 import functools
-import os
 import threading
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora import reference
 from fastlora.native import cpu
-
-MIN_CAPABILITY = (8, 0)
-FORCED = ("triton", "cuda", "cpp", "torch")
-
-
-class Backend(NamedTuple):
-    """The code that runs on a device, and why that and no other."""
-
-    name: str  # "triton", "cpp" or "torch"
-    reason: str
-
-
-def backend(device: torch.device | str) -> Backend:
-    """The path taken on `device`, with the reason, which names what is missing where it is the slow one.
-
-    Raises:
-        ValueError: FASTLORA_BACKEND names no backend, or one that cannot run there.
-    """
-    device = torch.device(device)
-    return _backend(device.type, device.index, os.environ.get("FASTLORA_BACKEND", ""))
-
-
-@functools.cache
-def _backend(device_type: str, index: int | None, forced: str) -> Backend:
-    if forced:
-        if forced not in FORCED:
-            raise ValueError(f"FASTLORA_BACKEND must be one of {', '.join(FORCED)}; got {forced!r}")
-        if reason := _missing(forced, device_type, index):
-            raise ValueError(f"FASTLORA_BACKEND={forced} cannot run on {device_type}: {reason}")
-        if forced == "cuda":
-            return Backend("triton", "Triton kernels, compiled decode kernel: forced by FASTLORA_BACKEND")
-        return Backend(forced, "forced by FASTLORA_BACKEND")
-    fast = "triton" if device_type == "cuda" else "cpp"
-    if reason := _missing(fast, device_type, index):
-        return Backend("torch", f"slow path: {reason}")
-    if fast == "cpp":
-        return Backend("cpp", cpu.status()[1])
-    reason = _missing("cuda", device_type, index)
-    return Backend("triton", f"Triton kernels, decode too: {reason}" if reason else "Triton kernels, compiled decode")
-
-
-def _missing(name: str, device_type: str, index: int | None) -> str:
-    """Why a path cannot be taken on a device; empty where it can."""
-    if name == "torch":
-        return ""
-    if name == "cpp":
-        return _no_cpp(device_type)
-    if (reason := _no_triton(device_type, index)) or name == "triton":
-        return reason
-    from fastlora.kernels import choice
-
-    live, reason = choice.compiled_decode(torch.device(device_type))
-    return "" if live else reason
-
-
-def _no_triton(device_type: str, index: int | None) -> str:
-    """Why the Triton kernels cannot run on a device; empty where they can."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install triton"
-    if triton.knobs.runtime.interpret:
-        return ""
-    if device_type != "cuda":
-        return "the Triton kernels need a CUDA device"
-    capability = torch.cuda.get_device_capability(index)
-    if capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-    return ""
-
-
-def _no_cpp(device_type: str) -> str:
-    """Why the C++ library cannot run on a device; empty where it can."""
-    if device_type != "cpu":
-        return f"no fastlora kernels for {device_type!r} devices"
-    loaded, reason = cpu.status()
-    return "" if loaded else reason
+from fastlora.ops.backend import backend
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import dispatch
+from fastlora.ops.dequantize import nf4_expand
 
 
 class Base(NamedTuple):
@@ -38,7 +38,7 @@ class Base(NamedTuple):
         self, dtype: torch.dtype, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 0.0
     ) -> Tensor:
         assert self.absmax is not None
-        return dispatch.nf4_expand(
+        return nf4_expand(
             self.weight, self.absmax, self.absmax2, self.code2, self.offset,
             self.n, self.k, self.blocksize, dtype, lora_a, lora_b, scaling,
         )  # fmt: skip
@@ -75,25 +75,9 @@ class Needs(NamedTuple):
     lora_b: bool
 
 
-def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of a product with x: autocast's, or its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, [M, N] in x's dtype; a wider bias is added as it is. x: [M, K]; weight: [N, K]; bias: [N]."""
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)
     y = F.linear(x, weight)
     return torch.add(y, bias, out=y)
-
-
-def refuse_second_derivative() -> None:
-    """Called in a backward pass; it is written in kernels that autograd cannot follow.
-
-    Raises:
-        RuntimeError: autograd is recording it.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError("lora_linear has no second derivative: call backward or grad without create_graph=True")

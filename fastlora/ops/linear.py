@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-from fastlora import dispatch, fused_path, torch_path
-from fastlora.dispatch import Backend, backend
-from fastlora.nf4 import FLOAT_DTYPES, NF4Weight
-from fastlora.operands import Base, Lora, Needs, refuse_second_derivative
+from fastlora.ops import dequantize, linear_cpu, linear_cpu_bf16
+from fastlora.ops.autograd import eager, refuse_func_gradients, refuse_second_derivative, seen_by_others
+from fastlora.ops.backend import Backend, backend
+from fastlora.ops.nf4 import FLOAT_DTYPES, NF4Weight
+from fastlora.ops.operands import Base, Lora, Needs
 
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 _OPERANDS = (
     "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int blocksize, "
     "Tensor? lora_a, Tensor? lora_b, Tensor? seed, float scaling, float dropout_p"
@@ -114,7 +113,7 @@ def nf4_dequantize(
     if lora_a is not None and lora_b is not None:
         _check_adapter_shapes(weight.shape, lora_a, lora_b)
         lora_a, lora_b = lora_a.detach(), lora_b.detach()
-    return dispatch.nf4_dequantize(
+    return dequantize.nf4_dequantize(
         *weight.tensors(), *weight.shape, weight.blocksize, dtype or weight.dtype, lora_a, lora_b, scaling
     )
 
@@ -142,10 +141,10 @@ def _call(
         )[0]
     base = Base(*parts, n, k, blocksize)
     lora = Lora(lora_a, lora_b, scaling, dropout_p, seed) if lora_a is not None and lora_b is not None else None
-    if fused_path.serves(x, base, lora, bias):
-        return fused_path.linear(x, base, lora, bias)
+    if linear_cpu_bf16.serves(x, base, lora, bias):
+        return linear_cpu_bf16.linear(x, base, lora, bias)
     if lora is not None and not base.is_nf4 and _is_small(x, seed):
-        return torch_path.few_rows(x, base.weight, lora, bias)
+        return linear_cpu.few_rows(x, base.weight, lora, bias)
     inputs = (x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h)
     return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
 
@@ -154,20 +153,8 @@ def _is_small(x: Tensor, seed: Tensor | None) -> bool:
     """Whether `torch_path.few_rows` is the quickest way to multiply x with a dense weight."""
     if os.environ.get("FASTLORA_BACKEND"):
         return False
-    rows_fit = x.is_contiguous() and 0 < x.numel() <= torch_path.FEW_ROWS * x.shape[-1]
+    rows_fit = x.is_contiguous() and 0 < x.numel() <= linear_cpu.FEW_ROWS * x.shape[-1]
     return rows_fit and seed is None and not x.is_cuda and not torch.is_autocast_enabled(x.device.type)
-
-
-def seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
-    """Whether someone must see the operator pass: a compiler, a dispatch mode (selective checkpointing, fake tensors),
-    or a tensor subclass. Else the same code is called directly, for torch's dispatch to Python costs 150 us a call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in _PLAIN_TENSORS
-        or type(lora_a) not in _PLAIN_TENSORS
-        or torch._C._functorch.maybe_current_level() is not None
-    )
 
 
 def operators(x: Tensor, lora_a: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -175,18 +162,6 @@ def operators(x: Tensor, lora_a: Tensor | None) -> tuple[Callable[..., Any], Cal
     if seen_by_others(x, lora_a):
         return torch.ops.fastlora.lora_linear, torch.ops.fastlora.lora_linear_backward
     return _forward, _backward
-
-
-def refuse_func_gradients() -> None:
-    """A registered operator has no rule for torch.func's gradients; forward mode would silently give zeros."""
-    if torch._C._functorch.maybe_current_level() is None:
-        return
-    kinds = {interpreter.key().name for interpreter in retrieve_all_functorch_interpreters()}
-    if kinds & {"Grad", "Jvp"}:
-        raise RuntimeError(
-            "lora_linear has no rule for torch.func.grad, vjp, jvp and what is built on them: use loss.backward() or "
-            "torch.autograd.grad; torch.func.vmap over the forward works"
-        )
 
 
 def _autocast(
@@ -259,10 +234,10 @@ def kernels(n: int, k: int, r: int, blocksize: int, dtype: torch.dtype, device: 
 def _path(device: torch.device) -> ModuleType:
     """The module whose `forward` and `backward` run on a device."""
     if backend(device).name == "triton":
-        from fastlora import triton_path
+        from fastlora.ops import linear_cuda
 
-        return triton_path
-    return torch_path
+        return linear_cuda
+    return linear_cpu
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -366,30 +341,6 @@ def _gradients(ctx: Any, dy: Tensor, operator: Callable[..., Any]) -> tuple[Tens
     if needs[_WEIGHT]:
         grads[_WEIGHT] = dy.reshape(-1, n).t() @ x.reshape(-1, k)
     return tuple(grads)
-
-
-def eager(
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    setup_context: Callable[..., None],
-    gradients: Callable[..., tuple[Tensor | None, ...]],
-    backward: Callable[..., Any],
-) -> type[torch.autograd.Function]:
-    """An operator's autograd without the dispatcher: the same forward, the same backward. Its outputs are (y, h)."""
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-            output = forward(*inputs)
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(output[1])
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-            return gradients(ctx, dy, backward) if dy is not None else (None,) * len(ctx.needs_input_grad)
-
-    return Eager
 
 
 _Eager = eager(_forward, _setup_context, _gradients, _backward)

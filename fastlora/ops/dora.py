@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import functional
-from fastlora.dispatch import level_table
-from fastlora.nf4 import NF4Weight
-from fastlora.operands import computed_in, refuse_second_derivative
+from fastlora.ops.autograd import computed_in, refuse_second_derivative, seen_by_others
+from fastlora.ops.backend import backend
+from fastlora.ops.dequantize import level_table
+from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear, operators
+from fastlora.ops.nf4 import NF4Weight
 
 SMALLEST = 2.0**-60  # an output's factor in place of 0
 ROWS_AT_ONCE = 1024  # of a dense weight, widened to fp32 for its norm
@@ -49,7 +50,7 @@ def row_norms(weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scalin
             _norms_by_kernel(changed, weight, (lora_a.detach(), lora_b.detach()), scaling, out)
             return out
         if isinstance(weight, NF4Weight):
-            merged = functional.nf4_dequantize(weight, None, lora_a, lora_b, scaling)
+            merged = nf4_dequantize(weight, None, lora_a, lora_b, scaling)
             return torch.linalg.vector_norm(merged, dim=1, dtype=torch.float32)
         a, b = lora_a.float(), lora_b.float()
         norms = [
@@ -76,7 +77,7 @@ class KeptNorms:
     def of(self, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
         """‖W + scaling · B A‖: [N], fp32. For use at once: a later call may overwrite it."""
         frozen = weight.codes if isinstance(weight, NF4Weight) else weight
-        if functional.seen_by_others(frozen, None) or frozen.is_inference() or frozen.requires_grad:
+        if seen_by_others(frozen, None) or frozen.is_inference() or frozen.requires_grad:
             return row_norms(weight, lora_a, lora_b, scaling)
         by_kernels = _by_kernels(frozen)
         capturing = _is_capturing(frozen)
@@ -128,7 +129,7 @@ def _is_capturing(frozen: Tensor) -> bool:
 
 def _by_kernels(frozen: Tensor) -> bool:
     """Whether Triton's kernels may be launched for a weight: a device that has them, nobody who must see operators."""
-    return not functional.seen_by_others(frozen, None) and functional.backend(frozen.device).name == "triton"
+    return not seen_by_others(frozen, None) and backend(frozen.device).name == "triton"
 
 
 def _norms_by_kernel(
@@ -169,7 +170,7 @@ def dora_linear(
     wider = dtype != torch.float32 and torch.float32 in (lora_a.dtype, lora_b.dtype)
     if wider and (isinstance(weight, NF4Weight) or not weight.requires_grad):
         return _Over16Bits.apply(*operands, result)
-    return rescale(functional.lora_linear(x, weight, lora_a, lora_b, scaling), magnitude, inverse, bias, result)
+    return rescale(lora_linear(x, weight, lora_a, lora_b, scaling), magnitude, inverse, bias, result)
 
 
 def dora_linear_with_dropout(
@@ -191,7 +192,7 @@ def dora_linear_with_dropout(
 
 def _base_product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, NF4Weight):
-        return functional.nf4_linear(x, weight, bias)
+        return nf4_linear(x, weight, bias)
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -270,7 +271,7 @@ class _OverNF4(torch.autograd.Function):
         factor = magnitude.float() * inverse
         factor = torch.where(factor == 0, SMALLEST, factor)
         apart = need_magnitude and bias is not None  # so that y without it is there for dm
-        call, _ = functional.operators(x, lora_a)
+        call, _ = operators(x, lora_a)
         z, h = call(x, None if apart else bias, *_scaled(weight, factor, lora_a, lora_b, scaling), need_b)
         kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
         ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
@@ -286,7 +287,7 @@ class _OverNF4(torch.autograd.Function):
         dx = da = db = dm = dbias = None
         if need_x or need_a or need_b:
             operands = _scaled(ctx.weight, factor, lora_a, lora_b, ctx.scaling)
-            _, call = functional.operators(dy, lora_a)
+            _, call = operators(dy, lora_a)
             found = call(dy, x, h, ctx.weight.shape[1], *operands, need_x, need_a, need_b)
             dx, da = found[0] if need_x else None, found[1].to(lora_a.dtype) if need_a else None
             db = (factor[:, None] * found[2]).to(lora_b.dtype) if need_b else None
@@ -324,7 +325,7 @@ class _Over16Bits(torch.autograd.Function):
         weight: Tensor | NF4Weight, inverse: Tensor, scaling: float, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
         _, need_a, need_b, need_magnitude, *_ = ctx.needs_input_grad
-        call, _ = functional.operators(x, lora_a)
+        call, _ = operators(x, lora_a)
         z, h = call(x, None, *_operands(weight, x.dtype), lora_a, lora_b, None, scaling, 0.0, need_b)
         factor = magnitude.float() * inverse
         kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
@@ -339,7 +340,7 @@ class _Over16Bits(torch.autograd.Function):
         x, h, z, lora_a, lora_b, factor, inverse = ctx.saved_tensors
         need_x, need_a, need_b, need_magnitude, need_bias, *_ = ctx.needs_input_grad
         rows, k = dy.reshape(-1, dy.shape[-1]), ctx.weight.shape[1]
-        _, call = functional.operators(dy, lora_a)
+        _, call = operators(dy, lora_a)
 
         def products(dy: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
             operands = (*_operands(ctx.weight, ctx.dtype), lora_a, b, None, ctx.scaling, 0.0)

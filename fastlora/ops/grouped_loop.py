@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import functional
-from fastlora.nf4 import NF4Weight
-from fastlora.operands import refuse_second_derivative
+from fastlora.ops.autograd import refuse_second_derivative
+from fastlora.ops.linear import lora_linear, nf4_linear
+from fastlora.ops.nf4 import NF4Weight
 
 _OPERANDS = (
     "Tensor x, Tensor weight, Tensor? lora_a, Tensor? lora_b, Tensor? bias, Tensor offsets, Tensor? absmax, "
@@ -60,9 +60,9 @@ def _one_by_one(
             continue
         w, b = weights[expert], biases[expert]
         if adapters is not None:
-            results.append(functional.lora_linear(part, w, *adapters[expert], scaling, b))
+            results.append(lora_linear(part, w, *adapters[expert], scaling, b))
         else:
-            results.append(functional.nf4_linear(part, w, b) if isinstance(w, NF4Weight) else F.linear(part, w, b))
+            results.append(nf4_linear(part, w, b) if isinstance(w, NF4Weight) else F.linear(part, w, b))
     if nobodys.shape[0] or not results:
         results.append(x.new_zeros(nobodys.shape[0], weights[0].shape[0]))
     return results[0] if len(results) == 1 else torch.cat(results)

@@ -7,7 +7,7 @@ stretches what they do for a plain linear (`kernels.lora`, `kernels.segments`), 
 dropout. The adapters of a call are stacked, padded to the largest rank: a copy of a few hundred kilobytes, so that the
 number of launches does not grow with the number of adapters. The update is written first, and cuBLAS adds the base
 product with beta = 1. Where an adapter has a bias, which may be larger than all else, or where few rows meet an NF4
-weight, which is then read packed (`fastlora.triton_path`), the base product comes first and the sum is formed in fp32.
+weight, which is then read packed (`linear_cuda`), the base product comes first and the sum is formed in fp32.
 Saved for backward: x (where dA is wanted), h in fp32, the stacked adapters.
 
 Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea of one launch for all adapters.
@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import triton_path
 from fastlora.kernels import lora as kernel
 from fastlora.kernels.lora import Dropout
 from fastlora.kernels.segments import KEEP, Segments
-from fastlora.operands import Base, Needs, refuse_second_derivative
+from fastlora.ops import linear_cuda
+from fastlora.ops.autograd import refuse_second_derivative
+from fastlora.ops.operands import Base, Needs
 
 
 class Rows(NamedTuple):
@@ -124,10 +125,10 @@ class _Linear(torch.autograd.Function):
         ctx.given, x = x.dtype, x.to(dtype)
         segments, dropout = rows.segments, _dropout(seed)
         h = kernel.shrink(x, lora_a, dropout, segments=segments)
-        base_first = (bias is not None and wide) or triton_path.reads_packed("linear", x, base)
+        base_first = (bias is not None and wide) or linear_cuda.reads_packed("linear", x, base)
         update = kernel.expand(h, lora_b, 1.0, torch.float32 if base_first else dtype, Dropout(), bias, segments)
         if base_first:
-            y = torch.add(triton_path.forward(x, base, None, None, False)[0], update)
+            y = torch.add(linear_cuda.forward(x, base, None, None, False)[0], update)
         else:
             y = update.addmm_(x, base.dense(dtype).t())
         _, need_weight, need_a, need_b, *_ = ctx.needs_input_grad
@@ -160,12 +161,12 @@ class _Linear(torch.autograd.Function):
 
 def _dx(dy: Tensor, g: Tensor, lora_a: Tensor, base: Base, segments: Segments, dropout: Dropout) -> Tensor:
     """dx [M, K], in dy's dtype, or in fp32 where it was formed so."""
-    base_first = triton_path.reads_packed("linear_t", dy, base)
+    base_first = linear_cuda.reads_packed("linear_t", dy, base)
     dtype = torch.float32 if base_first else dy.dtype
     dx = kernel.expand(g, lora_a.mT, 1.0, dtype, dropout, segments=segments, column=KEEP)
     if not base_first:
         return dx.addmm_(dy, base.dense(dy.dtype))
-    of_base = triton_path.backward(dy, None, None, base, None, Needs(True, False, False)).x
+    of_base = linear_cuda.backward(dy, None, None, base, None, Needs(True, False, False)).x
     assert of_base is not None
     return torch.add(of_base, dx)
 

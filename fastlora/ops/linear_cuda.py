@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.dispatch import level_table
-from fastlora.kernels import choice, decode, fused
+from fastlora.kernels import choice, decode, fused, search
 from fastlora.kernels import lora as kernel
 from fastlora.kernels.choice import Choice
 from fastlora.kernels.lora import Dropout
 from fastlora.native import cuda
-from fastlora.operands import Base, Gradients, Lora, Needs, affine
+from fastlora.ops.backend import compiled_decode
+from fastlora.ops.dequantize import level_table
+from fastlora.ops.operands import Base, Gradients, Lora, Needs, affine
 
 _DECODERS = {"decode-cuda": cuda, "decode": decode}
 _NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
@@ -113,13 +114,14 @@ def _choose(op: str, rows: Tensor, base: Base, lora: Lora | None, run: Callable[
     if not base.is_nf4:
         return _DEQUANTIZE
     r = lora.a.shape[0] if lora is not None else 0
-    asked = (op, rows.shape[0], base.n, base.k, r, lora is not None and lora.seed is not None, rows.device)
+    drops, compiled = lora is not None and lora.seed is not None, compiled_decode(rows.device)[0]
+    asked = (op, rows.shape[0], base.n, base.k, r, drops, rows.device, compiled)
 
     def fits(other: Choice) -> bool:
         return not refusal(other.kernel, rows.dtype, rows.shape[0], base.k, base.n, base.blocksize, r)
 
-    if choice.autotunes():
-        return choice.search(*asked, run, fits)
+    if search.autotunes():
+        return search.search(*asked, run, fits)
     chosen = choice.choose(*asked)
     while not fits(chosen):
         chosen = Choice(_NEXT[chosen.kernel])
@@ -150,7 +152,7 @@ def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: to
     if not blocksize:
         return [(choice.ANY_M, "cuBLAS, update first")]
     found = []
-    for bound, chosen in choice.steps("linear", n, k, r, False, device):
+    for bound, chosen in choice.steps("linear", n, k, r, False, device, compiled_decode(device)[0]):
         while refusal(chosen.kernel, dtype, min(bound, k), k, n, blocksize, r):
             chosen = Choice(_NEXT[chosen.kernel])
         found.append((bound, _WORDS[chosen.kernel]))

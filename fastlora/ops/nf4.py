@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import dispatch, reference
+from fastlora import reference
 from fastlora.native import quantize as native_quantize
+from fastlora.ops.backend import backend
+from fastlora.ops.dequantize import level_table, nf4_dequantize
 from fastlora.reference import NESTED_BLOCKSIZE, NF4_CODE
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -104,7 +106,7 @@ class NF4Weight:
         """The weight [N, K] in `dtype` (default: as before quantization), rounded once from fp32."""
         dtype = dtype or self.dtype
         _check_float_dtype(dtype)
-        return dispatch.nf4_dequantize(*self.tensors(), *self.shape, self.blocksize, dtype)
+        return nf4_dequantize(*self.tensors(), *self.shape, self.blocksize, dtype)
 
     def to(self, device: torch.device | str) -> "NF4Weight":
         """The same weight on another device; itself where nothing moves."""
@@ -281,7 +283,7 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
     if w.ndim != 2 or w.numel() == 0:
         raise ValueError(f"quantize takes a weight [N, K] with at least one value; got shape {list(w.shape)}")
     flat = w.detach().contiguous().view(-1)
-    in_cpp = dispatch.backend(w.device).name == "cpp"
+    in_cpp = backend(w.device).name == "cpp"
     codes, absmax = (_encode_with_cpp if in_cpp else _encode)(flat, blocksize)
     if not torch.isfinite(absmax).all():
         bad = int(torch.isfinite(flat).logical_not().nonzero()[0])
@@ -299,7 +301,7 @@ def _encode(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Codes, two a byte, and absmax of a flat weight."""
     codes = torch.empty(-(flat.numel() // -2), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(flat.numel() // -blocksize), dtype=torch.float32, device=flat.device)
-    code = dispatch.level_table(flat.device)
+    code = level_table(flat.device)
     for start in range(0, flat.numel(), _QUANTIZE_CHUNK):
         part = flat[start : start + _QUANTIZE_CHUNK].float()
         part_absmax = _block_absmax(part, blocksize)

@@ -2,7 +2,7 @@
 
     y_i = x_i Wᵀ + bias + s_a · (dropout(x_i) A_aᵀ B_aᵀ + bias_a),     a the adapter of sample i, or none
 
-On CUDA `fastlora.mixed_path` does it by kernels in which every row finds its own adapter, unless rows are very few or
+On CUDA `mixed_cuda` does it by kernels in which every row finds its own adapter, unless rows are very few or
 torch.compile must see the operators. Else there are two ways to the update. With all ranks side by side,
 h = x [A_1; A_2; ...]ᵀ is formed for every row, multiplied by s_a in the columns of its own adapter and by 0 in the
 others', and [B_1 B_2 ...] gathers it: three products however many adapters there are, right where rows are few, as in
@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import functional
-from fastlora.nf4 import NF4Weight
-from fastlora.operands import Base, computed_in
+from fastlora.ops.autograd import computed_in, seen_by_others
+from fastlora.ops.backend import backend
+from fastlora.ops.linear import nf4_linear
+from fastlora.ops.nf4 import NF4Weight
+from fastlora.ops.operands import Base
 
 # Rows times adapters beyond the first; above, rows are computed in segments. A CPU has no launches to save.
 SIDE_BY_SIDE_UP_TO = {"cpu": 0, "cuda": 64}
@@ -90,7 +92,7 @@ def mixed_linear(
     with torch.autocast(device, enabled=False):
         rows = x.to(dtype)
         if not present and isinstance(weight, NF4Weight):
-            return functional.nf4_linear(rows, weight, bias)
+            return nf4_linear(rows, weight, bias)
         bias = None if bias is None else bias.float()  # its gradient is summed in fp32
         if not present and isinstance(weight, Tensor):
             return _affine(rows, weight.to(dtype), bias)
@@ -98,7 +100,7 @@ def mixed_linear(
         side_by_side = not any(map(_drops, present.values()))
         if side_by_side and x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0):
             update = _side_by_side(x, bias, present, names)
-        elif x.numel() and not functional.seen_by_others(x, None) and functional.backend(x.device).name == "triton":
+        elif x.numel() and not seen_by_others(x, None) and backend(x.device).name == "triton":
             return _by_kernels(x, dtype, weight, bias, present, names, wide)
         else:
             update = _in_segments(x, bias, present, names, dtype if isinstance(weight, Tensor) else x.dtype)
@@ -146,7 +148,7 @@ def _added(rows: Tensor, weight: Tensor | NF4Weight, update: Tensor, wide: bool,
     """rows Wᵀ + update. `wide`: the update may be larger than all else, and is added in fp32; given: dtype of x."""
     if isinstance(weight, NF4Weight):
         dtype = torch.promote_types(given, rows.dtype)
-        return (functional.nf4_linear(rows, weight) + update.to(torch.float32 if wide else dtype)).to(dtype)
+        return (nf4_linear(rows, weight) + update.to(torch.float32 if wide else dtype)).to(dtype)
     weight = weight.to(rows.dtype)
     if wide:
         return (F.linear(rows, weight) + update).to(rows.dtype)
@@ -163,22 +165,22 @@ def _by_kernels(
     names: Sequence[str],
     wide: bool,
 ) -> Tensor:
-    """The whole of it by the Triton kernels of `fastlora.mixed_path`; x: [B, ..., K], cast to `dtype`."""
-    from fastlora import mixed_path
+    """The whole of it by the Triton kernels of `fastlora.ops.mixed_cuda`; x: [B, ..., K], cast to `dtype`."""
+    from fastlora.ops import mixed_cuda
 
     parts, places, k = list(adapters.values()), _places(adapters, names), x.shape[-1]
     facts = tuple((part.scaling, part.dropout_p if _drops(part) else 0.0) for part in parts)
-    stretches = mixed_path.rows_of(places, x.numel() // k // len(names), facts, x.device)
+    stretches = mixed_cuda.rows_of(places, x.numel() // k // len(names), facts, x.device)
     biases = None
     if wide or bias is not None:
         nothing = x.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias
         totals = (total_bias(bias, part) for part in parts)
         biases = torch.stack([*(nothing if total is None else total for total in totals), nothing])
     adapted = torch.float32 if torch.float32 in map(_dtype, parts) else dtype
-    lora_a = mixed_path.stacked([part.lora_a.to(adapted) for part in parts], 0)
-    lora_b = mixed_path.stacked([part.lora_b.to(adapted) for part in parts], 1)
+    lora_a = mixed_cuda.stacked([part.lora_a.to(adapted) for part in parts], 0)
+    lora_b = mixed_cuda.stacked([part.lora_b.to(adapted) for part in parts], 1)
     result = dtype if isinstance(weight, Tensor) else torch.promote_types(x.dtype, dtype)
-    y = mixed_path.linear(
+    y = mixed_cuda.linear(
         x.reshape(-1, k), _base(weight, dtype), lora_a, lora_b, biases, wide, stretches, dtype, result
     )
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -18,11 +18,12 @@ the product and never makes an [M, N] in fp32. For a few rows that is not worth 
 import torch
 from torch import Tensor
 
-from fastlora import fused_path, reference
-from fastlora.dispatch import backend
+from fastlora import reference
 from fastlora.native import cpu, linear
 from fastlora.native import lora as native_lora
-from fastlora.operands import Base, Gradients, Lora, Needs, affine
+from fastlora.ops import linear_cpu_bf16
+from fastlora.ops.backend import backend
+from fastlora.ops.operands import Base, Gradients, Lora, Needs, affine
 
 FEW_ROWS = 64
 GEMV_UP_TO_M = 8  # above, expanding the weight and one product are quicker than decoding it for every few rows
@@ -34,8 +35,8 @@ def forward(
     x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
-    if fused_path.takes(x, base, lora):
-        return fused_path.forward(x, base, lora, bias, save_h)
+    if linear_cpu_bf16.takes(x, base, lora):
+        return linear_cpu_bf16.forward(x, base, lora, bias, save_h)
     if lora is None:
         return _base_product(x, base, bias), None
     merges = _merges(x, base, lora)
@@ -65,8 +66,8 @@ def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: to
 
 def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs) -> Gradients:
     """Gradients of everything but a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
-    if fused_path.takes(dy, base, lora):
-        return fused_path.backward(dy, x, h, base, lora, needs)
+    if linear_cpu_bf16.takes(dy, base, lora):
+        return linear_cpu_bf16.backward(dy, x, h, base, lora, needs)
     if lora is None:
         return Gradients(_base_product_t(dy, base) if needs.x else None, None, None)
     merges = _merges(dy, base, lora)

@@ -6,7 +6,7 @@ Rows are sorted by expert, so those of one expert are a stretch, and `offsets` t
 W + scaling · B A first, as peft does, reads and writes the whole stack at every call, experts without a row included,
 and rounds the update to the weight's dtype. Here LoRA costs what it reads of x, and a product with rank columns.
 
-    triton     products of our own over the whole stack, LoRA inside: `fastlora.grouped_path`
+    triton     products of our own over the whole stack, LoRA inside: `fastlora.ops.grouped_cuda`
     grouped    torch's grouped_mm, thrice: x W, x A and h B
     segments   `functional.lora_linear` for each expert that has rows; their numbers come to the host
 
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora import grouped_path, grouped_segments
-from fastlora.nf4 import NF4Weight
-from fastlora.operands import refuse_second_derivative
+from fastlora.ops import grouped_cuda, grouped_loop
+from fastlora.ops.autograd import refuse_second_derivative
+from fastlora.ops.nf4 import NF4Weight
 
 FEW_ROWS = 16
 _ALIGNED = 8  # bf16 numbers in the 16 bytes to which grouped_mm wants rows aligned
@@ -55,11 +55,11 @@ def grouped_lora_linear(
         ValueError: operands that do not fit together.
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
-    if not grouped_path.refusal(x, weight, offsets.numel(), lora_a, lora_b):
-        return grouped_path.grouped_linear(x, weight, lora_a, lora_b, scaling, offsets, bias)
+    if not grouped_cuda.refusal(x, weight, offsets.numel(), lora_a, lora_b):
+        return grouped_cuda.grouped_linear(x, weight, lora_a, lora_b, scaling, offsets, bias)
     if _takes_grouped_mm(x, weight, offsets.numel()) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
         return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
-    return grouped_segments.segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
+    return grouped_loop.segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
 
 def _check(
@@ -111,8 +111,8 @@ def kernels(device: torch.device, dtype: torch.dtype, experts: int, n: int, k: i
     Args:
         dtype: of the rows. blocksize: of an NF4 stack, 0 for a dense one. rank: of the adapters, 0 for none.
     """
-    if not grouped_path.reason(device, dtype, dtype, experts, blocksize, rank):
-        return grouped_path.words(device, n, k, blocksize, rank)
+    if not grouped_cuda.reason(device, dtype, dtype, experts, blocksize, rank):
+        return grouped_cuda.words(device, n, k, blocksize, rank)
     return "grouped_mm (torch)" if _fits_grouped_mm(device, dtype, n, k) else "expert by expert"
 
 

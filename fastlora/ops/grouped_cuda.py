@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.dispatch import backend, level_table
-from fastlora.functional import eager, refuse_func_gradients, seen_by_others
-from fastlora.nf4 import NF4Weight
-from fastlora.operands import Base, refuse_second_derivative
+from fastlora.ops.autograd import eager, refuse_func_gradients, refuse_second_derivative, seen_by_others
+from fastlora.ops.backend import backend
+from fastlora.ops.dequantize import level_table
+from fastlora.ops.nf4 import NF4Weight
+from fastlora.ops.operands import Base
 
 _OPERANDS = (
     "Tensor offsets, Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
