@@ -169,7 +169,7 @@ def _serve() -> None:
         request = json.loads(line)
         (provider,) = find_providers([request["provider"]])
         quantizer = ("bitsandbytes",) if request["kernel"] != "bf16_linear" and not missing("bitsandbytes") else ()
-        for package in ("fastlora.linear", *quantizer, *provider.needs(request["kernel"])):
+        for package in ("fastlora.layers.lora_linear", *quantizer, *provider.needs(request["kernel"])):
             importlib.import_module(package)
         child = os.fork()
         if child == 0:

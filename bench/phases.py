@@ -58,7 +58,7 @@ class Phase:
 
 
 _STATUS = Step(
-    ("-c", "from fastlora import cuda_native, native; print(native.status(), cuda_native.status(), sep='\\n')"),
+    ("-c", "from fastlora.native import cpu, cuda; print(cpu.status(), cuda.status(), sep='\\n')"),
     program=sys.executable,
 )
 

@@ -32,7 +32,8 @@ def _build_torch(operands: Operands) -> list[LoraLayer]:
 
 
 def _build_fastlora(operands: Operands, dtype: torch.dtype) -> list[LoraLayer]:
-    from fastlora.linear import LoRALinear, NF4Linear
+    from fastlora.layers.lora_linear import LoRALinear
+    from fastlora.layers.nf4_linear import NF4Linear
 
     p = operands.problem
     if p.kernel == DEQUANTIZE:

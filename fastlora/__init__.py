@@ -17,15 +17,16 @@ if not (_root / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from fastlora.adapter import load_adapter, save_adapter
-    from fastlora.expert_layers import LoRAExperts
-    from fastlora.experts import quantize_experts
-    from fastlora.layer_report import Report
-    from fastlora.linear import LoRALinear, NF4Linear
+    from fastlora.layers.lora_experts import LoRAExperts
+    from fastlora.layers.lora_linear import LoRALinear
+    from fastlora.layers.nf4_linear import NF4Linear
+    from fastlora.layers.report import Report
     from fastlora.merging import merge
     from fastlora.ops.backend import backend
     from fastlora.ops.grouped import grouped_lora_linear
     from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear
     from fastlora.ops.nf4 import NF4Weight, quantize
+    from fastlora.peft_layers.packing import quantize_experts
     from fastlora.quantizer import FastLoRANF4Config
     from fastlora.replace import replace_linear, report, restore
 
@@ -54,24 +55,26 @@ __all__ = [
 
 # Imported at first use: the command line answers without waiting for torch.
 _HOMES = {
-    "adapter": ("load_adapter", "save_adapter"),
-    "expert_layers": ("LoRAExperts",),
-    "experts": ("quantize_experts",),
-    "functional": ("backend", "lora_linear", "nf4_dequantize", "nf4_linear"),
-    "grouped": ("grouped_lora_linear",),
-    "layer_report": ("Report",),
-    "linear": ("LoRALinear", "NF4Linear"),
-    "merging": ("merge",),
-    "nf4": ("NF4Weight", "quantize"),
-    "quantizer": ("FastLoRANF4Config",),
-    "replace": ("replace_linear", "report", "restore"),
+    "fastlora.adapter": ("load_adapter", "save_adapter"),
+    "fastlora.layers.lora_experts": ("LoRAExperts",),
+    "fastlora.layers.lora_linear": ("LoRALinear",),
+    "fastlora.layers.nf4_linear": ("NF4Linear",),
+    "fastlora.layers.report": ("Report",),
+    "fastlora.merging": ("merge",),
+    "fastlora.ops.backend": ("backend",),
+    "fastlora.ops.grouped": ("grouped_lora_linear",),
+    "fastlora.ops.linear": ("lora_linear", "nf4_dequantize", "nf4_linear"),
+    "fastlora.ops.nf4": ("NF4Weight", "quantize"),
+    "fastlora.peft_layers.packing": ("quantize_experts",),
+    "fastlora.quantizer": ("FastLoRANF4Config",),
+    "fastlora.replace": ("replace_linear", "report", "restore"),
 }
 
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(import_module(f"fastlora.{home}"), name)
+            value = getattr(import_module(home), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

@@ -19,9 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora import replace, sharded, starts, trained_modules, trained_tokens
+from fastlora import replace, trained_modules, trained_tokens
 from fastlora.adapter_config import adapted_layers, adapter_config, trained_names
-from fastlora.linear import LoRALinear
+from fastlora.adapters import stacks
+from fastlora.layers import sharded, starts
+from fastlora.layers.lora_experts import adapted_experts
+from fastlora.layers.lora_linear import LoRALinear
 from fastlora.merging import unwrapped
 from fastlora.peft_files import (
     CONFIG_NAME,
@@ -32,7 +35,7 @@ from fastlora.peft_files import (
     peft_adapter,
     read_adapter,
 )
-from fastlora.survey import adapted_experts, find_sites
+from fastlora.survey import find_sites
 from fastlora.targets import LoRASettings, settings_from_config
 
 _PREFIX = PREFIX
@@ -74,7 +77,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         if names != {adapter_name}:
             raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(names) or 'none'}")
         config = adapter_config(model, layers, adapter_name)
-        tensors = {f"{_PREFIX}{key}": value for layer in experts.items() for key, value in layer[1].saved(layer[0])}
+        tensors = {
+            f"{_PREFIX}{key}": value for name, layer in experts.items() for key, value in stacks.saved(layer, name)
+        }
         for name, layer in layers.items():
             for part, value in zip(("lora_A", "lora_B"), _saved_pair(layer, adapter_name), strict=True):
                 tensors[f"{_PREFIX}{name}.{part}.weight"] = value
@@ -139,11 +144,11 @@ def load_adapter(
     odd = [layer.active_adapter for layer in experts.values() if layer.active_adapter != adapter_name]
     if odd:
         raise ValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(set(odd))}")
-    stacks = _of_stacks(bare, settings, pairs, bool(layers or experts))
+    of_stacks = _of_stacks(bare, settings, pairs, bool(layers or experts))
     _check_start(settings, layers, adapter_name, replace_options)
     if not layers and not experts:
         _replace_and_load(bare, settings, pairs, adapter_name, replace_options)
-        _load_rest(bare, settings, stacks, extra, rows)
+        _load_rest(bare, settings, of_stacks, extra, rows)
         return model
     if replace_options:
         raise ValueError(f"{next(iter(replace_options))} is for a model without adapters; this one has them")
@@ -157,7 +162,7 @@ def load_adapter(
     for name, layer in layers.items():
         layer.set_scaling(settings.rank_and_alpha(name)[1], settings.use_rslora)
     _copy(pairs, layers, adapter_name)
-    _load_rest(bare, settings, stacks, extra, rows)
+    _load_rest(bare, settings, of_stacks, extra, rows)
     return model
 
 
@@ -165,22 +170,20 @@ def _of_stacks(model: nn.Module, settings: LoRASettings, pairs: Pairs, adapted: 
     """The pairs of a file that belong to stacks of experts, taken out of the others."""
     if not settings.target_parameters and not adapted_experts(model):
         return {}
-    from fastlora import expert_layers  # with it comes peft, where that is installed
-
-    return expert_layers.take(model, settings, pairs, adapted)
+    return stacks.take(model, settings, pairs, adapted)
 
 
 def _load_rest(
     model: nn.Module,
     settings: LoRASettings,
-    stacks: dict[tuple[str, str], Any],
+    of_stacks: dict[tuple[str, str], Any],
     extra: dict[str, Tensor],
     rows: dict[str, Tensor],
 ) -> None:
     """Put in what a file holds beside the pairs of linear layers: of stacks of experts, modules and tokens."""
-    for (name, parameter), pair in stacks.items():
+    for (name, parameter), pair in of_stacks.items():
         alpha = settings.rank_and_alpha(f"{name}.{parameter}")[1]
-        adapted_experts(model)[name].load(parameter, pair, alpha, settings.use_rslora)
+        stacks.load(adapted_experts(model)[name], parameter, pair, alpha, settings.use_rslora)
     trained_modules.load(model, extra)
     _load_rows(model, rows)
 

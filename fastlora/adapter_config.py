@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from fastlora import trained_modules, trained_tokens
-from fastlora.linear import LoRALinear
-from fastlora.survey import adapted_experts
+from fastlora.layers.lora_experts import adapted_experts
+from fastlora.layers.lora_linear import LoRALinear
 from fastlora.targets import LoRASettings
 
 _TASKS = (("ForCausalLM", "CAUSAL_LM"), ("ForConditionalGeneration", "SEQ_2_SEQ_LM"))

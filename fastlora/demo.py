@@ -32,7 +32,8 @@ from transformers.utils import logging as transformers_logging
 
 from fastlora import stdlib_data
 from fastlora.data import IGNORED, collate
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.backend import backend
 from fastlora.recipe import Recipe, from_mapping, parse_overrides, read
 from fastlora.train import Hooks, Result, Run, load_base, train
@@ -170,7 +171,7 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
     base = base.to(run.accelerator.device).eval()
     for name, module in ours.named_modules():
         if isinstance(module, LoRALinear) and isinstance(module.base_layer, NF4Linear):
-            base.get_submodule(name).weight.copy_(module.base_layer.weight_nf4.dequantize(torch.float32))
+            base.get_submodule(name).weight.copy_(module.base_layer.weight.dequantize(torch.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
         theirs = PeftModel.from_pretrained(base, str(run.directory)).eval()

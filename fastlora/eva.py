@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
-from fastlora.adopted import is_linear4bit
+from fastlora.layers.bases import is_linear4bit
 
 if TYPE_CHECKING:
     from fastlora.survey import Site

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import replace, sharded, survey, trained_tokens
-from fastlora.adopted import AdoptedWeight, is_linear4bit
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora import replace, survey, trained_tokens
+from fastlora.layers import sharded
+from fastlora.layers.bases import AdoptedWeight, is_linear4bit
+from fastlora.layers.lora_experts import adapted_experts
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import nf4
 from fastlora.ops.linear import nf4_dequantize
 from fastlora.ops.nf4 import NF4Weight
@@ -81,7 +84,7 @@ def merge(
     if replace.carries_peft(model):
         return _merge_with_peft(model, dtype, safe_merge)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, NF4Linear))]
-    experts = survey.adapted_experts(model)
+    experts = adapted_experts(model)
     inside = tuple(f"{name}." for name in experts)
     outer: dict[str, Any] = {
         name: module for name, module in found if not name.endswith(".base_layer") and not name.startswith(inside)
@@ -215,11 +218,11 @@ def _merge_with_peft(model: Any, dtype: torch.dtype | None, safe_merge: bool) ->
 
 def _check_pefts(name: str, layer: Any, dtype: torch.dtype | None, safe_merge: bool) -> None:
     """Raise ValueError where a layer of peft's cannot be merged, or not into finite weights."""
-    from fastlora import experts
+    from fastlora.peft_layers import experts as experts_
 
     base, names = layer.get_base_layer(), [own for own in layer.active_adapters if own in layer.lora_A]
     names = [] if layer.merged else names
-    if experts.is_wrapper(layer) and experts.is_packed(layer):
+    if experts_.is_wrapper(layer) and experts_.is_packed(layer):
         raise ValueError(
             f"{name}: {layer.parameter_name} is packed in 4 bits and cannot take an update: save the adapter, load the "
             "model without quantization, and merge there"

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import eva, starts
-from fastlora.conv1d import dense_weight
-from fastlora.linear import LoRALinear, base_weight
+from fastlora import eva
+from fastlora.layers import starts
+from fastlora.layers.bases import dense_weight
+from fastlora.layers.lora_linear import LoRALinear, base_weight
 from fastlora.survey import Site
 from fastlora.targets import LoRASettings
 
@@ -85,29 +86,3 @@ def from_data(model: nn.Module, adapted: dict[str, Site], settings: LoRASettings
             site.lora_alpha *= rank / site.r
         site.r = rank
     return started
-
-
-def stacks(model: nn.Module, settings: LoRASettings, packed: bool, blocksize: int, dtype: torch.dtype | None) -> Any:
-    """The stacks of experts that `target_parameters` means; packed: whether they are about to become NF4.
-
-    Raises:
-        ValueError: as `expert_layers.find` and `expert_layers.check`.
-    """
-    if not settings.target_parameters:
-        return []
-    from fastlora import expert_layers  # with it comes peft, where that is installed
-
-    found = expert_layers.find(model, settings)
-    expert_layers.check(model, found, packed, blocksize, dtype)
-    return found
-
-
-def experts(
-    model: nn.Module, found: Any, settings: LoRASettings, adapter_name: str, adapter_dtype: torch.dtype | None
-) -> dict[str, Any]:
-    """The modules of experts with their adapters by name, `LoRAExperts`."""
-    if not found:
-        return {}
-    from fastlora import expert_layers
-
-    return dict(expert_layers.make(model, found, settings, adapter_name=adapter_name, adapter_dtype=adapter_dtype))

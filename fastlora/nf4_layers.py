@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastlora.conv1d import is_dense
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.layers.bases import is_dense
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.survey import Site, output_head
 from fastlora.targets import within
 

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError(f"FastLoRANF4Config needs transformers 5: pip install 'transformers>=5' ({error})") from error
 
-from fastlora.linear import NF4Linear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.nf4 import BLOCKSIZES, NF4Weight, quantize
 from fastlora.survey import expert_notes
 from fastlora.targets import nearest

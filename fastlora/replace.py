@@ -2,7 +2,7 @@
 
 A plain model gets `LoRALinear` in place of each targeted layer, and with `quantize="nf4"` an NF4 base in place of each
 weight. Layers of bitsandbytes are adopted. A model that peft has already wrapped keeps its own layers, which learn the
-fused forward (`fastlora.peft_swap`).
+fused forward (`fastlora.peft_layers.swap`).
 
 The work goes in three steps. Look: every linear layer is found and the reason against replacing it, if any, noted.
 Decide: names are matched and every argument checked; whatever is wrong raises here. Change: only then is the model
@@ -18,8 +18,12 @@ import torch
 from torch import nn
 
 from fastlora import new_layers, nf4_layers, survey, trained_modules, trained_tokens
-from fastlora.layer_report import Report
-from fastlora.linear import LoRALinear, NF4Linear, check_adapter_dtype, is_linear4bit, kernels_of
+from fastlora.layers.bases import is_linear4bit
+from fastlora.layers.lora_experts import adapted_experts
+from fastlora.layers.lora_linear import LoRALinear, check_adapter_dtype, kernels_of
+from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.layers.report import Report
+from fastlora.model import stacks
 from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import BLOCKSIZES
 from fastlora.survey import Site, find_sites, output_head
@@ -71,7 +75,7 @@ def replace_linear(
             `layers_to_transform` leave stacks out too.
         rank_pattern, alpha_pattern: r and lora_alpha for names that fit a pattern.
         layers_to_transform, layers_pattern: with a list of targets, only the layers with these numbers.
-        init_lora_weights: a start by the names in `fastlora.starts`: True, False, "gaussian", "orthogonal", "pissa",
+        init_lora_weights: a start by the names in `layers.starts`: True, False, "gaussian", "orthogonal", "pissa",
             "pissa_niter_<N>", "olora", "eva" or, with `quantize`, "loftq".
         modules_to_save: ends of the names of modules that are trained in full and saved with the adapter.
         trainable_token_indices: tokens of the input embedding whose rows are trained and saved with the adapter, or
@@ -151,19 +155,19 @@ def report(model: nn.Module) -> Report:
         ValueError: `replace_linear` has not been called on this model.
     """
     if carries_peft(model):
-        from fastlora import peft_swap
+        from fastlora.peft_layers import swap
 
-        return peft_swap.report(model)
+        return swap.report(model)
     said: Report | None = getattr(model, "fastlora_report", None)
     if said is None:
         raise ValueError("nothing to report on: call fastlora.replace_linear(model) on this model first")
-    rows, live, stacks, modules = [], {}, survey.adapted_experts(model), dict(model.named_modules())
+    rows, live, experts, modules = [], {}, adapted_experts(model), dict(model.named_modules())
     for row in said.rows:
         name = row.name.rpartition(".")[0]
         module: Any = modules.get(row.name)
-        if row.replaced and name in stacks:
-            (row,) = (new for new in stacks[name].rows(name) if new.name == row.name)
-            live[row.path] = backend(next(stacks[name].parameters()).device)
+        if row.replaced and name in experts:
+            (row,) = (new for new in experts[name].rows(name) if new.name == row.name)
+            live[row.path] = backend(next(experts[name].parameters()).device)
         elif row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
             base: Any = module.base_layer if isinstance(module, LoRALinear) else module
             found = backend(base.weight.device)
@@ -189,9 +193,9 @@ def restore(model: nn.Module) -> nn.Module:
             "restore(model) undoes replace_linear(model) on peft's models, and this one has no layer of peft's; "
             "adapters of fastlora's own are folded in by merge(model)"
         )
-    from fastlora import peft_swap
+    from fastlora.peft_layers import swap
 
-    return peft_swap.restore(model)
+    return swap.restore(model)
 
 
 def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, strict: bool = True) -> set[str]:
@@ -207,7 +211,7 @@ def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, str
     chosen, excluded = select(settings, names, sites.keys(), head, strict)
     chosen = _without_trained(model, settings, chosen)
     able = {name for name in chosen if not sites[name].obstacle}
-    stacks = [name for name, _ in model.named_parameters() if settings.means_parameter(name)]
+    parameters = [name for name, _ in model.named_parameters() if settings.means_parameter(name)]
     if not chosen and not settings.target_parameters:
         raise ValueError("the model has no linear layers but its output head")
     if chosen and not able:
@@ -215,7 +219,7 @@ def decide(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, str
         told = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
         raise ValueError(f"none of the {len(chosen)} targeted linear layers can be replaced: {told}")
     _refuse_unable_targets(settings, sites, chosen, able)
-    settings.check_patterns([*able, *stacks])
+    settings.check_patterns([*able, *parameters])
     for name in able:
         sites[name].adapt = True
         sites[name].r, sites[name].lora_alpha = settings.rank_and_alpha(name)
@@ -266,12 +270,13 @@ def carry_out(
         if not site.quantize and not is_linear4bit(site.module):
             check_adapter_dtype(adapter_dtype, site.module.weight)
     new_layers.check(settings.init_lora_weights, adapted)
-    stacks = new_layers.stacks(model, settings, quantize is not None, blocksize, adapter_dtype)
+    found = stacks.find(model, settings)
+    stacks.check(model, found, quantize is not None, blocksize, adapter_dtype)
     started = new_layers.from_data(model, adapted, settings, eva_dataloader)
     layers, taken_out = new_layers.make(adapted, settings, adapter_name, adapter_dtype, blocksize, double_quant)
     for name, a in started.items():
         layers[name].adapter()[0].data.copy_(a)
-    experts = new_layers.experts(model, stacks, settings, adapter_name, adapter_dtype)
+    experts = stacks.make(model, found, settings, adapter_name=adapter_name, adapter_dtype=adapter_dtype)
     packed = blocksize if quantize else 0
     report = survey.report(model, sites, [row for name, each in experts.items() for row in each.rows(name, packed)])
     _hang(model, sites, layers, experts, trains=not settings.inference_mode)
@@ -321,9 +326,9 @@ def _speed_up_peft(model: nn.Module, config: Any, options: dict[str, Any]) -> nn
             f"the model already carries peft's adapters, whose options are peft's: call replace_linear(model) without "
             f"{'config' if config is not None else given[0]}"
         )
-    from fastlora import peft_swap
+    from fastlora.peft_layers import swap
 
-    model.fastlora_report = peft_swap.speed_up(model)  # type: ignore[assignment]
+    model.fastlora_report = swap.speed_up(model)  # type: ignore[assignment]
     return model
 
 
@@ -352,7 +357,7 @@ def _with_default_targets(settings: LoRASettings, model: nn.Module) -> LoRASetti
 def check_free(model: nn.Module) -> None:
     """Raise ValueError where the model has fastlora's adapters already."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    adapted += survey.adapted_experts(model)
+    adapted += adapted_experts(model)
     if adapted:
         raise ValueError(
             f"the model has fastlora's adapters already, in {len(adapted)} layers such as {adapted[0]!r}: merge(model) "

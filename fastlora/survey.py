@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora.conv1d import is_dense
-from fastlora.layer_report import Report, Row
-from fastlora.linear import AdoptedWeight, NF4Linear, is_linear4bit, kernels_of
+from fastlora.layers.bases import AdoptedWeight, is_dense, is_linear4bit
+from fastlora.layers.lora_linear import kernels_of
+from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.layers.report import Report, Row
 from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import FLOAT_DTYPES
 from fastlora.targets import within
@@ -135,16 +136,6 @@ def _linear_shape(module: Any) -> tuple[int, int] | None:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return module.nf, module.weight.shape[0]
     return None
-
-
-def adapted_experts(model: nn.Module) -> dict[str, Any]:
-    """The model's `LoRAExperts` by name, without torch.compile's part in the names; told by what they can do, for the
-    file that defines them imports peft where it is installed."""
-    return {
-        name.replace("_orig_mod.", ""): module
-        for name, module in model.named_modules()
-        if hasattr(type(module), "to_experts")
-    }
 
 
 def expert_notes(model: nn.Module, adapted: Collection[str] = ()) -> list[str]:

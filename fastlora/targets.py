@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlora import eva, starts
+from fastlora import eva
+from fastlora.layers import starts
 
 ALL_LINEAR = "all-linear"
 

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastlora import sharded
-from fastlora.adopted import is_linear4bit
+from fastlora.layers import sharded
+from fastlora.layers.bases import is_linear4bit
 from fastlora.targets import nearest, within
 
 
@@ -90,7 +90,7 @@ def _sharers(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _check_trainable(name: str, module: nn.Module) -> None:
-    from fastlora.linear import NF4Linear
+    from fastlora.layers.nf4_linear import NF4Linear
 
     for inner in module.modules():
         if isinstance(inner, NF4Linear) or is_linear4bit(inner):

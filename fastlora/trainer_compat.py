@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.linear import NF4Linear, is_linear4bit
+from fastlora.layers.bases import is_linear4bit
+from fastlora.layers.nf4_linear import NF4Linear
 
 
 def admit_training(model: nn.Module) -> None:

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from fastlora.kernels.fused import Config
+    from fastlora.kernels.fused_config import Config
 
 TABLE = Path(__file__).with_name("choice.csv")
 _SIZES = ("m", "k", "n", "r")
@@ -192,7 +192,7 @@ def tile(op: str, m: int, length: int, r: int, mode: str, dropout: bool, device:
 def _choices(
     op: str, n: int, k: int, r: int, dropout: bool, device: torch.device, compiled: bool, forced: str | None
 ) -> tuple[list[int], list[Choice]]:
-    from fastlora.kernels.fused import Config
+    from fastlora.kernels.fused_config import Config
 
     rungs = ladder(*rows_for(*gpu_of(device)), op, k, n, r, dropout)
     choices = []

@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from fastlora.kernels import fused
-from fastlora.kernels.fused import NESTED_BLOCKSIZE, Config, _activation, _tensor_map, _update
-from fastlora.kernels.fused_config import accumulators, uses_mma_sync
+from fastlora.kernels.fused import NESTED_BLOCKSIZE, _activation, _tensor_map, _update
+from fastlora.kernels.fused_config import Config, accumulators, uses_mma_sync
 from fastlora.kernels.fused_tile import block_indices, expand_words, level_table, load_words, tile_corner
 from fastlora.kernels.grouped_config import Packed as Packed
 from fastlora.kernels.grouped_config import aligned, default_config, supports

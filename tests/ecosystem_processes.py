@@ -115,7 +115,7 @@ def train(model, accelerator=None, reentrant=None):
 def calls(model):
     """(fused, stepped back, reasons) over all layers of peft's."""
     found = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
-    return sum(c.fused for c in found), sum(c.stepped_back for c in found), {c.last_reason for c in found} - {""}
+    return sum(c.sped_up for c in found), sum(c.stepped_back for c in found), {c.last_reason for c in found} - {""}
 
 
 def run_two(module, out, **environment):
@@ -166,7 +166,7 @@ CASES = {
     "fsdp2, own nf4": Case(own_nf4, {}),
     "fsdp2, bf16": Case(fused_peft, {}, mixed_precision="bf16"),
     "fsdp2, bf16, plain peft": Case(plain_peft, {}, mixed_precision="bf16"),
-    "fsdp2, a unit for each fused layer": Case(fused_peft, {"transformer_cls_names_to_wrap": ["FusedLinear"]}),
+    "fsdp2, a unit for each sped-up layer": Case(fused_peft, {"transformer_cls_names_to_wrap": ["Linear"]}),
     "fsdp2, a unit for each nn.Linear": Case(fused_peft, {"transformer_cls_names_to_wrap": ["Linear"]}),
 }
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fastlora
-from fastlora.sharded import whole
+from fastlora.layers.sharded import whole
 from tests.models import llama, qwen2, randomize, tokens
 from tests.test_eva import batches, spread
 from tests.test_expert_layers import ours as experts

@@ -28,7 +28,7 @@ def run(model):
 
 def counts(model):
     calls = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
-    return sum(c.fused for c in calls), sum(c.stepped_back for c in calls)
+    return sum(c.sped_up for c in calls), sum(c.stepped_back for c in calls)
 
 
 def reasons(model):

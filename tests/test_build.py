@@ -109,5 +109,5 @@ def test_installing_without_a_compiler_goes_on(tmp_path: Path) -> None:
     assert "installed without its CPU library: no C++ compiler found" in told[0]
     package = tmp_path / "lib" / "fastlora"
     assert (package / "csrc" / "cpu" / "kernels.inl").is_file()
-    assert (package / "_build.py").is_file()
+    assert (package / "native" / "build.py").is_file()
     assert not (package / "lib" / native_build.LIBRARY).exists()

@@ -49,9 +49,7 @@ def test_cpu_tensors_are_sent_away():
 
 
 def test_importing_asks_no_device():
-    code = (
-        "import torch; from fastlora import cuda_native; cuda_native.status(); assert not torch.cuda.is_initialized()"
-    )
+    code = "import torch; from fastlora.native import cuda; cuda.status(); assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
@@ -132,7 +130,7 @@ def test_loading_needs_the_c_library_alone(library):
 
 
 def test_without_a_driver_the_library_says_so(library):
-    code = "import sys; from fastlora import cuda_native as n; l = n._loaded(); r = l.fastlora_cuda_probe(0)\n"
+    code = "import sys; from fastlora.native import cuda as n; l = n._loaded(); r = l.fastlora_cuda_probe(0)\n"
     code += "print(r, n._message(l, r))"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastlora.ops import dora, nf4
+from fastlora.ops import nf4
 from fastlora.replace import replace_linear
 
 peft = pytest.importorskip("peft")
@@ -20,7 +20,7 @@ def adapters(n=64, k=32, r=4):
 
 def test_norms_of_a_weight_that_is_replaced_again_and_again():
     """`weight.data = ...` may come to lie where a former one lay."""
-    weight, kept = nn.Parameter(torch.randn(256, 256), requires_grad=False), dora.KeptNorms()
+    weight, kept = nn.Parameter(torch.randn(256, 256), requires_grad=False), kept_norms.KeptNorms()
     a, b = adapters(256, 256)
     for _ in range(20):
         torch.testing.assert_close(kept.of(weight, a, b, 1.0), (weight + b @ a).norm(dim=1))

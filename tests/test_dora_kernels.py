@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 from fastlora.kernels import dora as kernel  # noqa: E402
 
 from fastlora.ops import dequantize, dora, linear_cuda  # noqa: E402
+from fastlora.peft_layers import kept_norms  # noqa: E402
 from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 from tests.numerics import assert_as_accurate, rms  # noqa: E402
 
@@ -56,7 +57,7 @@ def test_norms_of_rows(n, k, r, base, options):
 def test_norms_are_formed_anew_when_the_device_finds_a_change(base, monkeypatch):
     weight, values = case(40, 128, base)
     a, b = draw(4, 128, seed=1).requires_grad_(), draw(40, 4, seed=2).requires_grad_()
-    kept = dora.KeptNorms()
+    kept = kept_norms.KeptNorms()
 
     def exact(scaling=1.0):
         return (values + scaling * b.detach().double() @ a.detach().double()).norm(dim=1).float()
@@ -84,7 +85,7 @@ def test_a_backward_after_the_norms_have_changed_is_that_of_its_own_forward():
     weight, _ = case(64, 128, "nf4")
     a, b, m = draw(4, 128, seed=1).requires_grad_(), draw(64, 4, seed=2).requires_grad_(), draw(64, seed=3).abs()
     m.requires_grad_()
-    x, dy, kept = draw(9, 128, seed=4), draw(9, 64, seed=5), dora.KeptNorms()
+    x, dy, kept = draw(9, 128, seed=4), draw(9, 64, seed=5), kept_norms.KeptNorms()
 
     def forward():
         return dora.dora_linear(x, weight, a, b, 1.0, m, kept.of(weight, a, b, 1.0))
@@ -183,14 +184,14 @@ def test_nothing_is_recorded_where_no_gradient_can_be_asked_for(monkeypatch):
 def test_what_a_captured_graph_reads_is_kept_for_it(monkeypatch):
     """Another scaling makes new buffers; those of the capture must stay."""
     weight, _ = case(32, 64, "dense")
-    a, b, kept = draw(4, 64, seed=1), draw(32, 4, seed=2), dora.KeptNorms()
+    a, b, kept = draw(4, 64, seed=1), draw(32, 4, seed=2), kept_norms.KeptNorms()
     kept.of(weight, a, b, 1.0)
     held = weakref.ref(kept._adapters[0])
-    monkeypatch.setattr(dora, "_is_capturing", lambda frozen: True)
+    monkeypatch.setattr(kept_norms, "_is_capturing", lambda frozen: True)
     fresh = kept.of(weight, a, b, 0.5)
     assert fresh is not kept._norms, "formed in the graph, and for it alone"
     kept.of(weight, a, b, 1.0)
-    monkeypatch.setattr(dora, "_is_capturing", lambda frozen: False)
+    monkeypatch.setattr(kept_norms, "_is_capturing", lambda frozen: False)
     kept.of(weight, a, b, 0.5)
     kept.forget()
     assert held() is not None

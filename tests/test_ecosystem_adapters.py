@@ -27,7 +27,7 @@ def pair(base=llama, **options):
 def calls(model):
     """(fused, stepped back) over all layers of peft's."""
     found = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
-    return sum(c.fused for c in found), sum(c.stepped_back for c in found)
+    return sum(c.sped_up for c in found), sum(c.stepped_back for c in found)
 
 
 def logits(model):

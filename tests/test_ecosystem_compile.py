@@ -125,4 +125,4 @@ def test_adapters_are_swapped_without_recompiling(tmp_path):
     assert all(row.calls.stepped_back == 0 for row in model.fastlora_report.replaced)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens(), use_cache=False).logits, expected["one"])
-    assert all(row.calls.fused == 1 and row.calls.stepped_back == 0 for row in model.fastlora_report.replaced)
+    assert all(row.calls.sped_up == 1 and row.calls.stepped_back == 0 for row in model.fastlora_report.replaced)

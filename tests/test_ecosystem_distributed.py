@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from tests.models import llama, randomize
 from tests.numerics import assert_as_accurate
 
@@ -105,7 +106,7 @@ def test_the_report_of_a_sharded_model(results):
     rows = results["fsdp2"]["report"].rows
     assert sum(row.replaced for row in rows) == LAYERS
     assert {row.kind for row in rows if row.replaced} == {"Linear(Linear)"}
-    assert f"{LAYERS * processes.STEPS} calls fused, 0 stepped back" in results["fsdp2"]["report"].summary()
+    assert f"{LAYERS * processes.STEPS} calls sped up, 0 stepped back" in results["fsdp2"]["report"].summary()
     left = results["fsdp2, a unit for each nn.Linear"]["report"]
     assert not left.replaced
     assert "the base layer has hooks or a forward of its own" in {row.reason for row in left.rows}
@@ -113,13 +114,13 @@ def test_the_report_of_a_sharded_model(results):
 
 
 def test_a_layer_that_fsdp_has_made_its_own_class_is_still_known():
-    """`fully_shard` gives a unit a class of its own: it stays fused, and `restore` says what to do."""
-    peft_swap = pytest.importorskip("fastlora.peft_swap")
+    """`fully_shard` gives a unit a class of its own: it stays sped up, and `restore` says what to do."""
+    linear = pytest.importorskip("fastlora.peft_layers.linear")
 
     model = processes.fused_peft()
-    layer = next(module for module in model.modules() if isinstance(module, peft_swap.FusedLinear))
-    layer.__class__ = type("FSDPFusedLinear", (type(layer),), {})
-    assert peft_swap.standing_reason(layer) == ""
+    layer = next(module for module in model.modules() if isinstance(module, linear.SpedUpLinear))
+    layer.__class__ = type("FSDPLinear", (type(layer),), {})
+    assert linear.standing_reason(layer) == ""
     assert len(fastlora.report(model).replaced) == LAYERS
     with pytest.raises(ValueError, match="call restore before the model is sharded"):
         fastlora.restore(model)

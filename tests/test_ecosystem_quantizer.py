@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fastlora
-from fastlora.linear import NF4Linear
+from fastlora.layers.nf4_linear import NF4Linear
 from tests.models import SIZES, bnb_llama, llama, qwen2, randomize, tokens
 
 transformers = pytest.importorskip("transformers")

@@ -96,7 +96,7 @@ def trained(make, out, tokenizer, dtype=torch.float32, fused=False, **options):
 def counts(model):
     calls = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
     assert calls
-    return sum(c.fused for c in calls), sum(c.stepped_back for c in calls), {c.last_reason for c in calls} - {""}
+    return sum(c.sped_up for c in calls), sum(c.stepped_back for c in calls), {c.last_reason for c in calls} - {""}
 
 
 def check(make, tmp_path, tokenizer, **options):

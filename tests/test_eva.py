@@ -9,7 +9,8 @@ from torch import nn
 import fastlora
 from fastlora import eva
 from fastlora.adapter import load_adapter, save_adapter
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
@@ -361,4 +362,4 @@ def test_pefts_own_start_on_a_model_sped_up_before(base):
     assert len(layers) == len(a) // 2
     repacked = "bitsandbytes has repacked the base weight for CPU inference"  # by peft's search, in eval mode
     for calls in (layer.fastlora_calls for layer in layers):
-        assert calls.fused == 1 or (base is bnb_llama and calls.last_reason == repacked), calls
+        assert calls.sped_up == 1 or (base is bnb_llama and calls.last_reason == repacked), calls

@@ -8,13 +8,14 @@ from torch import nn
 
 import fastlora
 from fastlora.adapter import load_adapter, save_adapter
-from fastlora.linear import LoRALinear
+from fastlora.adapters import stacks
+from fastlora.layers.lora_experts import LoRAExperts
+from fastlora.layers.lora_linear import LoRALinear
 from fastlora.merging import merge
 from fastlora.replace import replace_linear
 from tests.models import llama, randomize, snapshot, tokens
 from tests.numerics import assert_as_accurate
 
-expert_layers = pytest.importorskip("fastlora.expert_layers")
 cases = pytest.importorskip("tests.test_experts")
 peft, BOTH, MODELS = cases.peft, cases.BOTH, cases.MODELS
 ALONE = {"target_modules": [], "target_parameters": list(BOTH), "r": 3, "lora_alpha": 6}
@@ -39,7 +40,7 @@ def logits(model):
 
 
 def layer_of(model):
-    return next(module for module in model.modules() if isinstance(module, expert_layers.LoRAExperts))
+    return next(module for module in model.modules() if isinstance(module, LoRAExperts))
 
 
 def gradients(model):
@@ -48,9 +49,9 @@ def gradients(model):
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     found = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, expert_layers.LoRAExperts):
+        if isinstance(layer, LoRAExperts):
             by_address = {p.data_ptr(): p.grad for p in layer.parameters() if p.requires_grad}
-            found |= {key: by_address[value.data_ptr()] for key, value in layer.saved(name)}
+            found |= {key: by_address[value.data_ptr()] for key, value in stacks.saved(layer, name)}
     return found
 
 
@@ -108,8 +109,8 @@ def test_the_start_is_pefts(init):
     torch.manual_seed(5)
     model = replace_linear(base, **config, lora_alpha=8)
     true = {name.replace(".default", ""): value for name, value in theirs.named_parameters() if "lora_" in name}
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, expert_layers.LoRAExperts)]
-    compared = [torch.equal(value, true[key]) for name, layer in layers for key, value in layer.saved(name)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRAExperts)]
+    compared = [torch.equal(value, true[key]) for name, layer in layers for key, value in stacks.saved(layer, name)]
     assert compared == [True] * 4
     if init is not False:
         assert torch.equal(logits(model), logits(moe()))

@@ -13,8 +13,8 @@ from fastlora.ops import nf4
 
 triton = pytest.importorskip("triton")
 from fastlora.kernels import fused, fused_config  # noqa: E402
-from fastlora.kernels.fused import Config  # noqa: E402
-from fastlora.kernels.lora import Dropout  # noqa: E402
+from fastlora.kernels.fused_config import Config  # noqa: E402
+from fastlora.kernels.lora_plan import Dropout  # noqa: E402
 
 from bench.static import SHARED_LIMIT  # noqa: E402
 from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402

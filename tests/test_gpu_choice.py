@@ -21,7 +21,7 @@ MOST = 4  # candidates of a case; `bench tune` checks them all
 def fresh(monkeypatch):
     for name in ("FASTLORA_BACKEND", "FASTLORA_AUTOTUNE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(choice, "_found", {})
+    monkeypatch.setattr(search, "_found", {})
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ class Case:
     def __init__(
         self, op, m, n=N, k=K, r=R, dtype=torch.bfloat16, adapter=torch.float32, blocksize=64, nested=True, p=0.0
     ):
-        from fastlora.kernels.lora import Dropout
+        from fastlora.kernels.lora_plan import Dropout
 
         self.op, self.n, self.k, self.dtype, self.blocksize = op, n, k, dtype, blocksize
         self.weight = nf4.quantize(draw(n, k, dtype=torch.float32, std=k**-0.5), blocksize, nested)

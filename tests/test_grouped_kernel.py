@@ -9,7 +9,7 @@ from fastlora.ops import nf4
 
 triton = pytest.importorskip("triton")
 from fastlora.kernels import grouped  # noqa: E402
-from fastlora.kernels.fused import Config  # noqa: E402
+from fastlora.kernels.fused_config import Config  # noqa: E402
 from fastlora.kernels.segments import Segments, by_offsets  # noqa: E402
 
 from tests.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402

@@ -7,7 +7,7 @@ import torch
 from fastlora.kernels import choice
 
 import fastlora
-from fastlora.linear import NF4Linear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import linear, linear_cpu, linear_cpu_bf16, linear_cuda, nf4
 from fastlora.ops.backend import backend
 from fastlora.ops.operands import Base, Lora

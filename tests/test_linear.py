@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora import reference
-from fastlora.linear import LoRALinear, NF4Linear, is_linear4bit
+from fastlora.layers.bases import is_linear4bit
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import linear as functional
 from fastlora.ops import nf4
 from fastlora.ops.nf4 import NF4Weight

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.linear import LoRALinear, NF4Linear, is_linear4bit
+from fastlora.layers.bases import is_linear4bit
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.merging import merge
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, randomize, snapshot, tokens
@@ -325,7 +327,7 @@ def test_adapters_combined_by_peft_run_fused(combination, base):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
     report = fastlora.report(model)
     assert len(report.replaced) == 6
-    assert "6 calls fused, 0 stepped back" in report.summary()
+    assert "6 calls sped up, 0 stepped back" in report.summary()
     model.set_adapter("default")
     assert not torch.allclose(logits(model), found[1], atol=1e-3)
 
@@ -337,13 +339,13 @@ def test_the_report_stays_right_through_merging_and_back():
         return {(str(row.calls), row.replaced) for row in fastlora.report(model).rows if row.r}
 
     logits(model)
-    assert says() == {("1 fused", True)}
+    assert says() == {("1 sped up", True)}
     model.merge_adapter()
     logits(model)
-    assert says() == {("1 fused, 1 stepped back (adapters are merged)", True)}
+    assert says() == {("1 sped up, 1 stepped back (adapters are merged)", True)}
     model.unmerge_adapter()
     logits(model)
-    assert says() == {("2 fused, 1 stepped back (adapters are merged)", True)}
+    assert says() == {("2 sped up, 1 stepped back (adapters are merged)", True)}
     merged = merge(model)
     with pytest.raises(ValueError, match="nothing to report on"):
         fastlora.report(merged)

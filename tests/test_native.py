@@ -213,12 +213,12 @@ def test_works_in_a_forked_child() -> None:
     """The OpenMP threads the parent used do not exist in its child."""
     script = """
         import os, torch
-        from fastlora import native
+        from fastlora.native import cpu
         torch.set_num_threads(2)
         codes, absmax = torch.randint(0, 256, (1 << 18,), dtype=torch.uint8), torch.rand(1 << 13)
         def values():
             out = torch.empty(512, 1024)
-            native.nf4_dequantize(codes, absmax, None, None, None, 64, out)
+            cpu.nf4_dequantize(codes, absmax, None, None, None, 64, out)
             return out.numpy().tobytes()
         before = values()
         child = os.fork()

@@ -12,7 +12,9 @@ from tests.numerics import assert_as_accurate
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-experts = pytest.importorskip("fastlora.experts")
+experts = pytest.importorskip("fastlora.peft_layers.experts")
+from fastlora.peft_layers.packing import quantize_experts  # noqa: E402
+
 if experts.ParamWrapper is None:
     pytest.skip("this peft has no target_parameters", allow_module_level=True)
 
@@ -22,7 +24,7 @@ from tests.test_experts import assert_as_good, exact, results, routed, stack  # 
 def packed(layer, double_quant=True):
     """A copy of the layer with its stacks packed, and one with the values that the packed stacks stand for."""
     quantized, expanded = copy.deepcopy(layer), copy.deepcopy(layer)
-    experts.quantize_experts(quantized, double_quant=double_quant)
+    quantize_experts(quantized, double_quant=double_quant)
     with torch.no_grad():
         for name in ("gate_up_proj", "down_proj"):
             getattr(expanded.get_base_layer(), name).copy_(getattr(quantized.get_base_layer(), name))
@@ -38,7 +40,7 @@ def test_a_packed_stack_is_as_exact_as_peft_over_its_values(name, dtype, double_
     oracle, baseline = results(exact(expanded), torch.float64), results(expanded, dtype)
     fastlora.replace_linear(quantized)
     ours = results(quantized, dtype)
-    assert quantized.fastlora_calls.fused == 1
+    assert quantized.fastlora_calls.sped_up == 1
     assert ours.keys() == oracle.keys()
     for name, value in ours.items():
         assert_as_accurate(value, baseline[name], oracle[name], name)
@@ -48,16 +50,16 @@ def test_a_packed_stack_loses_nothing_unsaid():
     model, layer = stack()
     _, expanded = packed(layer)
     with pytest.raises(ValueError, match="wrap the model first"):
-        experts.quantize_experts(nn.Linear(2, 2))
+        quantize_experts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="blocks of 4096 would cross"):
-        experts.quantize_experts(stack("qwen3-moe")[0], blocksize=4096)
+        quantize_experts(stack("qwen3-moe")[0], blocksize=4096)
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge them first"):
-        experts.quantize_experts(model)
+        quantize_experts(model)
     model.unmerge_adapter()
-    fastlora.replace_linear(experts.quantize_experts(model))
+    fastlora.replace_linear(quantize_experts(model))
     with pytest.raises(ValueError, match="parametrized already"):
-        experts.quantize_experts(model)
+        quantize_experts(model)
     with pytest.raises(ValueError, match="packed, and peft computes no adapters"):
         fastlora.restore(model)
     with pytest.raises(ValueError, match="packed in 4 bits"):
@@ -114,7 +116,7 @@ def test_a_packed_stack_serves_any_dtype(stored, given, autocast):
     _, layer = stack(dtype=stored)
     quantized, _ = packed(layer)
     y = results(quantized, given, autocast=autocast)["y"]
-    assert quantized.fastlora_calls.fused == 1
+    assert quantized.fastlora_calls.sped_up == 1
     close_to = results(quantized, torch.float32)["y"]
     assert y.dtype == given
     assert (y - close_to).norm() < 0.02 * close_to.norm()
@@ -138,7 +140,8 @@ def test_a_stack_by_the_triton_kernels(name, is_packed, monkeypatch):
         pytest.skip("not interpreted")
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
     taken = []
-    way = experts.grouped_lora_linear.__globals__["grouped_path"]
+    from fastlora.ops import grouped_cuda as way
+
     monkeypatch.setattr(way, "grouped_linear", lambda *args, call=way.grouped_linear: taken.append(1) or call(*args))
     model, layer = stack(name, torch.bfloat16)
     if is_packed:

@@ -15,7 +15,8 @@ from tests.numerics import assert_as_accurate
 from tests.peft_models import add_another, counts, lora_layers, reasons, run, wrapped
 
 peft = pytest.importorskip("peft")
-peft_swap = pytest.importorskip("fastlora.peft_swap")
+linear = pytest.importorskip("fastlora.peft_layers.linear")
+swap = pytest.importorskip("fastlora.peft_layers.swap")
 
 
 @pytest.mark.parametrize("base", [llama, qwen2, bnb_llama])
@@ -62,7 +63,7 @@ def test_numbers_are_as_exact_as_pefts_in_bf16(adapters, base, autocast):
 
     oracle, baseline = step(exact, torch.float64, False), step(layer, torch.bfloat16, autocast)
     holder = nn.Sequential(layer)
-    peft_swap.speed_up(holder)
+    swap.speed_up(holder)
     found = step(layer, torch.bfloat16, autocast)
     assert counts(holder) == (1, 0)
     for name, one, other, true in zip(("y", "dx", "dA", "dB"), found, baseline, oracle, strict=True):
@@ -122,12 +123,12 @@ def test_the_report():
     assert len(report.rows) == len(linear) - inside
     assert len(report.replaced) == 6
     model(tokens())
-    assert "6 calls fused, 0 stepped back to peft" in report.summary()
+    assert "6 calls sped up, 0 stepped back to peft" in report.summary()
     with model.disable_adapter():
         model(tokens())
-    assert "6 calls fused, 6 stepped back to peft" in report.summary()
+    assert "6 calls sped up, 6 stepped back to peft" in report.summary()
     row = next(row for row in report.rows if row.name.endswith("layers.0.self_attn.q_proj"))
-    assert str(row.calls) == "1 fused, 1 stepped back (adapters are disabled)"
+    assert str(row.calls) == "1 sped up, 1 stepped back (adapters are disabled)"
     assert {row.reason for row in report.left} == {"peft has put no adapter on it"}
 
 
@@ -230,9 +231,9 @@ def test_it_comes_forward_again():
 
 
 def test_a_step_back_is_logged_once(caplog):
-    peft_swap._warned.clear()
+    linear._warned.clear()
     model = replace_linear(wrapped())
-    with caplog.at_level(logging.WARNING, "fastlora.peft_swap"):
+    with caplog.at_level(logging.WARNING, "fastlora.peft_layers.swap"):
         with model.disable_adapter():
             model(tokens())
         assert not caplog.records, "what the user asked for is no news"
@@ -250,13 +251,13 @@ def test_a_step_back_is_logged_once(caplog):
     ("options", "reason"),
     [
         ({"alora_invocation_tokens": [1]}, "the adapter is a variant, ALoraLinearVariant"),
-        ({"target_modules": ["embed_tokens"]}, "peft's Embedding has no fused form"),
+        ({"target_modules": ["embed_tokens"]}, "fastlora has no faster form of peft's Embedding"),
     ],
 )
 def test_a_model_with_nothing_to_speed_up_runs_on_as_it_is(options, reason, caplog):
     model = wrapped(**options)
     before, expected = snapshot(model)[:2], model(tokens()).logits
-    with caplog.at_level(logging.WARNING, "fastlora.peft_swap"):
+    with caplog.at_level(logging.WARNING, "fastlora.peft_layers.swap"):
         assert replace_linear(model) is model
     assert [record.getMessage() for record in caplog.records] == [
         f"nothing in this peft model can be sped up, it runs on as it is: {reason}"

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.ops import dora
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, tokens
 from tests.peft_models import add_another, counts, lora_layers, reasons, run, wrapped
 
 peft = pytest.importorskip("peft")
-peft_swap = pytest.importorskip("fastlora.peft_swap")
+linear = pytest.importorskip("fastlora.peft_layers.linear")
+kept_norms = pytest.importorskip("fastlora.peft_layers.kept_norms")
+row_norms = kept_norms.row_norms
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -110,8 +111,7 @@ def test_injection_into_a_model_without_a_peft_model():
 @pytest.mark.parametrize("base", [llama, bnb_llama])
 def test_dora_keeps_its_norms_until_something_changes(base, monkeypatch):
     formed = []
-    row_norms = dora.row_norms
-    monkeypatch.setattr(dora, "row_norms", lambda *args: formed.append(1) or row_norms(*args))
+    monkeypatch.setattr(kept_norms, "row_norms", lambda *args: formed.append(1) or row_norms(*args))
     plain = wrapped(base, use_dora=True).train()
     model = replace_linear(copy.deepcopy(plain))
     for _ in range(2):
@@ -169,9 +169,9 @@ def test_copies(base):
     before = counts(model)
     for other in copies:
         assert torch.equal(other(tokens()).logits, expected)
-        fused, back = counts(other)
-        assert (fused, back) == (before[0] + 6, 0)
-        assert f"{fused} calls fused" in other.fastlora_report.summary(), "the copied report counts the copy's calls"
+        ours, back = counts(other)
+        assert (ours, back) == (before[0] + 6, 0)
+        assert f"{ours} calls sped up" in other.fastlora_report.summary(), "the copied report counts the copy's calls"
     assert counts(model) == before
 
 
@@ -184,7 +184,7 @@ def test_linear4bit_in_eval_mode_is_not_repacked():
     for layer in lora_layers(model):
         assert not getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
         layer.base_layer.weight.quant_state.packing_format_for_cpu = True
-        assert peft_swap.standing_reason(layer) == "bitsandbytes has repacked the base weight for CPU inference"
+        assert linear.standing_reason(layer) == "bitsandbytes has repacked the base weight for CPU inference"
 
 
 def test_hot_swapping_does_not_recompile(tmp_path):

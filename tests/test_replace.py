@@ -12,7 +12,8 @@ from torch import nn
 
 import fastlora
 from fastlora import replace
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.replace import replace_linear
 from tests.models import PROJECTIONS, Own, bnb_llama, llama, qwen2, randomize, snapshot, tokens
 

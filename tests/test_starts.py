@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fastlora.adapter import load_adapter, save_adapter
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.merging import merge
 from fastlora.ops import nf4
 from fastlora.replace import replace_linear

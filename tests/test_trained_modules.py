@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.adapter import load_adapter, save_adapter
-from fastlora.linear import LoRALinear, NF4Linear
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.merging import merge
 from fastlora.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, randomize, snapshot, tokens

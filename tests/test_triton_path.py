@@ -28,7 +28,7 @@ def forced(monkeypatch):
     """The environment forces nothing but Triton."""
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
     monkeypatch.delenv("FASTLORA_AUTOTUNE", raising=False)
-    monkeypatch.setattr(choice, "_found", {})
+    monkeypatch.setattr(search, "_found", {})
 
 
 class Layer:

@@ -1,12 +1,13 @@
 """What every operator's autograd needs: who must see it pass, in which dtype it computes, what it refuses."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
 
@@ -72,3 +73,12 @@ def refuse_second_derivative() -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError("lora_linear has no second derivative: call backward or grad without create_graph=True")
+
+
+def constant_under_compile(function: _Function) -> _Function:
+    """Mark a function whose result torch.compile takes as a constant of the graph.
+
+    As torch.compiler.assume_constant_result, whose call would load dynamo, and with it triton, at import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

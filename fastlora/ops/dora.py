@@ -1,10 +1,7 @@
 """DoRA over the fused linear: y = (m / ‖W + s · B A‖) ∘ (x Wᵀ + s · x Aᵀ Bᵀ) + bias, the norm taken of each row.
 
-The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight, so it is
-kept until A, B or the weight change: gradient accumulation, recomputation under checkpointing and evaluation find it
-there. A and B are compared with copies, for writes through `.data`, by bitsandbytes' optimizers, and by FSDP leave no
-trace on a tensor; of the frozen weight such writes are not seen. On CUDA the device itself compares and decides
-(`kernels.dora`); where torch.compile or a dispatch mode must see all that happens, the norm is formed anew.
+The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight;
+`peft_layers.kept_norms` keeps it until A, B or the weight change.
 
 Where the factor m / norm goes, by the base:
     NF4 on CUDA   into the scales of the packed weight and the rows of B: the linear is then LoRA's, both ways and by
@@ -44,10 +41,10 @@ def row_norms(weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scalin
         weight: [N, K], dense or NF4. lora_a: [R, K]. lora_b: [N, R].
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        if _by_kernels(weight.codes if isinstance(weight, NF4Weight) else weight):
+        if runs_kernels(weight.codes if isinstance(weight, NF4Weight) else weight):
             out = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
             changed = torch.ones(1, dtype=torch.int32, device=weight.device)
-            _norms_by_kernel(changed, weight, (lora_a.detach(), lora_b.detach()), scaling, out)
+            norms_by_kernel(changed, weight, (lora_a.detach(), lora_b.detach()), scaling, out)
             return out
         if isinstance(weight, NF4Weight):
             merged = nf4_dequantize(weight, None, lora_a, lora_b, scaling)
@@ -60,79 +57,12 @@ def row_norms(weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scalin
         return torch.cat(norms)
 
 
-class KeptNorms:
-    """The row norms of one layer, formed anew when A, B, the weight or the scaling have changed."""
-
-    def __init__(self) -> None:
-        self._captured: list[Any] = []  # what CUDA graphs will read again
-        self.forget()
-
-    def forget(self) -> None:
-        """Form them anew at the next call."""
-        self._weight: Tensor | None = None
-        self._facts: tuple[Any, ...] = ()
-        self._adapters: tuple[Tensor, ...] = ()
-        self._norms: Tensor | None = None
-
-    def of(self, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        """‖W + scaling · B A‖: [N], fp32. For use at once: a later call may overwrite it."""
-        frozen = weight.codes if isinstance(weight, NF4Weight) else weight
-        if seen_by_others(frozen, None) or frozen.is_inference() or frozen.requires_grad:
-            return row_norms(weight, lora_a, lora_b, scaling)
-        by_kernels = _by_kernels(frozen)
-        capturing = _is_capturing(frozen)
-        if not (frozen.is_cpu or by_kernels):
-            return row_norms(weight, lora_a, lora_b, scaling)
-        facts = (frozen.data_ptr(), frozen.shape, frozen.stride(), frozen.dtype, frozen._version, scaling)
-        adapters = (lora_a.detach(), lora_b.detach())
-        same = self._norms is not None and self._facts == facts and self._fit(adapters)
-        if by_kernels and same:
-            if capturing:
-                self._captured.append((self._weight, self._adapters, self._norms))
-            return self._refreshed(weight, adapters, scaling)
-        if capturing:  # what is formed now is there only once the graph runs
-            return row_norms(weight, lora_a, lora_b, scaling)
-        if not same or not self._same(adapters):
-            self._weight, self._facts = frozen.detach(), facts  # held, so that its memory is nobody else's
-            with torch.inference_mode(False):  # training may need them later
-                self._adapters = tuple(adapter.clone(memory_format=torch.contiguous_format) for adapter in adapters)
-                self._norms = row_norms(weight, lora_a, lora_b, scaling)
-        assert self._norms is not None
-        return self._norms
-
-    def _refreshed(self, weight: Tensor | NF4Weight, adapters: tuple[Tensor, Tensor], scaling: float) -> Tensor:
-        """The norms, formed anew by the device where it finds A or B changed."""
-        from fastlora.kernels import dora as kernel
-
-        assert self._norms is not None
-        changed = torch.zeros(1, dtype=torch.int32, device=self._norms.device)
-        for kept, now in zip(self._adapters, adapters, strict=True):
-            kernel.refresh(now.contiguous(), kept, changed)
-        _norms_by_kernel(changed, weight, self._adapters, scaling, self._norms)
-        return self._norms
-
-    def _fit(self, adapters: tuple[Tensor, Tensor]) -> bool:
-        pairs = zip(self._adapters, adapters, strict=True)
-        return all(kept.dtype == now.dtype and kept.shape == now.shape for kept, now in pairs)
-
-    def _same(self, adapters: tuple[Tensor, Tensor]) -> bool:
-        pairs = zip(self._adapters, adapters, strict=True)
-        return all(torch.equal(kept, now) for kept, now in pairs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(KeptNorms())  # a copy lies elsewhere
-
-
-def _is_capturing(frozen: Tensor) -> bool:
-    return frozen.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _by_kernels(frozen: Tensor) -> bool:
+def runs_kernels(frozen: Tensor) -> bool:
     """Whether Triton's kernels may be launched for a weight: a device that has them, nobody who must see operators."""
     return not seen_by_others(frozen, None) and backend(frozen.device).name == "triton"
 
 
-def _norms_by_kernel(
+def norms_by_kernel(
     changed: Tensor, weight: Tensor | NF4Weight, adapters: Sequence[Tensor], scaling: float, out: Tensor
 ) -> None:
     from fastlora.kernels import dora as kernel
@@ -165,7 +95,7 @@ def dora_linear(
     operands = (x, lora_a, lora_b, magnitude, bias, weight, inverse, float(scaling))
     if isinstance(weight, NF4Weight):
         whole = weight.shape[1] % weight.blocksize == 0
-        if whole and dtype != torch.float16 and x.numel() and _by_kernels(weight.codes):
+        if whole and dtype != torch.float16 and x.numel() and runs_kernels(weight.codes):
             return _OverNF4.apply(*operands, torch.is_grad_enabled()).to(result)
     wider = dtype != torch.float32 and torch.float32 in (lora_a.dtype, lora_b.dtype)
     if wider and (isinstance(weight, NF4Weight) or not weight.requires_grad):
@@ -202,7 +132,7 @@ def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None, 
     Args:
         y: [..., N]. magnitude: [N]. inverse: [N], fp32, 1 / norms. bias: [N].
     """
-    if y.numel() and _by_kernels(y):
+    if y.numel() and runs_kernels(y):
         return _Rescaled.apply(y, magnitude, bias, inverse, result)
     scaled = y.float() * (magnitude.float() * inverse)
     return (scaled if bias is None else scaled + bias.float()).to(result)
@@ -210,7 +140,7 @@ def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None, 
 
 def _rescaled(y: Tensor, factor: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
     """As `rescale`, without gradients; y: [..., N]."""
-    if y.numel() and _by_kernels(y):
+    if y.numel() and runs_kernels(y):
         from fastlora.kernels import dora as kernel
 
         return kernel.rescale(y.reshape(-1, y.shape[-1]), factor, bias, result).view(y.shape)
@@ -222,7 +152,7 @@ def _sums(
     dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(factor ∘ dy in `dtype`, Σ dy ∘ z, Σ dy) over rows [M, N], the sums in fp32; None for what is not given."""
-    if dy.numel() and _by_kernels(dy):
+    if dy.numel() and runs_kernels(dy):
         from fastlora.kernels import dora as kernel
 
         return kernel.rescale_backward(dy, z, factor, need_total, dtype)

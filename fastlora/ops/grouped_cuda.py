@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.ops.autograd import eager, refuse_func_gradients, refuse_second_derivative, seen_by_others
+from fastlora.ops.autograd import (
+    constant_under_compile,
+    eager,
+    refuse_func_gradients,
+    refuse_second_derivative,
+    seen_by_others,
+)
 from fastlora.ops.backend import backend
 from fastlora.ops.dequantize import level_table
 from fastlora.ops.nf4 import NF4Weight
@@ -54,7 +60,7 @@ def refusal(x: Tensor, weight: Tensor | NF4Weight, experts: int, lora_a: Tensor 
     return reason(x.device, x.dtype, weight.dtype, experts, blocksize, rank)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_under_compile
 def reason(
     device: torch.device, x_dtype: torch.dtype, dtype: torch.dtype, experts: int, blocksize: int, rank: int
 ) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastlora.kernels import choice, decode, fused, search
 from fastlora.kernels import lora as kernel
 from fastlora.kernels.choice import Choice
-from fastlora.kernels.lora import Dropout
+from fastlora.kernels.lora_plan import Dropout
 from fastlora.native import cuda
 from fastlora.ops.backend import compiled_decode
 from fastlora.ops.dequantize import level_table

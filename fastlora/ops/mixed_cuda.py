@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.kernels import lora as kernel
-from fastlora.kernels.lora import Dropout
+from fastlora.kernels.lora_plan import Dropout
 from fastlora.kernels.segments import KEEP, Segments
 from fastlora.ops import linear_cuda
 from fastlora.ops.autograd import refuse_second_derivative

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adopted import is_linear4bit
+from fastlora.layers.bases import is_linear4bit
 
 
 class KeptWeight:

@@ -17,18 +17,18 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 @dataclass
 class Calls:
-    """How often a layer of peft's took the fused path, and how often it stepped back to peft's forward.
+    """How often a layer of peft's was computed by ours, and how often it stepped back to peft's forward.
 
     Calls inside a `torch.compile` graph are not counted: there the choice is made once, at compile time.
     """
 
-    fused: int = 0
+    sped_up: int = 0
     stepped_back: int = 0
     last_reason: str = ""
 
     def __str__(self) -> str:
         back = f", {self.stepped_back} stepped back ({self.last_reason})" if self.stepped_back else ""
-        return f"{self.fused} fused{back}"
+        return f"{self.sped_up} sped up{back}"
 
 
 @dataclass
@@ -96,8 +96,8 @@ class Report:
         )
         counted = [row.calls for row in self.rows if row.calls is not None]
         if counted:
-            fused, back = sum(c.fused for c in counted), sum(c.stepped_back for c in counted)
-            text += f"; {fused} calls fused, {back} stepped back to peft"
+            ours, back = sum(c.sped_up for c in counted), sum(c.stepped_back for c in counted)
+            text += f"; {ours} calls sped up, {back} stepped back to peft"
         return text
 
     def to_json(self) -> str:
@@ -171,6 +171,6 @@ def _grouped(rows: list[Row]) -> Iterable[tuple[str, int, Row]]:
         if len(members) > 1 and first.calls is not None:
             counted = [row.calls for row in members if row.calls is not None]
             last = next((calls.last_reason for calls in counted if calls.last_reason), "")
-            total = Calls(sum(c.fused for c in counted), sum(c.stepped_back for c in counted), last)
+            total = Calls(sum(c.sped_up for c in counted), sum(c.stepped_back for c in counted), last)
             first = Row(**{**vars(first), "calls": total})
         yield name, len(members), first

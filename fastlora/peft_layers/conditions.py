@@ -1,7 +1,7 @@
-"""When a LoRA layer of peft's can be computed by the fused path, and what it holds at that moment.
+"""When a LoRA layer of peft's can be sped up, and what it holds at that moment.
 
 Everything is read from the layer at each call: a user may disable, merge, add, switch or hot-swap adapters at any time.
-A reason is a short sentence, empty where the fused path computes the same as peft's forward.
+A reason is a short sentence, empty where ours computes the same as peft's forward.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastlora.conv1d import dense_weight, is_conv1d, is_dense
-from fastlora.linear import compute_dtype, is_linear4bit
+from fastlora.layers.bases import compute_dtype, dense_weight, is_conv1d, is_dense, is_linear4bit
 from fastlora.ops.mixed import Adapter
 from fastlora.ops.nf4 import FLOAT_DTYPES
 
@@ -31,7 +30,7 @@ _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
 
 
 def standing_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = False) -> str:
-    """Why a layer whose class has a fused form is not sped up as it now stands; empty where it can be.
+    """Why a layer whose class can be sped up is not sped up as it now stands; empty where it can be.
 
     whichever_is_active: only what no other choice of active adapters would change.
     """
@@ -47,7 +46,7 @@ def standing_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = Fal
 
 
 def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Why this call must go to peft's forward; empty where the fused path computes the same."""
+    """Why this call must go to peft's forward; empty where ours computes the same."""
     if args or any(value is not None for name, value in kwargs.items() if name != "adapter_names"):
         return "called with more than the input"
     if layer.disable_adapters:
@@ -123,7 +122,7 @@ def _mixed_reason(layer: Any, names: list[str], x: Tensor, per_sample: Sequence[
 
 
 def base_reason(base: Any) -> str:
-    """Why a base layer cannot be computed by the fused path; empty where it can."""
+    """Why a base layer cannot be computed by ours; empty where it can."""
     if not is_plain(base):
         return "the base layer has hooks or a forward of its own"
     if is_dense(base):
@@ -153,7 +152,7 @@ def _orientation_reason(layer: Any, base: Any) -> str:
 
 
 def adapter_reason(layer: Any, name: str) -> str:
-    """Why one adapter cannot be computed by the fused path; empty where it can."""
+    """Why one adapter cannot be computed by ours; empty where it can."""
     if name in layer.lora_variant and (reason := _variant_reason(layer, name)):
         return reason
     children = layer._modules
@@ -204,14 +203,14 @@ def _variant_reason(layer: Any, name: str) -> str:
 
 
 def computed_in(x: Tensor, base: Any) -> torch.dtype:
-    """The dtype in which the fused path multiplies x by a base layer's weight."""
+    """The dtype in which ours multiplies x by a base layer's weight."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dense_weight(base).dtype if is_dense(base) else compute_dtype(base, x)
 
 
 def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], dora: bool, drops: bool) -> str:
-    """Whether the dtypes are those of the fused path: x as the weight, or autocast; adapters fp32 or as x."""
+    """Whether the dtypes are those that ours takes: x as the weight, or autocast; adapters fp32 or as x."""
     given, four_bit, dtype = x.dtype, not is_dense(base), computed_in(x, base)
     if torch.is_autocast_enabled(x.device.type):
         # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may be in neither

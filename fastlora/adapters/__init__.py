@@ -1,0 +1,1 @@
+"""Adapters: from files into models, and back."""

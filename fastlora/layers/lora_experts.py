@@ -1,0 +1,189 @@
+"""Stacks of experts with adapters of fastlora's own: what peft's `target_parameters` means, without peft.
+
+transformers keeps the experts of a layer as 3-D parameters of one module. `LoRAExperts` takes that module's place,
+holds it as `base_layer`, and computes as `layers.experts` does: sorted by expert, W + B A never formed. A and B of all
+experts are two matrices packed as peft packs them, so that its files hold them as they are:
+
+    A [E·r, in]     expert slowest
+    B [out, r·E]    expert fastest
+
+A stack in NF4 is packed expert by expert, each as [out, in] whichever way the model keeps it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.layers import experts
+from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.layers.report import Row
+from fastlora.ops.autograd import computed_in
+from fastlora.ops.backend import backend
+from fastlora.ops.grouped import kernels
+from fastlora.ops.nf4 import NF4Weight, quantize
+
+
+class LoRAExperts(nn.Module):
+    """A module of experts with trained low-rank updates on its stacked parameters.
+
+    Args:
+        base_layer: with transformers' interface of experts; used as it is, its forward is not called.
+        stacks: r and lora_alpha by parameter.
+        use_rslora: scaling is lora_alpha / sqrt(r) instead of lora_alpha / r.
+        adapter_dtype: dtype of A and B; fp32 where None.
+        init_lora_weights: True, False or "gaussian".
+    Source: arXiv:2106.09685, section 4.1.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        stacks: Mapping[str, tuple[int, float]],
+        use_rslora: bool = False,
+        adapter_name: str = "default",
+        adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        super().__init__()
+        self.base_layer, self.active_adapter, self.use_rslora = base_layer, adapter_name, use_rslora
+        self.r = {name: r for name, (r, _) in stacks.items()}
+        self.lora_alpha, self.scaling = {}, {}  # type: dict[str, float], dict[str, float]
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.packed = nn.ModuleDict()
+        for name, (r, lora_alpha) in stacks.items():
+            weight = stacked(base_layer, name)
+            self.num_experts, n, k = weight.shape
+            # the same draws in the same order as peft
+            lora_a = nn.Linear(k, r * self.num_experts, bias=False)
+            lora_b = nn.Linear(r * self.num_experts, n, bias=False)
+            if init_lora_weights is True:
+                nn.init.kaiming_uniform_(lora_a.weight, a=5**0.5)
+            elif init_lora_weights == "gaussian":
+                nn.init.normal_(lora_a.weight, std=1 / r)
+            if init_lora_weights:
+                nn.init.zeros_(lora_b.weight)
+            for parts, layer in ((self.lora_A, lora_a), (self.lora_B, lora_b)):
+                parts[name] = nn.ModuleDict({adapter_name: layer.to(weight.device, adapter_dtype or torch.float32)})
+            self.set_scaling(name, lora_alpha, use_rslora)
+        self.train(base_layer.training)
+
+    def set_scaling(self, name: str, lora_alpha: float, use_rslora: bool = False) -> None:
+        """Set the scaling of one parameter's update to lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+        r, self.use_rslora = self.r[name], use_rslora
+        self.lora_alpha[name], self.scaling[name] = lora_alpha, lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+    def adapter(self, name: str) -> tuple[nn.Parameter, nn.Parameter, float]:
+        """(A [E r, K], B [N, r E], scaling) of one parameter."""
+        a, b = (parts[name][self.active_adapter].weight for parts in (self.lora_A, self.lora_B))  # type: ignore[index]
+        return a, b, self.scaling[name]
+
+    def update(self, name: str) -> experts.Update:
+        """A [E, r, K], B [E, N, r] and scaling of one parameter."""
+        a, b, scaling = self.adapter(name)
+        count = self.num_experts
+        return experts.Update(
+            a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1), scaling
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [T, H], experts [T, k] and their weights [T, k], as the module of experts takes them -> [T, H].
+
+        Raises:
+            ValueError: other arguments.
+        """
+        routing = experts.routing_of(self.base_layer, x, args, kwargs)
+        if routing is None or x.ndim != 2:
+            raise ValueError(
+                f"{type(self.base_layer).__name__} with adapters takes tokens [T, H], their experts [T, k] and weights "
+                "[T, k], and was called with other arguments"
+            )
+        shown = _Shown(self, computed_in(x))
+        updates = {name: self.update(name) for name in self.r}
+        return experts.forward(shown, self.num_experts, updates, x, *routing)
+
+    def quantize(self, blocksize: int = 64, double_quant: bool = True) -> None:
+        """Pack the stacks of both projections in NF4; the parameters are let go of."""
+        for name in experts.projections(self.base_layer):
+            weight = stacked(self.base_layer, name)
+            n = weight.shape[1]
+            packed = quantize(weight.detach().reshape(-1, weight.shape[2]), blocksize, double_quant)
+            assert packed.shape[0] == self.num_experts * n
+            self.packed[name] = NF4Linear(packed)
+            self.base_layer.register_parameter(name, None)
+
+    def merged(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """W + scaling · B A of every expert as the model keeps the stack, summed in fp32 and rounded once."""
+        weight = self.weight(name)
+        count = self.num_experts
+        if isinstance(weight, NF4Weight):
+            dtype, weight = dtype or weight.dtype, weight.dequantize(torch.float32).view(count, -1, weight.shape[1])
+        wide = weight.detach().float()
+        if name in self.r:
+            a, b, scaling = self.update(name)
+            wide = torch.baddbmm(wide, b.detach().float(), a.detach().float(), alpha=scaling)
+        wide = wide.to(dtype or weight.dtype)
+        return wide.transpose(1, 2).contiguous() if self.base_layer.is_transposed else wide
+
+    def weight(self, name: str) -> Tensor | NF4Weight:
+        """A stack as the products read it: [E, N, K], or packed [E N, K]."""
+        if name in self.packed:
+            return self.packed[name].weight  # type: ignore[return-value]
+        return stacked(self.base_layer, name)
+
+    def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The module of experts, with the updates folded into its parameters; with a dtype, all of them have it."""
+        base: Any = self.base_layer
+        for name in experts.projections(base):
+            if name in self.r or name in self.packed or dtype is not None:
+                setattr(base, name, nn.Parameter(self.merged(name, dtype), requires_grad=False))
+            if dtype is not None and base.has_bias:
+                setattr(base, f"{name}_bias", nn.Parameter(getattr(base, f"{name}_bias").detach().to(dtype), False))
+        return base
+
+    def rows(self, name: str, blocksize: int = 0) -> Iterator[Row]:
+        """The rows of the report; name: of this module. blocksize: of the NF4 that dense stacks are about to become."""
+        for parameter, r in self.r.items():
+            (a, b, _), weight = self.adapter(parameter), self.weight(parameter)
+            shape, size = (b.shape[0], a.shape[1]), weight.blocksize if isinstance(weight, NF4Weight) else blocksize
+            packed, computed = size > 0, kernels(a.device, weight.dtype, self.num_experts, *shape, size, r)
+            said = f"adapters r={r} on {self.num_experts} experts" + (", weight quantized to NF4" if packed else "")
+            kind, path = type(self.base_layer).__name__, backend(a.device).name
+            yield Row(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=computed)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: r={r}, scaling={self.scaling[name]:g}" for name, r in self.r.items())
+
+
+class _Shown:
+    """A module of experts as `experts.forward` reads it: its stacks as [E, N, K] in the dtype of the products."""
+
+    is_transposed = False
+
+    def __init__(self, layer: LoRAExperts, dtype: torch.dtype) -> None:
+        self.layer, self.dtype = layer, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.layer.base_layer
+        if name in experts.projections(base):
+            weight = self.layer.weight(name)
+            return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
+        value = getattr(base, name)
+        return value.to(self.dtype) if isinstance(value, Tensor) else value
+
+
+def adapted_experts(model: nn.Module) -> dict[str, LoRAExperts]:
+    """The model's `LoRAExperts` by name, without torch.compile's part in the names."""
+    return {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRAExperts)
+    }
+
+
+def stacked(base: Any, name: str) -> Tensor:
+    """[E, N, K]: a parameter of a module of experts, a view of it where it is kept as [E, K, N]."""
+    weight: Tensor = getattr(base, name)
+    return weight.transpose(1, 2) if base.is_transposed else weight

@@ -1,0 +1,225 @@
+"""peft's LoRA linear layers with a `forward` of ours: the classes, and what gives a layer its class.
+
+An object's class can be changed while it lives. Each of these classes is a subclass of one of peft's, and `SPED_UP`
+says which takes whose place. Its `forward` computes what peft's does where the conditions hold
+(`peft_layers.conditions`) and steps back to peft's where they do not. They are read at each call, because a user may
+disable, merge, add or switch adapters at any time. Each layer counts both kinds of call and keeps the reason of the
+last step back (`layer.fastlora_calls`, `fastlora.report(model)`); a reason met for the first time is logged as a
+warning, unless the user asked for what it says.
+
+Several active adapters run as one of the summed rank: A's rows one below the other, B's columns side by side, each
+times its scaling. Where they have dropout masks or dtypes of their own, h is formed for each. DoRA rescales the rows
+of the product (`ops.dora`).
+
+The classes bear the names of peft's, so that a layer prints as peft prints it.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, compiler, nn
+
+from fastlora.layers.bases import AdoptedWeight, compute_dtype, dense_weight, is_dense
+from fastlora.layers.lora_linear import lora_linear_4bit
+from fastlora.layers.report import Calls
+from fastlora.ops import dora
+from fastlora.ops.linear import lora_linear
+from fastlora.ops.mixed import Adapter, joined, mixed_linear, several_linear, total_bias
+from fastlora.ops.nf4 import NF4Weight
+from fastlora.peft_layers import conditions
+from fastlora.peft_layers.conditions import EXPECTED, active_names, sampled_names, step_back_reason
+from fastlora.peft_layers.kept_norms import KeptNorms
+from fastlora.peft_layers.kept_weight import KeptWeight, changed
+
+logger = logging.getLogger(__name__)
+
+_warned: set[str] = set()
+
+# peft's class -> (the class that takes its place, why a layer cannot be sped up as it now stands: "" where it can)
+SPED_UP: dict[type, tuple[type, Callable[[Any, bool], str]]] = {}
+
+
+class SpedUp:
+    """What every layer of peft's with a forward of ours has."""
+
+    fastlora_calls: Calls
+    fastlora_adopted: AdoptedWeight
+    fastlora_norms: KeptNorms
+    fastlora_kept: KeptWeight
+
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        watch_injections()  # an unpickled model may be the first in its process
+
+
+class _SpedUpLinear(SpedUp):
+    """The forward that these classes put before peft's."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output: by one call of ours where the conditions hold, else by peft's forward."""
+        reason = step_back_reason(self, x, args, kwargs)
+        if not compiler.is_compiling():
+            count(self.fastlora_calls, reason)
+        if reason:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        base, per_sample = self._modules["base_layer"], kwargs.get("adapter_names")
+        active = active_names(self) if per_sample is None else sampled_names(self, per_sample)
+        if per_sample is not None and (len(active) != 1 or any(name != active[0] for name in per_sample)):
+            return self._mixed(x, base, active, per_sample)
+        adapters = [_one(self, name) for name in active]
+        if len(active) > 1 and not _are_as_one(adapters):
+            return self._several(x, base, adapters)
+        adapter = adapters[0] if len(active) == 1 else joined(adapters)
+        if active[0] in self.lora_variant:
+            return self._dora(x, base, adapter, active[0])
+        lora_a, lora_b, scaling, _, p, training = adapter
+        if is_dense(base):
+            bias = total_bias(base._parameters["bias"], adapter)
+            return lora_linear(x, dense_weight(base), lora_a, lora_b, scaling, bias, p, training)
+        weight, bias = self.fastlora_adopted.of(base), total_bias(base.bias, adapter)
+        return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, p, training, bias)
+
+    def _mixed(self: Any, x: Tensor, base: Any, names: Sequence[str], per_sample: Sequence[str]) -> Tensor:
+        adapters = {name: _one(self, name) for name in names}
+        if is_dense(base):
+            return mixed_linear(x, dense_weight(base), base._parameters["bias"], adapters, per_sample)
+        weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
+        return mixed_linear(x.to(dtype), weight, _bias_in(base, dtype), adapters, per_sample).to(x.dtype)
+
+    def _several(self: Any, x: Tensor, base: Any, adapters: Sequence[Adapter]) -> Tensor:
+        if is_dense(base):
+            return several_linear(x, dense_weight(base), base._parameters["bias"], adapters)
+        weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
+        return several_linear(x.to(dtype), weight, _bias_in(base, dtype), adapters).to(x.dtype)
+
+    def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
+        lora_a, lora_b, scaling, _, p, training = adapter
+        given, bias = x.dtype, base._parameters["bias"]
+        if is_dense(base):
+            weight: Tensor | NF4Weight = dense_weight(base)
+        else:
+            weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
+            x, bias = x.to(dtype), _bias_in(base, dtype)
+        magnitude = self.lora_magnitude_vector._modules[name].weight
+        norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
+        operands = x, weight, lora_a, lora_b, scaling, magnitude, norms, bias
+        drops = training and p > 0
+        y = dora.dora_linear_with_dropout(*operands, p) if drops else dora.dora_linear(*operands)
+        return y if is_dense(base) else y.to(given)
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        self.fastlora_adopted.forget()
+        self.fastlora_norms.forget()
+        kept, dtype = self.fastlora_kept.fits(self), self.get_base_layer().weight.dtype
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        if kept and self.get_base_layer().weight.dtype == dtype:
+            self.fastlora_kept.settle(self)
+        return result
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """peft's merge; the weight as it was is kept for `unmerge`."""
+        self.fastlora_kept.keep(self)
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        finally:
+            self.fastlora_kept.settle(self)
+
+    def unmerge(self: Any) -> None:
+        """The weight as it was before the merge, to the bit; by peft's subtraction where it has been changed since."""
+        if not (self.merged and self.fastlora_kept.put_back(self)):
+            super().unmerge()  # type: ignore[misc]
+            changed(self)
+
+
+class SpedUpLinear(_SpedUpLinear, peft_layer.Linear):
+    """peft's `lora.Linear`, sped up."""
+
+
+SpedUpLinear.__name__ = "Linear"
+SPED_UP[peft_layer.Linear] = SpedUpLinear, conditions.standing_reason
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora import bnb as peft_bnb
+
+    class SpedUpLinear4bit(_SpedUpLinear, peft_bnb.Linear4bit):
+        """peft's `lora.Linear4bit`, sped up."""
+
+    SpedUpLinear4bit.__name__ = "Linear4bit"
+    SPED_UP[peft_bnb.Linear4bit] = SpedUpLinear4bit, conditions.standing_reason
+
+
+def plain_class(layer: Any) -> type:
+    """peft's class of a layer, sped up or not."""
+    return next((kind for kind in type(layer).__mro__ if kind in SPED_UP), type(layer))
+
+
+def speed_up_layer(layer: Any) -> None:
+    """Give one layer of peft's the class that speeds it up, where there is one."""
+    if type(layer) in SPED_UP:
+        layer.__class__ = SPED_UP[type(layer)][0]
+        layer.fastlora_calls, layer.fastlora_adopted = Calls(), AdoptedWeight()
+        layer.fastlora_norms, layer.fastlora_kept = KeptNorms(), KeptWeight()
+
+
+def watch_injections() -> None:
+    """From now on, adapters that peft injects into a model with sped-up layers are sped up where they can be."""
+    inject = LoraModel.inject_adapter
+    if hasattr(inject, "fastlora_watches"):
+        return
+
+    @functools.wraps(inject)
+    def watched(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = inject(self, model, *args, **kwargs)
+        if any(isinstance(module, SpedUp) for module in model.modules()):
+            for module in list(model.modules()):
+                if isinstance(module, peft_layer.LoraLayer) and not standing_reason(module, True):
+                    speed_up_layer(module)
+        return result
+
+    watched.fastlora_watches = True  # type: ignore[attr-defined]
+    LoraModel.inject_adapter = watched  # type: ignore[method-assign]
+
+
+def standing_reason(layer: Any, whichever_is_active: bool = False) -> str:
+    """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be.
+
+    whichever_is_active: only what no other choice of active adapters would change.
+    """
+    kind = plain_class(layer)
+    if kind not in SPED_UP:
+        return f"fastlora has no faster form of peft's {kind.__name__}"
+    return SPED_UP[kind][1](layer, whichever_is_active)
+
+
+def _bias_in(base: Any, dtype: torch.dtype) -> Tensor | None:
+    """The bias of a `Linear4bit`, in the dtype that it computes in or in fp32."""
+    bias: Tensor | None = base.bias
+    return bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
+
+
+def _one(layer: Any, name: str) -> Adapter:
+    return conditions.adapter(layer, name)
+
+
+def _are_as_one(adapters: Sequence[Adapter]) -> bool:
+    """Whether active adapters make one of the summed rank: none drops anything, and all have one dtype."""
+    same = len({adapter.lora_a.dtype for adapter in adapters}) == 1
+    return same and not any(adapter.dropout_p > 0 and adapter.training for adapter in adapters)
+
+
+def count(calls: Calls, reason: str) -> None:
+    """Count one call; log a reason for stepping back the first time it is met."""
+    if not reason:
+        calls.sped_up += 1
+        return
+    calls.stepped_back += 1
+    calls.last_reason = reason
+    if reason not in EXPECTED and reason not in _warned:
+        _warned.add(reason)
+        logger.warning("a LoRA layer steps back to peft's slower forward: %s (said once per reason)", reason)

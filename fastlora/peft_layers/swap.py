@@ -1,0 +1,127 @@
+"""peft's own LoRA layers in a model, sped up in place and given back.
+
+`speed_up` changes the class of each LoRA layer that can use it (`peft_layers.linear`, `peft_layers.experts`).
+Parameters, names, checkpoints and all of peft's methods stay as they are; `merge` keeps the weight, so that `unmerge`
+gives back every bit. Layers that peft adds to such a model later are sped up as they come. `restore` takes it all back.
+
+A caution about bitsandbytes: in eval mode, without gradients, on a CPU with AVX512_BF16, `Linear4bit.forward` repacks
+its weight in place and loses precision. Our forward never calls it, but stepping back does, as with
+`disable_adapter()`; afterwards only peft can compute the layer, and the reason says so.
+"""
+
+from typing import Any
+
+from peft.tuners.lora import layer as peft_layer
+from torch import nn
+
+from fastlora.layers.bases import is_conv1d, is_linear4bit
+from fastlora.layers.lora_linear import kernels_of
+from fastlora.layers.report import Report, Row
+from fastlora.ops.backend import backend
+from fastlora.peft_layers import experts
+from fastlora.peft_layers.linear import (
+    SPED_UP,
+    SpedUp,
+    logger,
+    plain_class,
+    speed_up_layer,
+    standing_reason,
+    watch_injections,
+)
+
+
+def speed_up(model: nn.Module) -> Report:
+    """Give every LoRA layer of peft's in the model that can use it a forward of ours; harmless when repeated.
+
+    Layers that peft adds to the model later get it too, from `peft.tuners.lora.LoraModel.inject_adapter`.
+
+    A model in which nothing can be sped up runs on as it is: a warning and the report say why.
+
+    Returns:
+        a report on every linear layer, with live counts for those sped up.
+    Raises:
+        ValueError: the model has no LoRA layers of peft's. Nothing is changed.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
+    if not found:
+        raise ValueError("nothing in this peft model can be sped up: it has no LoRA layers")
+    reasons = {name: standing_reason(layer) for name, layer in found.items()}
+    if all(reasons.values()):
+        told = "; ".join(sorted(set(reasons.values())))
+        logger.warning("nothing in this peft model can be sped up, it runs on as it is: %s", told)
+    for layer in found.values():
+        if not standing_reason(layer, True):
+            speed_up_layer(layer)
+    watch_injections()
+    return _report(model, found, reasons)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give peft's layers their own class back: the model is plain peft again.
+
+    Returns:
+        the same model.
+    Raises:
+        ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
+    """
+    found: list[Any] = [module for module in model.modules() if isinstance(module, SpedUp)]
+    if any(type(layer) is not SPED_UP[plain_class(layer)][0] for layer in found):
+        raise ValueError("a LoRA layer has become a unit of FSDP of its own: call restore before the model is sharded")
+    if any(experts.is_wrapper(layer) and experts.is_packed(layer) for layer in found):
+        raise ValueError("stacks of experts are packed, and peft computes no adapters over those: load the model again")
+    if not found:
+        raise ValueError(
+            "no layer of this model is one of peft's sped up in place: restore(model) undoes replace_linear(model)"
+        )
+    for layer in found:
+        layer.__class__ = plain_class(layer)
+        del layer.fastlora_calls, layer.fastlora_adopted, layer.fastlora_norms, layer.fastlora_kept
+    if hasattr(model, "fastlora_report"):
+        del model.fastlora_report
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """A report on every linear layer of a model with peft's layers, as it stands now."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
+    return _report(model, found, {name: _report_reason(layer) for name, layer in found.items()})
+
+
+def _report_reason(layer: Any) -> str:
+    if not isinstance(layer, SpedUp):
+        return standing_reason(layer) or "peft's own: call replace_linear(model)"
+    if _is_sharded(layer):  # gathered, as a rule, by the time that it is called
+        return layer.fastlora_calls.last_reason if layer.fastlora_calls.stepped_back else ""
+    return standing_reason(layer)
+
+
+def _is_sharded(layer: Any) -> bool:
+    return any(type(parameter).__name__ == "DTensor" for parameter in layer.parameters())
+
+
+def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) -> Report:
+    rows: list[Row] = []
+    inside = tuple(f"{name}." for name in found)
+    backends = []
+    for name, module in model.named_modules():
+        if name in found and (isinstance(module.get_base_layer(), nn.Linear) or is_conv1d(module.get_base_layer())):
+            base = module.get_base_layer()
+            shape, rank = (module.out_features, module.in_features), next(iter(module.r.values()), 0)
+            kind, reason = f"{plain_class(module).__name__}({type(base).__name__})", reasons[name]
+            if reason:
+                rows.append(Row(name, type(module).__name__, shape, False, reason, r=rank))
+                continue
+            backends.append(backend(base.weight.device))
+            said = f"peft's layer sped up in place, r={rank}"
+            packed, path, kernels = is_linear4bit(base), backends[-1].name, kernels_of(base, shape, rank)
+            rows.append(Row(name, kind, shape, True, said, path, rank, packed, module.fastlora_calls, kernels))
+        elif name in found and experts.is_wrapper(module):
+            backends.append(backend(next(module.parameters()).device))
+            rows.append(experts.row(name, module, reasons[name], backends[-1].name))
+        elif (isinstance(module, nn.Linear) or is_conv1d(module)) and not name.startswith(inside):
+            k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
+            shape = (n, k)
+            rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
+    if not backends:
+        return Report(rows, "peft", "no layer can be sped up as it now stands")
+    return Report(rows, backends[0].name, backends[0].reason)
