@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from fastlora.layers.lora_linear import LoRALinear
     from fastlora.layers.nf4_linear import NF4Linear
     from fastlora.layers.report import Report
-    from fastlora.merging import merge
+    from fastlora.model.merging import merge
+    from fastlora.model.quantizer import FastLoRANF4Config
+    from fastlora.model.replace import replace_linear, report, restore
     from fastlora.ops.backend import backend
     from fastlora.ops.grouped import grouped_lora_linear
     from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear
     from fastlora.ops.nf4 import NF4Weight, quantize
     from fastlora.peft_layers.packing import quantize_experts
-    from fastlora.quantizer import FastLoRANF4Config
-    from fastlora.replace import replace_linear, report, restore
 
 __version__ = "0.1.0"
 __all__ = [
@@ -60,14 +60,14 @@ _HOMES = {
     "fastlora.layers.lora_linear": ("LoRALinear",),
     "fastlora.layers.nf4_linear": ("NF4Linear",),
     "fastlora.layers.report": ("Report",),
-    "fastlora.merging": ("merge",),
+    "fastlora.model.merging": ("merge",),
     "fastlora.ops.backend": ("backend",),
     "fastlora.ops.grouped": ("grouped_lora_linear",),
     "fastlora.ops.linear": ("lora_linear", "nf4_dequantize", "nf4_linear"),
     "fastlora.ops.nf4": ("NF4Weight", "quantize"),
     "fastlora.peft_layers.packing": ("quantize_experts",),
-    "fastlora.quantizer": ("FastLoRANF4Config",),
-    "fastlora.replace": ("replace_linear", "report", "restore"),
+    "fastlora.model.quantizer": ("FastLoRANF4Config",),
+    "fastlora.model.replace": ("replace_linear", "report", "restore"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk, in peft's format. (`merge`, which folds them into the weights, is in `fastlora.merging`.)
+"""Adapters on disk, in peft's format. (`merge`, which folds them into the weights, is in `fastlora.model.merging`.)
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the tensors' keys are
 `base_model.model.<module>.lora_A.weight` [R, K] and `.lora_B.weight` [N, R], without the adapter's name. What is
@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora import replace, trained_modules, trained_tokens
 from fastlora.adapter_config import adapted_layers, adapter_config, trained_names
 from fastlora.adapters import stacks
 from fastlora.layers import sharded, starts
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
-from fastlora.merging import unwrapped
+from fastlora.model import replace, trained_modules, trained_tokens
+from fastlora.model.merging import unwrapped
+from fastlora.model.settings import LoRASettings, settings_from_config
+from fastlora.model.sites import find_sites
 from fastlora.peft_files import (
     CONFIG_NAME,
     PREFIX,
@@ -35,8 +37,6 @@ from fastlora.peft_files import (
     peft_adapter,
     read_adapter,
 )
-from fastlora.survey import find_sites
-from fastlora.targets import LoRASettings, settings_from_config
 
 _PREFIX = PREFIX
 # Ways to start that leave the base weight as it is: a trained adapter needs them no more.

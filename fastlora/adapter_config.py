@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from fastlora import trained_modules, trained_tokens
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
-from fastlora.targets import LoRASettings
+from fastlora.model import trained_modules, trained_tokens
+from fastlora.model.settings import LoRASettings
 
 _TASKS = (("ForCausalLM", "CAUSAL_LM"), ("ForConditionalGeneration", "SEQ_2_SEQ_LM"))
 

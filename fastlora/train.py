@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from fastlora import checkpoint, data, plots
 from fastlora.adapter import save_adapter
+from fastlora.model.replace import replace_linear
 from fastlora.recipe import Recipe, check_resumable, learning_rate
-from fastlora.replace import replace_linear
 
 RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
 

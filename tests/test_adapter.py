@@ -13,8 +13,8 @@ from fastlora import adapter
 from fastlora.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.merging import merge
-from fastlora.replace import replace_linear
+from fastlora.model.merging import merge
+from fastlora.model.replace import replace_linear
 from tests.models import Own, bnb_llama, llama, qwen2, randomize, snapshot, tokens
 
 PREFIX = "base_model.model."

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from fastlora.model.replace import replace_linear
 from fastlora.ops import nf4
-from fastlora.replace import replace_linear
 
 peft = pytest.importorskip("peft")
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import eva
 from fastlora.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.model import eva
+from fastlora.model.replace import replace_linear
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]

@@ -11,8 +11,8 @@ from fastlora.adapter import load_adapter, save_adapter
 from fastlora.adapters import stacks
 from fastlora.layers.lora_experts import LoRAExperts
 from fastlora.layers.lora_linear import LoRALinear
-from fastlora.merging import merge
-from fastlora.replace import replace_linear
+from fastlora.model.merging import merge
+from fastlora.model.replace import replace_linear
 from tests.models import llama, randomize, snapshot, tokens
 from tests.numerics import assert_as_accurate
 

@@ -12,8 +12,8 @@ import fastlora
 from fastlora.layers.bases import is_linear4bit
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.merging import merge
-from fastlora.replace import replace_linear
+from fastlora.model.merging import merge
+from fastlora.model.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, randomize, snapshot, tokens
 
 peft = pytest.importorskip("peft")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numerics import rms
 
-from fastlora.merging import kept
+from fastlora.model.merging import kept
 from fastlora.ops import linear, nf4
 from fastlora.ops.linear import lora_linear
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fastlora.model.replace import replace_linear
 from fastlora.ops import mixed, nf4
-from fastlora.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, randomize
 from tests.peft_models import counts, wrapped
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora.model.replace import replace_linear
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 from tests.numerics import assert_as_accurate
 from tests.peft_models import add_another, counts, lora_layers, reasons, run, wrapped

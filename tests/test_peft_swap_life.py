@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.replace import replace_linear
+from fastlora.model.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, tokens
 from tests.peft_models import add_another, counts, lora_layers, reasons, run, wrapped
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.replace import replace_linear
+from fastlora.model.replace import replace_linear
 from tests.models import llama, randomize, tokens
 from tests.peft_models import counts, reasons, wrapped
 

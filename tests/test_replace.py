@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import replace
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.replace import replace_linear
+from fastlora.model import replace
+from fastlora.model.replace import replace_linear
 from tests.models import PROJECTIONS, Own, bnb_llama, llama, qwen2, randomize, snapshot, tokens
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fastlora.layers.lora_linear import LoRALinear
-from fastlora.replace import replace_linear
+from fastlora.model.replace import replace_linear
 from tests.models import PROJECTIONS, bnb_llama, gpt2, llama
 
 LAYERS = 32

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastlora.adapter import save_adapter
-from fastlora.replace import replace_linear
+from fastlora.model.replace import replace_linear
 from tests.models import PROJECTIONS, llama, qwen2, randomize, tokens
 
 MAX_RANK = 16

@@ -12,9 +12,9 @@ from torch import nn
 from fastlora.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.merging import merge
+from fastlora.model.merging import merge
+from fastlora.model.replace import replace_linear
 from fastlora.ops import nf4
-from fastlora.replace import replace_linear
 from tests.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]

@@ -10,8 +10,8 @@ import fastlora
 from fastlora.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.merging import merge
-from fastlora.replace import replace_linear
+from fastlora.model.merging import merge
+from fastlora.model.replace import replace_linear
 from tests.models import bnb_llama, llama, qwen2, randomize, snapshot, tokens
 
 

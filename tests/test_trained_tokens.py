@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastlora.adapter import load_adapter, save_adapter
-from fastlora.merging import merge
-from fastlora.replace import replace_linear
+from fastlora.model.merging import merge
+from fastlora.model.replace import replace_linear
 from tests.models import gpt2, llama, randomize, snapshot, tokens
 
 TOKENS = [int(tokens()[0, 0]), 63, int(tokens()[1, 3])]

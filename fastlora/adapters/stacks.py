@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastlora.layers import sharded
 from fastlora.layers.lora_experts import LoRAExperts, adapted_experts, stacked
+from fastlora.model.settings import LoRASettings
 from fastlora.model.stacks import find
 from fastlora.peft_files import PREFIX
-from fastlora.targets import LoRASettings
 
 
 def take(

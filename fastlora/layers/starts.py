@@ -8,7 +8,7 @@
     "olora"                B, A = the first r columns and rows of Q and R, W = Q R; the base becomes W - s B A
     "loftq"                s B A = the r largest singular triples of W - Q; the base becomes Q = NF4(W), and with
                            loftq_iter = N > 1 it is Q = NF4(W - s B A), N - 1 times over
-    "eva"                  A = leading singular vectors of the layer's inputs, B = 0 (`fastlora.eva`)
+    "eva"                  A = leading singular vectors of the layer's inputs, B = 0 (`fastlora.model.eva`)
     False                  A and B as `nn.Linear` makes them: the update is not zero
 
 Drawn numbers come in peft's order, so that one seed gives both libraries the same start.

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastlora import trained_modules
 from fastlora.layers.experts import IMPLEMENTATIONS, INTERFACE, computes_in_fp32, projections
 from fastlora.layers.lora_experts import LoRAExperts, stacked
+from fastlora.model import trained_modules
+from fastlora.model.names import means, nearest, within
+from fastlora.model.settings import LoRASettings
+from fastlora.model.sites import has_hooks
 from fastlora.ops.nf4 import FLOAT_DTYPES
-from fastlora.survey import has_hooks
-from fastlora.targets import LoRASettings, means, nearest, within
 
 _STARTS = (True, False, "gaussian")
 

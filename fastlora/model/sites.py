@@ -11,9 +11,9 @@ from fastlora.layers.bases import AdoptedWeight, is_dense, is_linear4bit
 from fastlora.layers.lora_linear import kernels_of
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Report, Row
+from fastlora.model.names import within
 from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import FLOAT_DTYPES
-from fastlora.targets import within
 
 _HEAD_NAMES = ("lm_head", "score", "classifier")
 _REASON_BY_KIND = {
@@ -157,7 +157,7 @@ def expert_notes(model: nn.Module, adapted: Collection[str] = ()) -> list[str]:
     ]
 
 
-def report(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = ()) -> Report:
+def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = ()) -> Report:
     """What becomes of every linear layer once the marked sites are replaced; stacks: rows of stacks of experts."""
     devices = {site.module.weight.device for site in sites.values() if site.adapt}
     devices |= {next(model.get_submodule(row.name.rpartition(".")[0]).parameters()).device for row in stacks}

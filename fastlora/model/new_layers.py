@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import eva
 from fastlora.layers import starts
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.lora_linear import LoRALinear, base_weight
-from fastlora.survey import Site
-from fastlora.targets import LoRASettings
+from fastlora.model import eva
+from fastlora.model.settings import LoRASettings
+from fastlora.model.sites import Site
 
 
 def check(init: bool | str, adapted: dict[str, Site]) -> None:

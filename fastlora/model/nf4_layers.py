@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fastlora.layers.bases import is_dense
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.survey import Site, output_head
-from fastlora.targets import within
+from fastlora.model.names import within
+from fastlora.model.sites import Site, output_head
 
 
 def decide(

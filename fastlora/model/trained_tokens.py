@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.targets import nearest
+from fastlora.model.names import nearest
 
 KEY = "token_adapter.trainable_tokens_delta"
 

@@ -29,7 +29,7 @@ from torch import Tensor, distributed, nn
 from fastlora.layers.bases import is_linear4bit
 
 if TYPE_CHECKING:
-    from fastlora.survey import Site
+    from fastlora.model.sites import Site
 
 SEED, NITER = 42, 4
 # A search that has not ended after so many passes over the data and so many batches will not.

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import new_layers, nf4_layers, survey, trained_modules, trained_tokens
 from fastlora.layers.bases import is_linear4bit
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear, check_adapter_dtype, kernels_of
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Report
-from fastlora.model import stacks
+from fastlora.model import new_layers, nf4_layers, stacks, trained_modules, trained_tokens
+from fastlora.model.names import ALL_LINEAR, within
+from fastlora.model.settings import LoRASettings, select, settings_from_config
+from fastlora.model.sites import Site, find_sites, output_head, put, report_on
+from fastlora.model.trainer_compat import admit_training, let_inputs_require_grad
 from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import BLOCKSIZES
-from fastlora.survey import Site, find_sites, output_head
-from fastlora.targets import ALL_LINEAR, LoRASettings, select, settings_from_config, within
-from fastlora.trainer_compat import admit_training, let_inputs_require_grad
 
 
 def replace_linear(
@@ -84,7 +84,7 @@ def replace_linear(
             adjust_scaling_factors.
         loftq_config: for "loftq", peft's `LoftQConfig` or a mapping: loftq_iter.
         eva_dataloader: for "eva", batches of your data, a DataLoader or a list: the model runs on them as it is given,
-            before `quantize`. It decides the rank of every layer (`fastlora.eva`).
+            before `quantize`. It decides the rank of every layer (`fastlora.model.eva`).
         quantize: "nf4" turns the weight of every linear layer into NF4, adapted or not, but that of the output head, of
             excluded layers and of those that share their weight; and the stacks of adapted experts. Layer by layer: the
             peak is the model and one layer.
@@ -278,7 +278,7 @@ def carry_out(
         layers[name].adapter()[0].data.copy_(a)
     experts = stacks.make(model, found, settings, adapter_name=adapter_name, adapter_dtype=adapter_dtype)
     packed = blocksize if quantize else 0
-    report = survey.report(model, sites, [row for name, each in experts.items() for row in each.rows(name, packed)])
+    report = report_on(model, sites, [row for name, each in experts.items() for row in each.rows(name, packed)])
     _hang(model, sites, layers, experts, trains=not settings.inference_mode)
     for module in trained.values():
         module.requires_grad_(not settings.inference_mode)
@@ -307,7 +307,7 @@ def _hang(
     for name, layer in layers.items():
         sites[name].hang(layer)
     for layer in experts.values():
-        survey.put(model, layer.base_layer, layer)
+        put(model, layer.base_layer, layer)
 
 
 def carries_peft(model: nn.Module) -> bool:

@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import replace, survey, trained_tokens
 from fastlora.layers import sharded
 from fastlora.layers.bases import AdoptedWeight, is_linear4bit
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.model import replace, trained_tokens
+from fastlora.model.sites import put
+from fastlora.model.trainer_compat import forget_quantization
 from fastlora.ops import nf4
 from fastlora.ops.linear import nf4_dequantize
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.trainer_compat import forget_quantization
 
 
 class Kept(NamedTuple):
@@ -102,7 +103,7 @@ def merge(
                 raise ValueError(f"{name} would not be finite after merging: its adapter or weight is broken")
     _replace_each(model, outer, dtype, quantize)
     for layer in experts.values():
-        survey.put(model, layer, layer.to_experts(dtype))
+        put(model, layer, layer.to_experts(dtype))
     trained_tokens.fold(model)
     for attribute in ("fastlora_report", "fastlora_settings"):
         if hasattr(model, attribute):

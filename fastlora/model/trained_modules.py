@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.layers import sharded
 from fastlora.layers.bases import is_linear4bit
-from fastlora.targets import nearest, within
+from fastlora.model.names import nearest, within
 
 
 def find(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Module]:
