@@ -16,7 +16,7 @@ if not (_root / "kernels").is_dir():
     __path__.append(str(_root.parent))
 
 if TYPE_CHECKING:
-    from fastlora.adapter import load_adapter, save_adapter
+    from fastlora.adapters.adapter import load_adapter, save_adapter
     from fastlora.layers.lora_experts import LoRAExperts
     from fastlora.layers.lora_linear import LoRALinear
     from fastlora.layers.nf4_linear import NF4Linear
@@ -55,7 +55,7 @@ __all__ = [
 
 # Imported at first use: the command line answers without waiting for torch.
 _HOMES = {
-    "fastlora.adapter": ("load_adapter", "save_adapter"),
+    "fastlora.adapters.adapter": ("load_adapter", "save_adapter"),
     "fastlora.layers.lora_experts": ("LoRAExperts",),
     "fastlora.layers.lora_linear": ("LoRALinear",),
     "fastlora.layers.nf4_linear": ("NF4Linear",),

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from fastlora.adapter import load_adapter, save_adapter
+from fastlora.adapters.adapter import load_adapter, save_adapter
 
 STATE_FILE = "trainer_state.json"
 

@@ -33,7 +33,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastlora import checkpoint, data, plots
-from fastlora.adapter import save_adapter
+from fastlora.adapters.adapter import save_adapter
 from fastlora.model.replace import replace_linear
 from fastlora.recipe import Recipe, check_resumable, learning_rate
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastlora import adapter
-from fastlora.adapter import load_adapter, save_adapter
+from fastlora.adapters import adapter
+from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.merging import merge

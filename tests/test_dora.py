@@ -9,6 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fastlora.model.replace import replace_linear
 from fastlora.ops import nf4
+from fastlora.peft_layers import kept_norms
 
 peft = pytest.importorskip("peft")
 

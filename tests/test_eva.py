@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.adapter import load_adapter, save_adapter
+from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model import eva

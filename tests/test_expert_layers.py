@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.adapter import load_adapter, save_adapter
 from fastlora.adapters import stacks
+from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_experts import LoRAExperts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.model.merging import merge

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastlora.adapter import save_adapter
+from fastlora.adapters.adapter import save_adapter
 from fastlora.model.replace import replace_linear
 from tests.models import PROJECTIONS, llama, qwen2, randomize, tokens
 

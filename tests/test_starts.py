@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.adapter import load_adapter, save_adapter
+from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.merging import merge

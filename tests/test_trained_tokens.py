@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastlora.adapter import load_adapter, save_adapter
+from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
 from tests.models import gpt2, llama, randomize, snapshot, tokens

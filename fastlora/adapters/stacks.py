@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.files.peft_files import PREFIX
 from fastlora.layers import sharded
 from fastlora.layers.lora_experts import LoRAExperts, adapted_experts, stacked
 from fastlora.model.settings import LoRASettings
 from fastlora.model.stacks import find
-from fastlora.peft_files import PREFIX
 
 
 def take(

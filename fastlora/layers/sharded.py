@@ -1,4 +1,4 @@
-"""Tensors of a model that FSDP2 has spread over processes (`fully_shard`): read whole, and filled from whole ones.
+"""Models in wrappers, and tensors that FSDP2 has spread over processes (`fully_shard`): read whole, and filled.
 
 What is here is done together: every process of the group calls it, for the same tensors in the same order.
 """
@@ -59,3 +59,14 @@ def _is_unit(module: nn.Module) -> bool:
 
 def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -17,6 +17,7 @@ from fastlora.layers.bases import AdoptedWeight, is_linear4bit
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
+
 from fastlora.model import replace, trained_tokens
 from fastlora.model.sites import put
 from fastlora.model.trainer_compat import forget_quantization
@@ -76,7 +77,7 @@ def merge(
         raise ValueError(f"quantize must be None or 'nf4', not {quantize!r}")
     if quantize and dtype is not None:
         raise ValueError("give either dtype, for plain weights, or quantize, for weights in NF4")
-    model = unwrapped(model)
+    model = sharded.unwrapped(model)
     if sharded.is_sharded(model):
         raise ValueError(
             "the model is sharded: save_adapter(model, directory), then load_adapter into the model as it was before "
@@ -110,17 +111,6 @@ def merge(
             delattr(model, attribute)
     forget_quantization(model)
     return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def kept(before: NF4Weight, after: NF4Weight, update: Tensor) -> Kept:

@@ -19,16 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora.adapter_config import adapted_layers, adapter_config, trained_names
 from fastlora.adapters import stacks
-from fastlora.layers import sharded, starts
-from fastlora.layers.lora_experts import adapted_experts
-from fastlora.layers.lora_linear import LoRALinear
-from fastlora.model import replace, trained_modules, trained_tokens
-from fastlora.model.merging import unwrapped
-from fastlora.model.settings import LoRASettings, settings_from_config
-from fastlora.model.sites import find_sites
-from fastlora.peft_files import (
+from fastlora.adapters.config import adapted_layers, adapter_config, trained_names
+from fastlora.files.peft_files import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
@@ -37,6 +30,13 @@ from fastlora.peft_files import (
     peft_adapter,
     read_adapter,
 )
+from fastlora.layers import sharded, starts
+from fastlora.layers.lora_experts import adapted_experts
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.sharded import unwrapped
+from fastlora.model import replace, trained_modules, trained_tokens
+from fastlora.model.settings import LoRASettings, settings_from_config
+from fastlora.model.sites import find_sites
 
 _PREFIX = PREFIX
 # Ways to start that leave the base weight as it is: a trained adapter needs them no more.
