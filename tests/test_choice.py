@@ -225,21 +225,21 @@ def test_a_candidate_that_asks_too_much_of_the_gpu_is_dropped(monkeypatch):
 
 
 def test_the_doctor_says_whether_rows_were_measured(monkeypatch):
-    from fastlora import doctor
+    from fastlora.commands import diagnosis
 
-    assert [f.found for f in doctor._cuda_kernels()] == ["idle: it needs an NVIDIA GPU"] or torch.cuda.is_available()
+    assert [f.found for f in diagnosis._cuda_kernels()] == ["idle: it needs an NVIDIA GPU"] or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("NVIDIA H200", (9, 0)))
-    monkeypatch.setattr(doctor, "compiled_decode", lambda device: (False, "not built: run make"))
-    decode, rows = doctor._cuda_kernels()
+    monkeypatch.setattr(diagnosis, "compiled_decode", lambda device: (False, "not built: run make"))
+    decode, rows = diagnosis._cuda_kernels()
     assert (decode.good, decode.advice) == (False, "not built: run make")
     assert not rows.good
     assert rows.found.startswith("defaults of sm_90, not measured on NVIDIA H200")
     use(monkeypatch, [*choice.read(), row(m=64, k=64, n=64, r=16), row("dy", m=64, n=64, r=16, kernel="narrow")])
-    monkeypatch.setattr(doctor, "compiled_decode", lambda device: (True, "/lib/decode.so"))
-    decode, rows = doctor._cuda_kernels()
-    assert decode == doctor.Finding("compiled decode", "live: /lib/decode.so")
-    assert rows == doctor.Finding("choice of kernels, cuda:0", "2 rows measured on NVIDIA H200, for 1 shapes")
+    monkeypatch.setattr(diagnosis, "compiled_decode", lambda device: (True, "/lib/decode.so"))
+    decode, rows = diagnosis._cuda_kernels()
+    assert decode == diagnosis.Finding("compiled decode", "live: /lib/decode.so")
+    assert rows == diagnosis.Finding("choice of kernels, cuda:0", "2 rows measured on NVIDIA H200, for 1 shapes")
 
 
 def test_bounds_end_with_any_m():

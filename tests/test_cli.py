@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora import doctor
 from fastlora.cli import app
+from fastlora.commands import diagnosis
 
 COMMAND = [sys.executable, "-m", "fastlora"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fastlora.__file__).parents[1])}
@@ -149,10 +149,10 @@ def test_doctor_names_versions_devices_and_backends() -> None:
 
 
 def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = doctor.version_of
-    monkeypatch.setattr(doctor, "version_of", lambda package: None if package == "peft" else known(package))
-    monkeypatch.setattr(doctor.native, "status", lambda: (False, "not built: run make"))
-    found = doctor.diagnose()
+    known = diagnosis.version_of
+    monkeypatch.setattr(diagnosis, "version_of", lambda package: None if package == "peft" else known(package))
+    monkeypatch.setattr(diagnosis.native, "status", lambda: (False, "not built: run make"))
+    found = diagnosis.diagnose()
     assert any("pip install peft" in line for line in found.advice)
     assert "not built: run make" in found.advice
     assert [f.good for f in found.versions if f.what == "peft"] == [False]

@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastlora import data
-from fastlora.data import IGNORED, BatchPlan, collate, count_targets
-from fastlora.recipe import Recipe, from_mapping
+from fastlora.training import data
+from fastlora.training.data import IGNORED, BatchPlan, collate, count_targets
+from fastlora.training.recipe import Recipe, from_mapping
 
 MARKED = (
     "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['role'] == 'assistant' %}"

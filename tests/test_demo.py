@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastlora import demo, stdlib_data
+from fastlora.demo import demo, stdlib_data
 
 STEPS = 6
 

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
-DEMO_MODEL = Path(fastlora.__file__).parent / "demo_model"
+DEMO_MODEL = Path(fastlora.__file__).parent / "demo" / "model"
 STEPS = 4
 
 

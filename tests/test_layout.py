@@ -56,8 +56,8 @@ def test_a_wheel_holds_the_kernels_the_recipes_and_the_demo_model(tmp_path):
         "fastlora/kernels/nf4.py",
         "fastlora/kernels/lora.py",
         "fastlora/kernels/choice.csv",
-        "fastlora/recipes/demo.yaml",
-        "fastlora/demo_model/model.safetensors",
+        "fastlora/training/recipes/demo.yaml",
+        "fastlora/demo/model/model.safetensors",
         "fastlora/py.typed",
     ):
         assert wanted in names

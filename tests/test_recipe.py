@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from fastlora import recipe as recipes
-from fastlora.recipe import Recipe, check_resumable, from_mapping, learning_rate, load, parse_overrides
+from fastlora.training import recipe as recipes
+from fastlora.training.recipe import Recipe, check_resumable, from_mapping, learning_rate, load, parse_overrides
 
 NEEDED = {"model_name_or_path": "model", "train_file": "train.jsonl"}
 

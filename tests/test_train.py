@@ -20,10 +20,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastlora import checkpoint, plots
-from fastlora import train as training
-from fastlora.recipe import Recipe, from_mapping
-from fastlora.train import Hooks, Run, prepare, train
+from fastlora.training import checkpoint, loop, plots
+from fastlora.training.loop import Hooks, Run, prepare, train
+from fastlora.training.recipe import Recipe, from_mapping
 
 WORDS = 60
 QUIET = Console(quiet=True)
@@ -92,15 +91,15 @@ class StopAt(Hooks):
     """Sends a signal to this process in the middle of a step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
-        real = training.target_loss
+        real = loop.target_loss
 
         def target_loss(run: Run, model: Any, batch: Any) -> Any:
             if run.step == step - 1 and model is run.wrapped and number is not None:
                 os.kill(os.getpid(), number)
-                monkeypatch.setattr(training, "target_loss", real)
+                monkeypatch.setattr(loop, "target_loss", real)
             return real(run, model, batch)
 
-        monkeypatch.setattr(training, "target_loss", target_loss)
+        monkeypatch.setattr(loop, "target_loss", target_loss)
 
 
 def test_a_run_leaves_what_it_promises(base: Path, tmp_path: Path) -> None:
@@ -159,12 +158,12 @@ def test_loss_and_gradient_are_per_target_token(base: Path, tmp_path: Path) -> N
     made = recipe(base, tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=8, max_grad_norm=0)
     run = prepare(made, QUIET)
     assert run.plan.steps_per_epoch == 1  # the 22 examples, the last micro-batch with a single one
-    batch = training._batch(run, run.train_set, list(range(len(run.train_set))))
+    batch = loop._batch(run, run.train_set, list(range(len(run.train_set))))
     loss = run.model(**batch).loss  # type: ignore[operator]
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
     run.optimizer.zero_grad()
-    record, _ = training.train_step(run)
+    record, _ = loop.train_step(run)
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
@@ -179,7 +178,7 @@ def test_clipping_bounds_the_update(base: Path, tmp_path: Path) -> None:
         step()
 
     run.optimizer.step = spy  # type: ignore[method-assign]
-    record, _ = training.train_step(run)
+    record, _ = loop.train_step(run)
     assert record["grad_norm"] > 1e-2
     assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-3)
 
@@ -350,7 +349,7 @@ def test_a_second_signal_acts_at_once() -> None:
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     try:
-        with training._signals() as caught:
+        with loop._signals() as caught:
             interrupt()
             assert caught == ["SIGINT"]
             with pytest.raises(KeyboardInterrupt):
@@ -385,10 +384,10 @@ def test_whole_epochs(base: Path, tmp_path: Path) -> None:
 def test_evaluation_is_the_mean_over_target_tokens(base: Path, tmp_path: Path) -> None:
     run = prepare(recipe(base, tmp_path, eval_file=str(base / "eval.jsonl"), per_device_eval_batch_size=4), QUIET)
     assert run.eval_set is not None
-    batch = training._batch(run, run.eval_set, list(range(len(run.eval_set))))
+    batch = loop._batch(run, run.eval_set, list(range(len(run.eval_set))))
     with torch.no_grad():
         expected = run.model.eval()(**batch).loss.item()
-    assert training.evaluate(run) == pytest.approx(expected, rel=1e-5)
+    assert loop.evaluate(run) == pytest.approx(expected, rel=1e-5)
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(base: Path, tmp_path: Path) -> None:
@@ -415,7 +414,7 @@ def test_two_processes_train_as_one(base: Path, tmp_path: Path) -> None:
     path.write_text(recipe(base, tmp_path / "two", **values, per_device_train_batch_size=2).to_yaml())
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={_free_port()}"]
     words += ["-m", "fastlora", "train", str(path)]
-    root = str(Path(training.__file__).parents[1])
+    root = str(Path(loop.__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import fastlora
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
-DEMO_MODEL = Path(fastlora.__file__).parent / "demo_model"
+DEMO_MODEL = Path(fastlora.__file__).parent / "demo" / "model"
 
 
 def load_in_nf4():

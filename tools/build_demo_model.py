@@ -3,8 +3,8 @@
     python tools/build_demo_model.py --minutes 100
     python tools/build_demo_model.py --minutes 60 --go-on --lr 2e-3    # from the checkpoint as it stands
 
-Writes a Hugging Face checkpoint (config, bf16 safetensors, tokenizer) to `fastlora/demo_model/`.
-The modules that `fastlora.stdlib_data` holds out never enter the corpus, so the demo's evaluation
+Writes a Hugging Face checkpoint (config, bf16 safetensors, tokenizer) to `fastlora/demo/model/`.
+The modules that `fastlora.demo.stdlib_data` holds out never enter the corpus, so the demo's evaluation
 is on text the base model has not seen. Roughly 100 minutes on two CPU cores with AVX512-BF16.
 """
 
@@ -20,12 +20,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastlora import stdlib_data
+from fastlora.demo import stdlib_data
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 4096
 CONTEXT = 512
-OUT = Path(__file__).resolve().parent.parent / "fastlora" / "demo_model"
+OUT = Path(__file__).resolve().parent.parent / "fastlora" / "demo" / "model"
 
 
 def corpus() -> list[str]:

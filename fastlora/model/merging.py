@@ -17,7 +17,6 @@ from fastlora.layers.bases import AdoptedWeight, is_linear4bit
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-
 from fastlora.model import replace, trained_tokens
 from fastlora.model.sites import put
 from fastlora.model.trainer_compat import forget_quantization

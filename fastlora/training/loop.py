@@ -7,7 +7,7 @@ functions of the step, so a checkpoint holds the adapter (in peft's format), the
 states of the random generators and a number; continuing from it gives the same bits as never stopping.
 
     run directory           recipe.yaml, metrics.jsonl, loss.png, adapter_model.safetensors, adapter_config.json
-    checkpoint-<step>       in it: what `fastlora.checkpoint` says
+    checkpoint-<step>       in it: what `fastlora.training.checkpoint` says
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastlora import checkpoint, data, plots
 from fastlora.adapters.adapter import save_adapter
 from fastlora.model.replace import replace_linear
-from fastlora.recipe import Recipe, check_resumable, learning_rate
+from fastlora.training import checkpoint, data, plots
+from fastlora.training.recipe import Recipe, check_resumable, learning_rate
 
 RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
 

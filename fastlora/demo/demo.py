@@ -5,7 +5,7 @@ seen a question, nor stopped after an answer. The demo quantizes it to NF4, hang
 linear layer, teaches it to answer "what does this function do?" with the first line of the docstring, and
 asks it about modules that neither the pretraining nor the fine-tuning saw.
 
-It is the recipe `recipes/demo.yaml` and two hooks around the one loop of `fastlora.train`; whatever can be
+It is the recipe `recipes/demo.yaml` and two hooks around the one loop, `training.loop`; whatever can be
 set there can be set here: `fastlora train --set max_steps=50`.
 """
 
@@ -30,15 +30,15 @@ from rich.table import Table
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from fastlora import stdlib_data
-from fastlora.data import IGNORED, collate
+from fastlora.demo import stdlib_data
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.backend import backend
-from fastlora.recipe import Recipe, from_mapping, parse_overrides, read
-from fastlora.train import Hooks, Result, Run, load_base, train
+from fastlora.training.data import IGNORED, collate
+from fastlora.training.loop import Hooks, Result, Run, load_base, train
+from fastlora.training.recipe import Recipe, from_mapping, parse_overrides, read
 
-MODEL = Path(__file__).resolve().parent / "demo_model"
+MODEL = Path(__file__).resolve().parent / "model"
 QUESTIONS = 3
 ANSWER_TOKENS = 40
 WINDOWS, WINDOW = 48, 256  # of plain held-out source, for the perplexity; in tokens

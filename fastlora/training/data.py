@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlora.recipe import Recipe
+from fastlora.training.recipe import Recipe
 
 IGNORED = -100  # a label that is no target: torch.nn.functional.cross_entropy's ignore_index
 FORMATS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))

@@ -1,0 +1,54 @@
+"""`fastlora train`: fine-tune as a recipe says, or run the demo."""
+
+import os
+import shlex
+import signal
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="a YAML file, or the name of a built-in recipe; none: the demo")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key; may be repeated")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in output_dir")] = False,
+) -> None:
+    """Fine-tune a model as a recipe says; without one, the demo: a small model that ships with fastlora.
+
+    Ctrl-C saves a checkpoint and stops; the same command with --resume continues.
+    """
+    from rich.console import Console
+
+    from fastlora.training import recipe as recipes
+
+    console = Console()
+    try:
+        if recipe is None:
+            from fastlora.demo import demo
+
+            result = demo.run(overrides or [], resume, console)
+        else:
+            loaded = recipes.load(recipe, overrides or [])
+            from fastlora.training.loop import train as run
+
+            result = run(loaded, resume, console=console)
+    except (ValueError, FloatingPointError) as error:
+        _fail(str(error))
+    if result.interrupted is not None:
+        set_again = [word for override in overrides or [] for word in ("--set", override)]
+        words = ["fastlora", "train", *([recipe] if recipe else []), *set_again, "--resume"]
+        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+            console.print(f"continue with: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(128 + signal.Signals[result.interrupted])
+
+
+def _fail(message: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

@@ -1,0 +1,8 @@
+"""`fastlora version`: which one this is."""
+
+
+def version() -> None:
+    """Print the version."""
+    from fastlora import __version__
+
+    print(__version__)
