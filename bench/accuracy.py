@@ -2,7 +2,7 @@
 
 The oracle is `fastlora.reference` in fp64 on the same rounded inputs and the same NF4 codes; the baseline is the same
 function in bf16 with the provider's adapter dtype. For an expanded weight the baseline is the exact one rounded once,
-which is what bitsandbytes gives. The rule itself has one home, `tests/numerics.py`.
+which is what bitsandbytes gives. The rule itself has one home, `tests/support/numerics.py`.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ OUTPUTS = ("y", "dx", "d_lora_a", "d_lora_b")
 
 
 def _load_rule() -> ModuleType:
-    path = Path(__file__).parents[1] / "tests" / "numerics.py"
+    path = Path(__file__).parents[1] / "tests" / "support" / "numerics.py"
     spec = importlib.util.spec_from_file_location("bench_tolerance_rule", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"the tolerance rule is read from {path}, which cannot be loaded")

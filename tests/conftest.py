@@ -16,7 +16,7 @@ if "TRITON_INTERPRET" not in os.environ:
     except ImportError:
         pass
 if os.environ.get("TRITON_INTERPRET", "0") != "0" and importlib.util.find_spec("triton"):
-    from interpreter import teach_bf16
+    from tests.support.interpreter import teach_bf16
 
     teach_bf16()
 

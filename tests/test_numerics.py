@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from numerics import assert_as_accurate
+
+from tests.support.numerics import assert_as_accurate
 
 M, K, N, R = 64, 256, 128, 8
 

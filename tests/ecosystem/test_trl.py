@@ -1,0 +1,238 @@
+"""TRL's trainers take peft models with a fused forward: the losses, the reference model and the adapter are peft's.
+
+Each run is made three times from the same start: peft in fp64 (the oracle), peft in fp32 (the baseline), and fused in
+fp32; the losses of all steps and the trained adapters are held to the rule of `numerics`.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastlora
+from tests.support.models import llama, randomize
+from tests.support.numerics import assert_as_accurate
+
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+DEMO_MODEL = Path(fastlora.__file__).parent / "demo" / "model"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+def base(dtype):
+    return llama(vocab_size=4096, num_hidden_layers=1, attn_implementation="eager").to(dtype)
+
+
+def config(**options):
+    return peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+
+
+def arguments(kind, out, **options):
+    return kind(
+        output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.5, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+        bf16=False, save_strategy="no", **options,
+    )  # fmt: skip
+
+
+class Losses(transformers.TrainerCallback):
+    """The loss of every step, before it is rounded for the log."""
+
+    def __init__(self, trainer):
+        self.values, compute = [], trainer.compute_loss
+
+        def kept(*args, **kwargs):
+            result = compute(*args, **kwargs)
+            loss = result[0] if isinstance(result, tuple) else result
+            self.values.append(loss.detach().double())
+            return result
+
+        trainer.compute_loss = kept
+
+
+def sft(out, tokenizer, dtype, **options):
+    rows = [{"text": "Once upon a time there was a small red hen. " * (1 + i % 3)} for i in range(8)]
+    settings = arguments(trl.SFTConfig, out, max_length=32, **options)
+    return trl.SFTTrainer(
+        base(dtype), settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        peft_config=config(),
+    )  # fmt: skip
+
+
+def dpo(out, tokenizer, dtype, model=None, **options):
+    rows = [{"prompt": "The hen was", "chosen": " red" * (1 + i % 3), "rejected": " not a cat"} for i in range(8)]
+    settings = arguments(trl.DPOConfig, out, max_length=32, beta=0.5, **options)
+    return trl.DPOTrainer(
+        model or base(dtype), args=settings, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer, peft_config=None if model else config(),
+    )  # fmt: skip
+
+
+def trained(make, out, tokenizer, dtype=torch.float32, fused=False, **options):
+    """(losses, adapter by name, trainer) of a short training."""
+    torch.manual_seed(3)
+    trainer = make(out, tokenizer, dtype, **options)
+    randomize(trainer.model)
+    if fused:
+        fastlora.replace_linear(trainer.model)
+    losses = Losses(trainer)
+    trainer.train()
+    adapter = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(losses.values) == STEPS
+    return torch.stack(losses.values), adapter, trainer
+
+
+def counts(model):
+    calls = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
+    assert calls
+    return sum(c.sped_up for c in calls), sum(c.stepped_back for c in calls), {c.last_reason for c in calls} - {""}
+
+
+def check(make, tmp_path, tokenizer, **options):
+    """Train three times and compare; the fused trainer, to look at further."""
+    true_losses, true_adapter, _ = trained(make, tmp_path / "oracle", tokenizer, torch.float64, **options)
+    base_losses, base_adapter, _ = trained(make, tmp_path / "peft", tokenizer, **options)
+    losses, adapter, trainer = trained(make, tmp_path / "fused", tokenizer, fused=True, **options)
+    assert true_losses[0] != true_losses[-1], "it trains"
+    assert_as_accurate(losses, base_losses, true_losses, "losses")
+    assert adapter.keys() == true_adapter.keys()
+    for name, value in adapter.items():
+        assert_as_accurate(value, base_adapter[name], true_adapter[name].double(), name)
+    return trainer
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_sft(tmp_path, tokenizer, checkpointing):
+    trainer = check(sft, tmp_path, tokenizer, gradient_checkpointing=checkpointing)
+    fused, back, _ = counts(trainer.model)
+    assert fused == 7 * STEPS * (2 if checkpointing else 1)
+    assert back == 0
+
+
+def test_sft_packs_without_padding(tmp_path, tokenizer):
+    trainer = check(sft, tmp_path, tokenizer, packing=True, packing_strategy="wrapped", gradient_checkpointing=False)
+    assert counts(trainer.model)[:2] == (7 * STEPS, 0)
+
+
+def test_the_adapter_of_sft_is_saved_and_loaded(tmp_path, tokenizer):
+    _, adapter, trainer = trained(sft, tmp_path, tokenizer, fused=True, gradient_checkpointing=False)
+    trainer.save_model(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert {name.replace(".default.", ".") for name in adapter} == saved.keys()
+    loaded = peft.PeftModel.from_pretrained(base(torch.float32), tmp_path / "saved").eval()
+    again = fastlora.replace_linear(copy.deepcopy(loaded))
+    ids = torch.arange(24).view(2, 12)
+    model = trainer.model.eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    torch.testing.assert_close(again(ids).logits, loaded(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dpo_with_adapters_off_as_reference(tmp_path, tokenizer):
+    trainer = check(dpo, tmp_path, tokenizer, gradient_checkpointing=False)
+    assert trainer.ref_model is None
+    fused, back, reasons = counts(trainer.model)
+    assert (fused, back) == (7 * STEPS, 7 * STEPS)
+    assert reasons == {"adapters are disabled"}
+    trainer.save_model(tmp_path / "saved")
+    loaded = peft.PeftModel.from_pretrained(base(torch.float32), tmp_path / "saved")
+    ids = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(loaded(ids).logits, trainer.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dpo_with_a_frozen_copy_of_the_adapter_as_reference(tmp_path, tokenizer):
+    """A model that brings its own adapter is its own reference: TRL adds a copy of it after replace_linear."""
+    found = {}
+    for kind, dtype in (("oracle", torch.float64), ("peft", torch.float32), ("fused", torch.float32)):
+        torch.manual_seed(3)
+        model = randomize(peft.get_peft_model(base(dtype), config()))
+        if kind == "fused":
+            fastlora.replace_linear(model)
+        trainer = dpo(tmp_path / kind, tokenizer, dtype, model, gradient_checkpointing=False)
+        losses = Losses(trainer)
+        trainer.train()
+        found[kind] = torch.stack(losses.values)
+    assert_as_accurate(found["fused"], found["peft"], found["oracle"], "losses")
+    assert found["oracle"][0].item() == pytest.approx(math.log(2)), "the copy is the adapter at the start"
+    assert list(trainer.model.peft_config) == ["default", "ref"]
+    assert counts(trainer.model)[:2] == (2 * 7 * STEPS, 0), "the reference runs fused too"
+
+
+def loaded_in_nf4():
+    return fastlora.replace_linear(
+        transformers.AutoModelForCausalLM.from_pretrained(
+            DEMO_MODEL, quantization_config=fastlora.FastLoRANF4Config(), dtype=torch.float32
+        ),
+        r=8,
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: fastlora.replace_linear(base(torch.float32), r=8, quantize="nf4"), loaded_in_nf4]
+)
+def test_sft_of_a_plain_model_in_nf4(tmp_path, tokenizer, make):
+    """Without peft: fastlora's own adapters over its own NF4."""
+    rows = [{"text": "Once upon a time there was a small red hen."}] * 8
+    model = make()
+    settings = arguments(trl.SFTConfig, tmp_path, max_length=32, gradient_checkpointing=True)
+    trainer = trl.SFTTrainer(
+        model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    losses = Losses(trainer)
+    trainer.train()
+    assert losses.values[-1] < 0.99 * losses.values[0]
+    fastlora.save_adapter(model, tmp_path / "saved")
+    assert "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" in load_file(
+        tmp_path / "saved" / "adapter_model.safetensors"
+    )
+
+
+def test_qlora_over_bitsandbytes(tmp_path, tokenizer):
+    """TRL turns the adapters of a 4-bit model to bf16; those run fused, and learn as peft's do."""
+    pytest.importorskip("bitsandbytes")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    rows, found = [{"text": "Once upon a time there was a small red hen."}] * 8, []
+    for fused in (False, True):
+        torch.manual_seed(3)
+        model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=quantization)
+        settings = arguments(trl.SFTConfig, tmp_path, max_length=32, gradient_checkpointing=True)
+        trainer = trl.SFTTrainer(
+            model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+            peft_config=config(),
+        )  # fmt: skip
+        if fused:
+            fastlora.replace_linear(trainer.model)
+        losses = Losses(trainer)
+        trainer.train()
+        found.append(torch.stack(losses.values))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert counts(trainer.model)[:2] == (2 * 28 * STEPS, 0)
+    assert found[1][-1] < 0.95 * found[1][0]
+    torch.testing.assert_close(found[1], found[0], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+
+def test_dpo_of_a_plain_model_with_a_reference_of_its_own(tmp_path, tokenizer):
+    """Without peft nothing can be switched off: the reference is the model before it was adapted."""
+    rows = [{"prompt": "The hen was", "chosen": " red", "rejected": " not a cat"}] * 8
+    settings = arguments(trl.DPOConfig, tmp_path, max_length=32, beta=0.5, gradient_checkpointing=False)
+    trainer = trl.DPOTrainer(
+        fastlora.replace_linear(base(torch.float32), r=4), base(torch.float32), args=settings,
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+    )  # fmt: skip
+    losses = Losses(trainer)
+    trainer.train()
+    assert losses.values[0].item() == pytest.approx(math.log(2), abs=1e-5), "the adapters start at nothing"
+    assert losses.values[-1] < losses.values[0] - 0.01

@@ -1,0 +1,41 @@
+"""Every launch of the CUDA path, bound and compiled for a GPU that is not there; see `launches.py`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.static import SHARED_LIMIT
+
+pytest.importorskip("triton")
+LOW_RANK = {"_lora_shrink_kernel", "_lora_expand_kernel", "_lora_dy_kernel", "_lora_x_kernel"}
+PRODUCTS = {"_decode_kernel", "_decode_sum_kernel", "_nf4_dequantize_kernel", "_nf4_fused_kernel", "_sum_splits_kernel"}
+STACKS = {"_grouped_dense_kernel", "_grouped_nf4_kernel", "_nf4_dequantize_kernel"}
+DORA = {"_refresh_kernel", "_row_norms_kernel", "_scaled_absmax_kernel", "_rescale_kernel", "_rescale_backward_kernel"}
+ARCH = 90
+ROOT = Path(__file__).parents[2]
+
+
+def compiled(arch, *words):
+    """(kernel, bytes of shared memory, bytes spilled) of what a process of `launches.py` compiles."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.launches", str(arch), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    for name, shared, _ in found:
+        assert int(shared) <= SHARED_LIMIT[arch] << 10, f"{name} on sm_{arch}: {shared} bytes of shared memory"
+    return found
+
+
+@pytest.mark.slow
+def test_every_launch_compiles():
+    assert {name for name, *_ in compiled(ARCH)} == LOW_RANK | PRODUCTS | DORA
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 120])  # an architecture of each way to multiply; all six: `bench.static`
+def test_what_experts_launch_compiles(arch):
+    found = compiled(arch, "experts")
+    assert {name for name, *_ in found} == STACKS | (LOW_RANK - {"_lora_expand_kernel"})
+    assert {spilled for name, _, spilled in found if name in STACKS} == {"0"}
