@@ -79,31 +79,31 @@ class Truth:
 def product_trials(case: Case, operands: Operands) -> tuple[list[Trial], Truth]:
     """The ways to do a product on these operands, and the truth about it."""
     from fastlora.kernels import choice, lora, search
+    from fastlora.kernels.operands import Lora
 
     from fastlora.ops import linear_cuda
     from fastlora.ops.backend import compiled_decode
-    from fastlora.ops.operands import Base, Lora
 
     problem = operands.problem
     x, dy = draw_inputs(problem, case.m, grad=False)
-    bases = [Base(*weight.tensors(), *weight.shape, weight.blocksize) for weight in operands.packed]
+    weights = operands.packed
     adapters = Lora(operands.lora_a, operands.lora_b, SCALING, 0.0, None)
     g, _ = lora.dy_pass(dy, adapters.b, dy, SCALING, need_g=True, need_db=False)
 
     def call(chosen: choice.Choice, serial: int) -> tuple[Tensor, ...]:
-        base = bases[serial % len(bases)]
+        weight = weights[serial % len(weights)]
         if case.op == "linear":
-            return linear_cuda.forward_by(chosen, x, base, adapters, None, False)[:1]
-        return (linear_cuda.dx_by(chosen, dy, g, base, adapters),)
+            return linear_cuda.forward_by(chosen, x, weight, adapters, None, False)[:1]
+        return (linear_cuda.dx_by(chosen, dy, g, weight, adapters),)
 
     found = []
     for chosen in search.candidates(
         case.op, case.m, case.n, case.k, False, problem.device, compiled_decode(problem.device)[0]
     ):
-        refusal = linear_cuda.refusal(chosen.kernel, x.dtype, case.m, case.k, case.n, bases[0].blocksize, case.r)
+        refusal = linear_cuda.refusal(chosen.kernel, x.dtype, case.m, case.k, case.n, weights[0].blocksize, case.r)
         if not refusal:
             config = tuple(map(int, chosen.config)) if chosen.config is not None else None
-            found.append(Trial(chosen.kernel, config, partial(call, chosen), len(bases)))
+            found.append(Trial(chosen.kernel, config, partial(call, chosen), len(weights)))
     return found, _truth_of_product(case, operands, x if case.op == "linear" else dy)
 
 

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from fastlora.kernels.lora_plan import interpreted, mode
 from fastlora.kernels.lora_tile import dot
-from fastlora.kernels.nf4 import _load, _words, lookup, nf4_code, nf4_tile
+from fastlora.kernels.nf4_tile import level_of, load, lookup, nf4_code, nf4_tile, operands, words_and_scales, words_of
+from fastlora.kernels.operands import Packed, check_product, level_table
 from torch import Tensor
 
 MAX_TOKENS = 16
@@ -41,33 +42,12 @@ SUM_BLOCK_N, SUM_BLOCK_R = 32, 16
 
 
 @triton.jit
-def _level(code, index, LOOKUP: tl.constexpr):
-    """Level of the lowest four bits of each index. `code`: of `nf4_code`."""
-    if LOOKUP == "shfl":
-        level = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 lane, entry; .reg .b64 address;
-            mov.u32 lane, %laneid;
-            and.b32 lane, lane, 15;
-            mad.wide.u32 address, lane, 4, $2;
-            ld.global.nc.b32 entry, [address];
-            shfl.sync.idx.b32 $0, entry, $1, 0x100f, 0xffffffff;
-            }""",
-            "=r,r,l", [index, code], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        flat = tl.reshape(index & 15, (index.shape[0] * index.shape[1],))
-        level = tl.reshape(tl.gather(code, flat, 0), index.shape)
-    return level
-
-
-@triton.jit
 def _pair(x_ptrs, mask, EVEN: tl.constexpr, DTYPE: tl.constexpr):
     """Two neighbouring values of x in fp32, from pointers to pairs in an int32, or to fp32."""
     if DTYPE == "fp32":
-        low, high = _load(x_ptrs, mask, EVEN), _load(x_ptrs + 1, mask, EVEN)
+        low, high = load(x_ptrs, mask, EVEN), load(x_ptrs + 1, mask, EVEN)
     else:
-        pair = _load(x_ptrs, mask, EVEN)
+        pair = load(x_ptrs, mask, EVEN)
         if DTYPE == "bf16":
             low = (pair << 16).to(tl.float32, bitcast=True)
             high = (pair & -65536).to(tl.float32, bitcast=True)
@@ -85,14 +65,14 @@ def _times_x(words, code, x_ptrs, mask, LOOKUP: tl.constexpr, EVEN: tl.constexpr
     x2, x3 = _pair(x_ptrs + STEP, mask, EVEN, DTYPE)
     x4, x5 = _pair(x_ptrs + 2 * STEP, mask, EVEN, DTYPE)
     x6, x7 = _pair(x_ptrs + 3 * STEP, mask, EVEN, DTYPE)
-    total = _level(code, words >> 4, LOOKUP) * x0
-    total = tl.fma(_level(code, words, LOOKUP), x1.broadcast_to(words.shape), total)
-    total = tl.fma(_level(code, words >> 12, LOOKUP), x2.broadcast_to(words.shape), total)
-    total = tl.fma(_level(code, words >> 8, LOOKUP), x3.broadcast_to(words.shape), total)
-    total = tl.fma(_level(code, words >> 20, LOOKUP), x4.broadcast_to(words.shape), total)
-    total = tl.fma(_level(code, words >> 16, LOOKUP), x5.broadcast_to(words.shape), total)
-    total = tl.fma(_level(code, words >> 28, LOOKUP), x6.broadcast_to(words.shape), total)
-    total = tl.fma(_level(code, words >> 24, LOOKUP), x7.broadcast_to(words.shape), total)
+    total = level_of(code, words >> 4, LOOKUP) * x0
+    total = tl.fma(level_of(code, words, LOOKUP), x1.broadcast_to(words.shape), total)
+    total = tl.fma(level_of(code, words >> 12, LOOKUP), x2.broadcast_to(words.shape), total)
+    total = tl.fma(level_of(code, words >> 8, LOOKUP), x3.broadcast_to(words.shape), total)
+    total = tl.fma(level_of(code, words >> 20, LOOKUP), x4.broadcast_to(words.shape), total)
+    total = tl.fma(level_of(code, words >> 16, LOOKUP), x5.broadcast_to(words.shape), total)
+    total = tl.fma(level_of(code, words >> 28, LOOKUP), x6.broadcast_to(words.shape), total)
+    total = tl.fma(level_of(code, words >> 24, LOOKUP), x7.broadcast_to(words.shape), total)
     return total
 
 
@@ -109,7 +89,7 @@ def _base_words(
     acc0 = tl.zeros((BLOCK_N, WORDS), dtype=tl.float32)
     acc1 = acc0
     for k_start in range(k_begin, k_end, BLOCK_K):
-        words, scale = _words(
+        words, scale = words_and_scales(
             codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset, offs_n, k_start, N, K,
             BLOCKSIZE, NESTED, LOOKUP, EVEN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -285,14 +265,7 @@ def supports(x_dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: in
 
 def decode(
     x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor,
-    blocksize: int,
-    n: int,
+    weight: Packed,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     scaling: float = 0.0,
@@ -302,10 +275,7 @@ def decode(
 
     Args:
         x: [M, K], bf16, fp16 or fp32, any strides; M 0 to 16.
-        codes: [N*K/2], uint8. absmax: [blocks], fp32, or uint8 with absmax2, code2 and offset.
-        code: [16], fp32, the levels, on the same device.
-        blocksize: divides K.
-        n: N, rows of the weight.
+        weight: [N, K]; its blocksize divides K. Codes are copied where they are off a 4-byte address, as in a view.
         lora_a, lora_b: [R, K] and [N, R], any strides; both or neither.
         bias: [N].
     Returns:
@@ -313,8 +283,11 @@ def decode(
     Raises:
         ValueError: shapes do not fit together, or `supports` says why not.
     """
-    m, k = x.shape
-    _check(x, codes, blocksize, n, lora_a, lora_b, bias)
+    check_product(x, weight, lora_a, lora_b, bias)
+    (m, k), n = x.shape, weight.shape[0]
+    if reason := supports(x.dtype, m, k, n, weight.blocksize, 0 if lora_a is None else lora_a.shape[0]):
+        raise ValueError(reason)
+    code, codes = level_table(x.device), words_of(weight)
     a, b = (lora_a, lora_b) if lora_a is not None and lora_b is not None else (code.view(1, 16), code.view(1, 16))
     r = 0 if lora_a is None else lora_a.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -322,21 +295,18 @@ def decode(
         return out
     adapters = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(adapters), b.to(adapters)
-    x, codes = _in_pairs(x), codes if codes.data_ptr() % 4 == 0 else codes.clone()
+    x = _in_pairs(x)
     cut = plan(m, k, n, r, x.device.index)
     parts = cut.h_splits if r else 0
     base = torch.empty(cut.splits, m, n, dtype=torch.float32, device=x.device)
     h = torch.empty(parts, m, r, dtype=torch.float32, device=x.device)
     h_programs = parts * triton.cdiv(r, cut.block_r)
-    nested = absmax2 is not None
     programs = h_programs + triton.cdiv(n, cut.block_n) * cut.splits
     with torch.cuda.device_of(x):
         _decode_kernel[(programs,)](
-            x, codes, absmax,
-            absmax2 if nested else absmax, code2 if nested else code, offset if nested else code, code,
-            a, base, h,
+            x, *operands(weight, codes), a, base, h,
             m, n, k, r, cut.splits, cut.k_per_split, h_programs, max(1, parts), cut.k_per_h, x.stride(0), *a.stride(),
-            BLOCKSIZE=blocksize, NESTED=nested, LOOKUP=lookup(x.device),
+            BLOCKSIZE=weight.blocksize, NESTED=weight.nested, LOOKUP=lookup(x.device),
             EVEN=n % cut.block_n == 0 and k % cut.block_k == 0, DTYPE=DTYPES[x.dtype],
             MODE=mode(x.dtype, adapters), INTERPRETED=interpreted(), TOKENS=cut.tokens,
             BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_R=cut.block_r, BLOCK_HK=BLOCK_HK,
@@ -349,34 +319,6 @@ def decode(
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
-
-
-def _check(
-    x: Tensor,
-    codes: Tensor,
-    blocksize: int,
-    n: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    m, k = x.shape
-    r = 0
-    if lora_a is not None and lora_b is not None:
-        r = lora_a.shape[0]
-        if lora_a.shape != (r, k) or lora_b.shape != (n, r):
-            raise ValueError(
-                f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit a weight of [{n}, {k}]: "
-                f"expected [R, {k}] and [{n}, R]"
-            )
-    elif lora_a is not None or lora_b is not None:
-        raise ValueError("lora_a and lora_b go together: one of them is None")
-    if reason := supports(x.dtype, m, k, n, blocksize, r):
-        raise ValueError(reason)
-    if codes.numel() != n * k // 2:
-        raise ValueError(f"codes are {codes.numel()} bytes, a weight of [{n}, {k}] has {n * k // 2}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias has shape {list(bias.shape)}, expected [{n}]")
 
 
 def _in_pairs(x: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 from fastlora.kernels.lora_plan import interpreted
-from fastlora.kernels.nf4 import _scales, aligned, lookup, nf4_code, nf4_tile
+from fastlora.kernels.nf4_tile import aligned, block_scales, lookup, nf4_code, nf4_tile, operands
+from fastlora.kernels.operands import Packed
 from torch import Tensor
 
 BLOCK_N, BLOCK_K, WIDTH = 16, 128, 16  # of a tile of the norms
@@ -89,7 +90,7 @@ def _scaled_absmax_kernel(
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
-    scale = _scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED, LOOKUP, False)
+    scale = block_scales(absmax_ptr, absmax2_ptr, code2_ptr, offset, block, mask, NESTED, LOOKUP, False)
     factor = tl.load(factor_ptr + block // blocks_a_row, mask=mask, other=0.0)
     tl.store(out_ptr + block, scale * factor, mask=mask)
 
@@ -148,47 +149,44 @@ def refresh(new: Tensor, kept: Tensor, changed: Tensor) -> None:
 
 
 def row_norms(
-    changed: Tensor,
-    weight: Tensor | None,
-    packed: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, int] | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    out: Tensor,
+    changed: Tensor, weight: Tensor | Packed, lora_a: Tensor, lora_b: Tensor, scaling: float, out: Tensor
 ) -> None:
     """Write ‖W + scaling · B A‖ of each row to `out` [N], fp32, where `changed` [1] is not 0; else nothing.
 
     Args:
-        weight: [N, K], any strides, or None. packed: codes, absmax, absmax2, code2, offset, the levels, blocksize.
+        weight: [N, K], packed, or dense of any strides.
         lora_a: [R, K]. lora_b: [N, R]. Any strides.
     """
     n, k = lora_b.shape[0], lora_a.shape[1]
-    dense = lora_a if weight is None else weight
-    codes, absmax, absmax2, code2, offset, code, blocksize = packed or (changed, changed, None, None, None, changed, 64)
-    nested = absmax2 is not None
+    packed = isinstance(weight, Packed)
+    dense = lora_a if isinstance(weight, Packed) else weight
+    six = operands(weight) if isinstance(weight, Packed) else (changed,) * 6
     with torch.cuda.device_of(out):
         _row_norms_kernel[(triton.cdiv(n, BLOCK_N),)](
-            changed, dense, codes, absmax,
-            absmax2 if nested else absmax, code2 if nested else code, offset if nested else code, code,
-            lora_a, lora_b, out,
+            changed, dense, *six, lora_a, lora_b, out,
             float(scaling), n, k, lora_a.shape[0], *dense.stride(), *lora_a.stride(), *lora_b.stride(),
-            DENSE=packed is None, BLOCKSIZE=blocksize, NESTED=nested,
-            ALIGNED=packed is not None and aligned(codes, k, blocksize), LOOKUP=lookup(out.device),
+            DENSE=not packed, BLOCKSIZE=weight.blocksize if isinstance(weight, Packed) else 64,
+            NESTED=isinstance(weight, Packed) and weight.nested,
+            ALIGNED=isinstance(weight, Packed) and aligned(weight.codes, k, weight.blocksize),
+            LOOKUP=lookup(out.device),
             PRECISION="ieee" if interpreted() else "tf32x3", BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, WIDTH=WIDTH,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def scaled_absmax(
-    absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None, factor: Tensor, blocks: int
-) -> Tensor:
-    """Every block's scale times the factor of its row: [N · blocks], fp32. factor: [N], fp32; blocks: of a row."""
-    out = torch.empty(absmax.numel(), dtype=torch.float32, device=absmax.device)
-    nested = absmax2 is not None
+def scaled_absmax(weight: Packed, factor: Tensor) -> Tensor:
+    """Every block's scale times the factor of its row: [blocks], fp32.
+
+    Args:
+        weight: [N, K], whose rows hold whole blocks. factor: [N], fp32.
+    """
+    out = torch.empty(weight.absmax.numel(), dtype=torch.float32, device=weight.device)
+    _, absmax, absmax2, code2, offset, _ = operands(weight)
+    blocks = weight.shape[1] // weight.blocksize
     with torch.cuda.device_of(out):
         _scaled_absmax_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            absmax, absmax2 if nested else absmax, code2 if nested else absmax, offset if nested else absmax,
-            factor, out, out.numel(), blocks, NESTED=nested, LOOKUP=lookup(out.device), BLOCK=BLOCK,
+            absmax, absmax2, code2, offset,
+            factor, out, out.numel(), blocks, NESTED=weight.nested, LOOKUP=lookup(out.device), BLOCK=BLOCK,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out

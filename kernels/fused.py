@@ -35,9 +35,11 @@ import triton.language as tl
 from fastlora.kernels.fused_config import Config as Config
 from fastlora.kernels.fused_config import accumulators, default_config, split_sum, uses_mma_sync
 from fastlora.kernels.fused_config import candidates as candidates
-from fastlora.kernels.fused_tile import block_indices, expand_words, level_table, load_words, tile_corner
+from fastlora.kernels.fused_tile import block_indices, expand_words, lane_levels, load_words, tile_corner
 from fastlora.kernels.lora_plan import Dropout, interpreted
 from fastlora.kernels.lora_tile import keep_mask, top
+from fastlora.kernels.nf4_tile import operands, words_of
+from fastlora.kernels.operands import Packed
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -142,7 +144,7 @@ def _nf4_fused_kernel(
             offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
             keep = keep_mask(seed_ptr, offs_m, n_start, columns, threshold, BLOCK_M, BLOCK_N)
             acc = tl.where(keep, acc, 0.0)
-    table = level_table(code_ptr, LOOKUP)
+    table = lane_levels(code_ptr, LOOKUP)
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
@@ -215,54 +217,49 @@ def supports(x_dtype: torch.dtype, k: int, n: int, blocksize: int, r: int) -> st
 
 
 def linear(
-    x: Tensor, codes: Tensor, absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None,
-    code: Tensor, blocksize: int, n: int, h: Tensor | None = None, lora_b: Tensor | None = None,
+    x: Tensor, weight: Packed, h: Tensor | None = None, lora_b: Tensor | None = None,
     scaling: float = 0.0, bias: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """y = x Wᵀ + scaling · h Bᵀ + bias, in one launch, or two where the sum is split.
 
     Args:
         x: [M, K], bf16 or fp16; copied where its columns are not adjacent.
-        codes, absmax, absmax2, code2, offset: an `NF4Weight` [N, K]; copied where its address is no multiple of four.
-        n: N. code: [16], fp32, the levels.
+        weight: [N, K]; its codes are copied where their address is no multiple of four.
         h: [M, R], fp32. lora_b: [N, R], any strides; where it has 16 bits, h is rounded to its dtype. bias: [N].
     Returns:
         [M, N], dtype of x, accumulated in fp32.
     Raises:
         ValueError: what `supports` names, or sizes that do not fit together.
     """
-    weight = (codes, absmax, absmax2, code2, offset, code)
-    return _multiply(x, weight, blocksize, n, False, h, lora_b, scaling, bias, NO_DROPOUT, config)
+    return _multiply(x, weight, False, h, lora_b, scaling, bias, NO_DROPOUT, config)
 
 
 def linear_t(
-    dy: Tensor, codes: Tensor, absmax: Tensor, absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None,
-    code: Tensor, blocksize: int, k: int, g: Tensor | None = None, lora_a: Tensor | None = None,
+    dy: Tensor, weight: Packed, g: Tensor | None = None, lora_a: Tensor | None = None,
     dropout: Dropout = NO_DROPOUT, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """dx = dy W + mask ∘ (g A), in one launch, or two where the sum is split.
 
     Args:
-        dy: [M, N], bf16 or fp16; copied where its columns are not adjacent. The weight: as in `linear`. k: K.
+        dy: [M, N], bf16 or fp16; copied where its columns are not adjacent. weight: as in `linear`.
         g: [M, R], fp32, scaling included. lora_a: [R, K], any strides.
     Returns:
         [M, K], dtype of dy, accumulated in fp32.
     Raises:
         ValueError: as `linear`.
     """
-    weight = (codes, absmax, absmax2, code2, offset, code)
     lora_at = None if lora_a is None else lora_a.t()
-    return _multiply(dy, weight, blocksize, k, True, g, lora_at, 1.0, None, dropout, config)
+    return _multiply(dy, weight, True, g, lora_at, 1.0, None, dropout, config)
 
 
-def _check(
-    x: Tensor, codes: Tensor, n: int, k: int, blocksize: int, columns: int, h: Tensor | None, b: Tensor | None
-) -> None:
+def _check(x: Tensor, weight: Packed, transposed: bool, h: Tensor | None, b: Tensor | None) -> None:
     """Raise ValueError where the operands do not fit together."""
-    if why := supports(x.dtype, k, n, blocksize, 0 if b is None else b.shape[1]):
+    n, k = weight.shape
+    length, columns = (n, k) if transposed else (k, n)
+    if why := supports(x.dtype, k, n, weight.blocksize, 0 if b is None else b.shape[1]):
         raise ValueError(f"{why}; expand the weight (kernels.nf4.dequantize) and multiply by that")
-    if 2 * codes.numel() != n * k:
-        raise ValueError(f"a weight [{n}, {k}] has {n * k // 2} bytes of codes; got {codes.numel()}")
+    if x.dim() != 2 or x.shape[1] != length:
+        raise ValueError(f"the activation is {list(x.shape)}, expected [M, {length}] for a weight of {[n, k]}")
     if (h is None) != (b is None):
         raise ValueError("h (or g) and its adapter go together: give both or neither")
     if h is not None and b is not None and (h.shape, b.shape[0]) != ((x.shape[0], b.shape[1]), columns):
@@ -272,17 +269,15 @@ def _check(
 
 
 def _multiply(
-    x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor], blocksize: int,
-    columns: int, transposed: bool, h: Tensor | None, b: Tensor | None, scaling: float, bias: Tensor | None,
-    dropout: Dropout, config: Config | None,
+    x: Tensor, weight: Packed, transposed: bool, h: Tensor | None, b: Tensor | None, scaling: float,
+    bias: Tensor | None, dropout: Dropout, config: Config | None,
 ) -> Tensor:  # fmt: skip
     """x Vᵀ + mask ∘ (scaling · h Bᵀ) + bias, [M, columns], where V [columns, length] is W or, where transposed, Wᵀ."""
-    m, length = x.shape
-    n, k = (length, columns) if transposed else (columns, length)
-    codes, absmax, absmax2, code2, offset, code = weight
-    _check(x, codes, n, k, blocksize, columns, h, b)
+    n, k = weight.shape
+    _check(x, weight, transposed, h, b)
+    (m, length), columns = x.shape, k if transposed else n
     x = x if x.stride(1) == 1 else x.contiguous()
-    codes = codes if codes.data_ptr() % 4 == 0 else codes.clone()  # the kernel reads words
+    codes = words_of(weight)
     capability, processors = _device(x.device.index)
     cut = config or default_config("linear_t" if transposed else "linear", m, n, k, capability)
     tiles = triton.cdiv(m, cut.block_m), triton.cdiv(columns, cut.block_n)
@@ -294,7 +289,7 @@ def _multiply(
     sums = out if splits == 1 else torch.empty(splits, m, columns, dtype=torch.float32, device=x.device)
     if not out.numel():
         return out
-    nested, lora, has_bias = absmax2 is not None, b is not None and b.shape[1] > 0, bias is not None
+    lora, has_bias = b is not None and b.shape[1] > 0, bias is not None
     masked = lora and dropout.active
     tma = cut.tma and _has_tensor_maps(x, codes, capability)
     rows_of_w, columns_of_w = (cut.block_k, cut.block_n) if transposed else (cut.block_n, cut.block_k)
@@ -304,11 +299,11 @@ def _multiply(
         _nf4_fused_kernel[(tiles[0], tiles[1], splits)](
             _tensor_map(x, cut.block_m, cut.block_k) if tma else x,
             _tensor_map(codes.view(n, k // 2).view(torch.int32), rows_of_w, columns_of_w // 8) if tma else codes,
-            absmax, absmax2 if nested else absmax, code2 if nested else code, offset if nested else code, code,
-            h, b, dropout.seed if masked else x, bias, sums,
+            *operands(weight)[1:], h, b, dropout.seed if masked else x, bias, sums,
             m, n, k, b.shape[1], k // 8, per_split, scaling * dropout.keep_scale, dropout.threshold,
             x.stride(0), *b.stride(),
-            TRANSPOSED=transposed, BLOCKSIZE=blocksize, NESTED=nested, LOOKUP="gather" if interpreted() else "shfl",
+            TRANSPOSED=transposed, BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
+            LOOKUP="gather" if interpreted() else "shfl",
             TMA=tma, MMA_SYNC=uses_mma_sync(capability, cut.block_m),
             EVEN_SUM=length % cut.block_k == 0, EVEN_OUT=columns % cut.block_n == 0,
             LORA=lora, FP32_ADAPTERS=b.dtype == torch.float32, DROPOUT=masked, HAS_BIAS=has_bias and splits == 1,

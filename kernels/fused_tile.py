@@ -18,7 +18,7 @@ ld.global.nc.f32 $0, [address];
 
 
 @triton.jit
-def level_table(code_ptr, LOOKUP: tl.constexpr):
+def lane_levels(code_ptr, LOOKUP: tl.constexpr):
     """The table of sixteen levels: with "shfl" one in each lane, a value that Triton takes for a scalar."""
     if LOOKUP == "shfl":
         table = tl.inline_asm_elementwise(

@@ -25,10 +25,11 @@ import triton.language as tl
 from fastlora.kernels import fused
 from fastlora.kernels.fused import NESTED_BLOCKSIZE, _activation, _tensor_map, _update
 from fastlora.kernels.fused_config import Config, accumulators, uses_mma_sync
-from fastlora.kernels.fused_tile import block_indices, expand_words, level_table, load_words, tile_corner
-from fastlora.kernels.grouped_config import Packed as Packed
+from fastlora.kernels.fused_tile import block_indices, expand_words, lane_levels, load_words, tile_corner
 from fastlora.kernels.grouped_config import aligned, default_config, supports
 from fastlora.kernels.lora_plan import interpreted
+from fastlora.kernels.nf4_tile import operands, words_of
+from fastlora.kernels.operands import Packed
 from fastlora.kernels.segments import Segments, rows_of_tile
 from torch import Tensor
 
@@ -164,7 +165,7 @@ def _grouped_nf4_kernel(
         h_ptr, b_ptr, expert, row, row_end, n_start, columns, R, scaling, stride_be, stride_bn, stride_br,
         LORA, FP32_ADAPTERS, INTERPRETED, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    table = level_table(code_ptr, LOOKUP)
+    table = lane_levels(code_ptr, LOOKUP)
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
@@ -211,7 +212,8 @@ def grouped_linear(
 
     Args:
         x: [S, K], bf16 or fp16, sorted by expert; copied where its columns are not adjacent.
-        weight: [E, N, K] in x's dtype, any strides; or `Packed`, copied where its address is no multiple of four.
+        weight: [E, N, K] in x's dtype, any strides; or packed, [E N, K], its codes copied where they are off a 4-byte
+            address.
         segments: of E experts, as `kernels.segments.by_offsets` makes them.
         h: [S, R], fp32. lora_b: [E, N, R], any strides; where it has 16 bits, h is rounded to its dtype. bias: [E, N].
     Returns:
@@ -253,9 +255,9 @@ def _check(
     """Raise ValueError where the operands do not fit together."""
     experts, r = segments.adapters, 0 if b is None else b.shape[2]
     if isinstance(weight, Packed):
-        why = supports(x.dtype, None, experts, weight.k, weight.blocksize, r)
-        if 2 * weight.codes.numel() != experts * weight.n * weight.k:
-            why = why or f"{weight.codes.numel()} bytes of codes are no stack {[experts, weight.n, weight.k]}"
+        why = supports(x.dtype, None, experts, weight.shape[1], weight.blocksize, r)
+        if weight.shape[0] % experts:
+            why = why or f"a weight of {list(weight.shape)} is no stack of {experts} experts"
     else:
         why = supports(x.dtype, weight.dtype, experts, length, 1, r)
         if weight.ndim != 3 or weight.shape[0] != experts:
@@ -278,7 +280,8 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     """x[s] V[e]ᵀ + scaling · h[s] B[e]ᵀ + bias[e], V [columns, length] being W[e] or, where transposed, W[e]ᵀ."""
     packed = isinstance(weight, Packed)
-    n, k = (weight.n, weight.k) if isinstance(weight, Packed) else weight.shape[1:]
+    n, k = weight.shape[-2:]
+    n = n // segments.adapters if packed else n
     columns, length = (k, n) if transposed else (n, k)
     _check(x, weight, segments, columns, length, h, b)
     rows, experts = x.shape[0], segments.adapters
@@ -337,17 +340,16 @@ def _launch_packed(
     sizes: tuple[Any, ...], flags: dict[str, Any], transposed: bool, cut: Config, capability: tuple[int, int],
 ) -> None:  # fmt: skip
     assert isinstance(weight, Packed)
-    codes = weight.codes if weight.codes.data_ptr() % 4 == 0 else weight.codes.clone()  # the kernel reads words
-    nested = weight.absmax2 is not None
+    codes = words_of(weight)
+    k = weight.shape[1]
     tma = cut.tma and fused._has_tensor_maps(x, codes, capability)
     tile = (cut.block_k, cut.block_n // 8) if transposed else (cut.block_n, cut.block_k // 8)
-    words = codes.view(-1, weight.k // 2).view(torch.int32) if tma else codes
+    words = codes.view(-1, k // 2).view(torch.int32) if tma else codes
     _grouped_nf4_kernel[grid](
         _tensor_map(x, cut.block_m, cut.block_k) if tma else x, _tensor_map(words, *tile) if tma else codes,
-        weight.absmax, weight.absmax2 if nested else weight.absmax, weight.code2 if nested else weight.code,
-        weight.offset if nested else weight.code, weight.code, ends, *side,
-        weight.n, weight.k, sizes[0], weight.k // 8, *sizes[1:],
-        TRANSPOSED=transposed, BLOCKSIZE=weight.blocksize, NESTED=nested,
+        *operands(weight)[1:], ends, *side,
+        weight.shape[0] // sizes[1], k, sizes[0], k // 8, *sizes[1:],
+        TRANSPOSED=transposed, BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
         LOOKUP="gather" if flags["INTERPRETED"] else "shfl", TMA=tma, MMA_SYNC=uses_mma_sync(capability, cut.block_m),
         num_warps=8 if accumulators(cut) > 64 and not tma else cut.warps, enable_fp_fusion=False, **flags,
     )  # fmt: skip

@@ -1,28 +1,13 @@
 """What the grouped products take, and how a launch is cut: reasoned from the machine code, not measured."""
 
-from typing import NamedTuple
-
 import torch
 from fastlora.kernels import fused_config
 from fastlora.kernels.fused_config import Config
+from fastlora.kernels.operands import Packed
 from torch import Tensor
 
 MAX_R = 256
 MAX_EXPERTS = 1023  # a program holds all offsets in registers
-
-
-class Packed(NamedTuple):
-    """A stack in NF4: the tensors of an `NF4Weight` [E N, K], its sixteen levels, blocksize and sizes of an expert."""
-
-    codes: Tensor
-    absmax: Tensor
-    absmax2: Tensor | None
-    code2: Tensor | None
-    offset: Tensor | None
-    code: Tensor  # [16], fp32
-    blocksize: int
-    n: int
-    k: int
 
 
 def default_config(

@@ -40,6 +40,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", cpu.isas(), indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def fresh_choices() -> Iterator[None]:
+    """What was chosen by the environment of one test is not remembered in the next; set up before `monkeypatch`."""
+    yield
+    from fastlora.ops.backend import forget_choices
+
+    forget_choices()
+
+
+@pytest.fixture
+def monkeypatch(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """pytest's, and a variable that is set within a test counts from then on."""
+    from fastlora.ops.backend import forget_choices
+
+    def counting(change: Any) -> Any:
+        def changed(*args: Any, **kwargs: Any) -> None:
+            change(*args, **kwargs)
+            forget_choices()
+
+        return changed
+
+    monkeypatch.setenv, monkeypatch.delenv = counting(monkeypatch.setenv), counting(monkeypatch.delenv)  # type: ignore[method-assign]
+    return monkeypatch
+
+
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The instruction set that the CPU library uses for the length of a test."""

@@ -1,8 +1,9 @@
-"""What a LoRA layer goes over: `nn.Linear`, GPT-2's `Conv1D`, bitsandbytes' `Linear4bit`.
+"""What a LoRA layer goes over: a dense layer, an `NF4Linear`, or bitsandbytes' `Linear4bit`.
 
-`Conv1D` is y = x W + b with W [K, N], the transpose of what others store: its weight is read as a view [N, K]. A
-`Linear4bit` is adopted: its memory is read in place, in the dtype in which that layer computes. Nothing is copied, and
-every layer keeps its parameters and their names.
+`frozen` is the one place that tells them apart on the way of x: whatever the base is, a LoRA layer gets from it the x
+to multiply, a weight (a dense tensor or an `NF4Weight`), a bias, and the dtype that the result is to have.
+
+A `Linear4bit` is adopted: its memory is read in place, in the dtype in which that layer computes.
 """
 
 import sys
@@ -11,58 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.kernels.operands import FLOAT_DTYPES
+from fastlora.layers.dense import dense_weight, is_conv1d, is_dense
+from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.ops.linear import kernels
 from fastlora.ops.nf4 import NF4Weight
-
-
-def is_conv1d(module: Any) -> bool:
-    """Whether a module is transformers' `Conv1D` itself."""
-    utils = sys.modules.get("transformers.pytorch_utils")
-    return utils is not None and type(module) is utils.Conv1D
-
-
-def is_dense(module: Any) -> bool:
-    """Whether a module is a linear layer with an unquantized weight: `nn.Linear` itself or `Conv1D` itself."""
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def dense_weight(module: Any) -> Tensor:
-    """The weight [N, K] of a layer that `is_dense`; of a `Conv1D` a transposed view."""
-    weight: Tensor = module._parameters["weight"]
-    return weight if type(module) is nn.Linear else weight.t()
-
-
-def as_linear(conv: Any) -> nn.Linear:
-    """An `nn.Linear` with a copy of a `Conv1D`'s weight, [N, K] contiguous, and its bias, shared."""
-    k, n = conv.weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(conv.weight.detach().t().contiguous(), requires_grad=False)
-    linear.bias = conv.bias
-    return linear.train(conv.training)
-
-
-def as_conv1d(linear: nn.Linear) -> nn.Module:
-    """A `Conv1D` with an `nn.Linear`'s weight, transposed, and its bias or zeros."""
-    from transformers.pytorch_utils import Conv1D
-
-    n, k = linear.weight.shape
-    with torch.device("meta"):
-        conv = Conv1D(n, k)
-    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous(), linear.weight.requires_grad)
-    conv.bias = linear.bias if linear.bias is not None else nn.Parameter(linear.weight.new_zeros(n), False)
-    return conv.train(linear.training)
-
-
-def plain_layer(weight: Tensor, bias: Tensor | None, training: bool, transposed: bool) -> nn.Module:
-    """An `nn.Linear`, or a `Conv1D`, over these tensors; a bias in another dtype is cast to the weight's."""
-    n, k = weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if isinstance(bias, nn.Parameter) and bias.dtype == weight.dtype:
-        linear.bias = bias
-    elif bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-    linear.train(training)
-    return as_conv1d(linear) if transposed else linear
 
 
 class AdoptedWeight:
@@ -120,3 +74,61 @@ def compute_dtype(linear4bit: Any, x: Tensor) -> torch.dtype:
     if not linear4bit.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
         return x.dtype
     return linear4bit.compute_dtype or x.dtype
+
+
+def frozen(
+    base: Any, x: Tensor, adopted: AdoptedWeight
+) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None, torch.dtype | None]:
+    """(x to multiply, weight [N, K], bias [N], dtype of the result or None for that of the product).
+
+    Args:
+        base: a layer of one of the three kinds. adopted: what is remembered of a `Linear4bit`.
+    """
+    if is_dense(base):
+        return x, dense_weight(base), base._parameters["bias"], None
+    if type(base) is NF4Linear:
+        return x, base.weight, base.bias_for(x), None
+    weight, dtype, bias = adopted.of(base), compute_dtype(base, x), base._parameters["bias"]
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
+    return x.to(dtype), weight, bias, x.dtype
+
+
+def base_weight(base: Any, adopted: AdoptedWeight | None = None) -> Tensor | NF4Weight:
+    """The weight [N, K] of a base of any of the three kinds.
+
+    Raises:
+        ValueError: a layer of another kind, or a `Linear4bit` whose weight cannot be read.
+    """
+    if is_dense(base):
+        return dense_weight(base)
+    if isinstance(base, NF4Linear):
+        return base.weight
+    if is_linear4bit(base):
+        return (adopted or AdoptedWeight()).of(base)
+    raise ValueError(
+        f"a LoRALinear goes over nn.Linear, Conv1D, NF4Linear or bitsandbytes' Linear4bit, not {type(base).__name__}"
+    )
+
+
+def kernels_of(base: Any, shape: tuple[int, int], r: int, quantize: bool = False) -> str:
+    """What computes a linear over this base, by the number of tokens, in words; "" where the weight is transposed.
+
+    shape: (N, K). quantize: the base is about to become NF4.
+    """
+    weight = base.weight
+    state = getattr(weight, "quant_state", None)
+    dtype = weight.dtype if weight.dtype in FLOAT_DTYPES else getattr(base, "compute_dtype", None) or torch.bfloat16
+    blocksize = weight.blocksize if isinstance(weight, NF4Weight) else state.blocksize if state is not None else 0
+    if blocksize == 0 and not quantize and is_conv1d(base):
+        return ""
+    return kernels(*shape, r, blocksize or (64 if quantize else 0), dtype, weight.device)
+
+
+def check_adapter_dtype(dtype: torch.dtype | None, weight: Tensor | NF4Weight) -> None:
+    """Raise ValueError where adapters of this dtype cannot go with this base weight."""
+    if dtype is None or dtype == torch.float32:
+        return
+    allowed = FLOAT_DTYPES if isinstance(weight, NF4Weight) else dict.fromkeys((torch.float32, weight.dtype))
+    if dtype not in allowed:
+        raise ValueError(f"adapter_dtype must be {' or '.join(map(str, allowed))} with this base; got {dtype}")

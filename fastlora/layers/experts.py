@@ -14,12 +14,13 @@ of the experts that have tokens.
 import functools
 import inspect
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastlora.kernels.operands import Lora
 from fastlora.ops.autograd import computed_in, constant_under_compile
 from fastlora.ops.grouped import grouped_lora_linear
 from fastlora.ops.nf4 import NF4Weight
@@ -27,14 +28,6 @@ from fastlora.ops.nf4 import NF4Weight
 INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "config")
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 _WIDENED = re.compile(r"_proj\[\w+\]\.(float\(\)|to\(torch\.float32\))")  # an expert's weight, cast to fp32
-
-
-class Update(NamedTuple):
-    """Adapters of one stacked parameter: a [E, R, K], b [E, N, R], factor."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
 
 
 def routing_of(experts: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
@@ -51,12 +44,12 @@ def routing_of(experts: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dic
     return tensors
 
 
-def forward(experts: Any, count: int, updates: dict[str, Update], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def forward(experts: Any, count: int, updates: dict[str, Lora], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """What the module computes with its weights adapted.
 
     Args:
         experts: a module with transformers' interface of experts. count: how many it has.
-        updates: adapters by parameter name; a projection without any runs as it is.
+        updates: adapters by parameter name, a [E, R, K] and b [E, N, R]; a projection without any runs as it is.
         x: [T, H]. chosen: [T, k], indices of experts. weights: [T, k].
     Returns:
         [T, H], dtype of x.
@@ -92,11 +85,13 @@ def stack_of(experts: Any, name: str) -> Tensor | NF4Weight:
     return weight.transpose(1, 2) if experts.is_transposed else weight
 
 
-def _project(experts: Any, name: str, updates: dict[str, Update], rows: Tensor, offsets: Tensor) -> Tensor:
+def _project(experts: Any, name: str, updates: dict[str, Lora], rows: Tensor, offsets: Tensor) -> Tensor:
     weight = stack_of(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    a, b, scaling = updates.get(name) or (None, None, 0.0)
-    return grouped_lora_linear(rows, weight, a, b, scaling, offsets, bias)
+    lora = updates.get(name)
+    if lora is None:
+        return grouped_lora_linear(rows, weight, None, None, 0.0, offsets, bias)
+    return grouped_lora_linear(rows, weight, lora.a, lora.b, lora.scaling, offsets, bias)
 
 
 def computes_in_fp32(experts: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.kernels.operands import Lora
 from fastlora.layers import experts
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Row
@@ -24,6 +25,7 @@ from fastlora.ops.autograd import computed_in
 from fastlora.ops.backend import backend
 from fastlora.ops.grouped import kernels
 from fastlora.ops.nf4 import NF4Weight, quantize
+from fastlora.ops.operands import in_dtype
 
 
 class LoRAExperts(nn.Module):
@@ -80,13 +82,11 @@ class LoRAExperts(nn.Module):
         a, b = (parts[name][self.active_adapter].weight for parts in (self.lora_A, self.lora_B))  # type: ignore[index]
         return a, b, self.scaling[name]
 
-    def update(self, name: str) -> experts.Update:
+    def update(self, name: str) -> Lora:
         """A [E, r, K], B [E, N, r] and scaling of one parameter."""
         a, b, scaling = self.adapter(name)
         count = self.num_experts
-        return experts.Update(
-            a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1), scaling
-        )
+        return Lora(a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1), scaling)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [T, H], experts [T, k] and their weights [T, k], as the module of experts takes them -> [T, H].
@@ -122,7 +122,7 @@ class LoRAExperts(nn.Module):
             dtype, weight = dtype or weight.dtype, weight.dequantize(torch.float32).view(count, -1, weight.shape[1])
         wide = weight.detach().float()
         if name in self.r:
-            a, b, scaling = self.update(name)
+            a, b, scaling, *_ = self.update(name)
             wide = torch.baddbmm(wide, b.detach().float(), a.detach().float(), alpha=scaling)
         wide = wide.to(dtype or weight.dtype)
         return wide.transpose(1, 2).contiguous() if self.base_layer.is_transposed else wide
@@ -168,8 +168,7 @@ class _Shown:
     def __getattr__(self, name: str) -> Any:
         base = self.layer.base_layer
         if name in experts.projections(base):
-            weight = self.layer.weight(name)
-            return weight.to(self.dtype) if isinstance(weight, Tensor) else weight
+            return in_dtype(self.layer.weight(name), self.dtype)
         value = getattr(base, name)
         return value.to(self.dtype) if isinstance(value, Tensor) else value
 

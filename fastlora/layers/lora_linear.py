@@ -15,32 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.layers import starts
-from fastlora.layers.bases import (
-    AdoptedWeight,
-    compute_dtype,
-    dense_weight,
-    is_conv1d,
-    is_dense,
-    is_linear4bit,
-    plain_layer,
-)
-from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.ops.linear import kernels, lora_linear, nf4_dequantize
-from fastlora.ops.nf4 import FLOAT_DTYPES, NF4Weight
-
-
-def kernels_of(base: Any, shape: tuple[int, int], r: int, quantize: bool = False) -> str:
-    """What computes a linear over this base, by the number of tokens, in words; "" where the weight is transposed.
-
-    shape: (N, K). quantize: the base is about to become NF4.
-    """
-    weight = base.weight
-    state = getattr(weight, "quant_state", None)
-    dtype = weight.dtype if weight.dtype in FLOAT_DTYPES else getattr(base, "compute_dtype", None) or torch.bfloat16
-    blocksize = weight.blocksize if isinstance(weight, NF4Weight) else state.blocksize if state is not None else 0
-    if blocksize == 0 and not quantize and is_conv1d(base):
-        return ""
-    return kernels(*shape, r, blocksize or (64 if quantize else 0), dtype, weight.device)
+from fastlora.layers.bases import AdoptedWeight, base_weight, check_adapter_dtype, frozen, is_linear4bit
+from fastlora.layers.dense import is_conv1d, plain_layer
+from fastlora.ops.linear import lora_linear, nf4_dequantize
+from fastlora.ops.nf4 import NF4Weight
 
 
 class LoRALinear(nn.Module):
@@ -82,7 +60,8 @@ class LoRALinear(nn.Module):
         starts.check(init_lora_weights)
         starts.check_layer(init_lora_weights, "base_layer", weight, r, "", quantized=False)
         self.base_layer = base_layer
-        self.out_features, self.in_features = weight.shape
+        self.out_features: int = weight.shape[0]
+        self.in_features: int = weight.shape[1]
         self.active_adapter = adapter_name
         self.r = {adapter_name: r}
         self.lora_alpha: dict[str, float] = {}
@@ -129,25 +108,23 @@ class LoRALinear(nn.Module):
 
     def adapter(self) -> tuple[nn.Parameter, nn.Parameter, float]:
         """(A [R, K], B [N, R], scaling) of the active adapter."""
+        modules: Any = self._modules  # `self.lora_A[name].weight` takes ten times as long
         name = self.active_adapter
-        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]  # type: ignore[return-value]
+        lora_a = modules["lora_A"]._modules[name]._parameters["weight"]
+        return lora_a, modules["lora_B"]._modules[name]._parameters["weight"], self.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N].
 
         Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as there.
         """
-        base: Any = self.base_layer
+        modules: Any = self._modules
+        dropout = modules["lora_dropout"]._modules[self.active_adapter]
+        dropout_p = 0.0 if type(dropout) is nn.Identity else dropout.p
         lora_a, lora_b, scaling = self.adapter()
-        dropout = getattr(self.lora_dropout[self.active_adapter], "p", 0.0)
-        if is_dense(base):
-            weight = dense_weight(base)
-            return lora_linear(x, weight, lora_a, lora_b, scaling, base.bias, dropout, self.training)
-        if isinstance(base, NF4Linear):
-            bias = base.bias_for(x)
-            return lora_linear(x, base.weight, lora_a, lora_b, scaling, bias, dropout, self.training)
-        codes = self._adopted.of(base)
-        return lora_linear_4bit(x, base, codes, lora_a, lora_b, scaling, dropout, self.training, base.bias)
+        x, weight, bias, given = frozen(modules["base_layer"], x, self._adopted)
+        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, self.training)
+        return y if given is None else y.to(given)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -160,10 +137,7 @@ class LoRALinear(nn.Module):
         Args:
             dtype: default: that of W, for NF4 that before quantization.
         """
-        base: Any = self.base_layer
-        weight = (
-            self._adopted.of(base) if is_linear4bit(base) else dense_weight(base) if is_dense(base) else base.weight
-        )
+        weight = base_weight(self.base_layer, self._adopted)
         lora_a, lora_b, scaling = self.adapter()
         if isinstance(weight, NF4Weight):
             merged = nf4_dequantize(weight, dtype, lora_a, lora_b, scaling)
@@ -204,49 +178,3 @@ class LoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r[name]}, "
             f"lora_alpha={self.lora_alpha[name]:g}, scaling={self.scaling[name]:g}"
         )
-
-
-def lora_linear_4bit(
-    x: Tensor,
-    linear4bit: Any,
-    weight: NF4Weight,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    training: bool,
-    bias: Tensor | None,
-) -> Tensor:
-    """`functional.lora_linear` over a `Linear4bit`: computed in its compute dtype, returned in the dtype of x."""
-    dtype = compute_dtype(linear4bit, x)
-    if bias is not None and bias.dtype != torch.float32:
-        bias = bias.to(dtype)
-    y = lora_linear(x.to(dtype), weight, lora_a, lora_b, scaling, bias, dropout_p, training)
-    return y.to(x.dtype)
-
-
-def check_adapter_dtype(dtype: torch.dtype | None, weight: Tensor | NF4Weight) -> None:
-    """Raise ValueError where adapters of this dtype cannot go with this base weight."""
-    if dtype is None or dtype == torch.float32:
-        return
-    allowed = FLOAT_DTYPES if isinstance(weight, NF4Weight) else dict.fromkeys((torch.float32, weight.dtype))
-    if dtype not in allowed:
-        raise ValueError(f"adapter_dtype must be {' or '.join(map(str, allowed))} with this base; got {dtype}")
-
-
-def base_weight(base_layer: nn.Module) -> Tensor | NF4Weight:
-    """Weight of a base layer of any of the three kinds, [N, K].
-
-    Raises:
-        ValueError: a layer of another kind.
-    """
-    if is_dense(base_layer):
-        return dense_weight(base_layer)
-    if isinstance(base_layer, NF4Linear):
-        return base_layer.weight
-    if is_linear4bit(base_layer):
-        return AdoptedWeight().of(base_layer)
-    raise ValueError(
-        "a LoRALinear goes over nn.Linear, Conv1D, NF4Linear or bitsandbytes' Linear4bit, not "
-        f"{type(base_layer).__name__}"
-    )

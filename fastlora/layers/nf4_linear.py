@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.layers import starts
-from fastlora.layers.bases import as_linear, is_conv1d, plain_layer
+from fastlora.layers.dense import as_linear, is_conv1d, plain_layer
 from fastlora.ops.linear import nf4_linear
 from fastlora.ops.nf4 import NF4Weight, quantize
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.layers import starts
-from fastlora.layers.bases import dense_weight
-from fastlora.layers.lora_linear import LoRALinear, base_weight
+from fastlora.layers.bases import base_weight
+from fastlora.layers.dense import dense_weight
+from fastlora.layers.lora_linear import LoRALinear
 from fastlora.model import eva
 from fastlora.model.settings import LoRASettings
 from fastlora.model.sites import Site

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers.bases import is_dense
+from fastlora.layers.dense import is_dense
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.names import within

@@ -27,10 +27,11 @@ try:
 except ImportError as error:
     raise ImportError(f"FastLoRANF4Config needs transformers 5: pip install 'transformers>=5' ({error})") from error
 
+from fastlora.kernels.operands import BLOCKSIZES
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.names import nearest
 from fastlora.model.sites import expert_notes
-from fastlora.ops.nf4 import BLOCKSIZES, NF4Weight, quantize
+from fastlora.ops.nf4 import NF4Weight, quantize
 
 logger = logging.getLogger(__name__)
 METHOD = "fastlora_nf4"

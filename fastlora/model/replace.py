@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.bases import is_linear4bit
+from fastlora.kernels.operands import BLOCKSIZES
+from fastlora.layers.bases import check_adapter_dtype, is_linear4bit, kernels_of
 from fastlora.layers.lora_experts import adapted_experts
-from fastlora.layers.lora_linear import LoRALinear, check_adapter_dtype, kernels_of
+from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Report
 from fastlora.model import new_layers, nf4_layers, stacks, trained_modules, trained_tokens
@@ -28,7 +29,6 @@ from fastlora.model.settings import LoRASettings, select, settings_from_config
 from fastlora.model.sites import Site, find_sites, output_head, put, report_on
 from fastlora.model.trainer_compat import admit_training, let_inputs_require_grad
 from fastlora.ops.backend import backend
-from fastlora.ops.nf4 import BLOCKSIZES
 
 
 def replace_linear(

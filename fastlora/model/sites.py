@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora.layers.bases import AdoptedWeight, is_dense, is_linear4bit
-from fastlora.layers.lora_linear import kernels_of
+from fastlora.kernels.operands import FLOAT_DTYPES
+from fastlora.layers.bases import AdoptedWeight, is_linear4bit, kernels_of
+from fastlora.layers.dense import is_dense
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Report, Row
 from fastlora.model.names import within
 from fastlora.ops.backend import backend
-from fastlora.ops.nf4 import FLOAT_DTYPES
 
 _HEAD_NAMES = ("lm_head", "score", "classifier")
 _REASON_BY_KIND = {

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastlora.kernels.operands import FLOAT_DTYPES
 from fastlora.layers.experts import IMPLEMENTATIONS, INTERFACE, computes_in_fp32, projections
 from fastlora.layers.lora_experts import LoRAExperts, stacked
 from fastlora.model import trained_modules
 from fastlora.model.names import means, nearest, within
 from fastlora.model.settings import LoRASettings
 from fastlora.model.sites import has_hooks
-from fastlora.ops.nf4 import FLOAT_DTYPES
 
 _STARTS = (True, False, "gaussian")
 

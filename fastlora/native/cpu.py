@@ -16,8 +16,9 @@ The arithmetic is fp32 from the 4-bit codes to the one rounding at the end:
 `native_lora` has the low-rank products and the mask of dropout, `native_linear` whole LoRA linears in bf16,
 `native_quantize` the way from a weight to its codes.
 
-Two environment variables: `FASTLORA_CPU_ISA` (portable, avx2, avx512, avx512bf16) forces an instruction set; `CXX`
-chooses the compiler `build()` uses. `python -m fastlora.native` compiles the library into the installed package.
+Two environment variables: `FASTLORA_CPU_ISA` (portable, avx2, avx512, avx512bf16), read once, forces an instruction
+set; `CXX` chooses the compiler `build()` uses. `python -m fastlora.native` compiles the library into the installed
+package.
 
 Source: arXiv:2305.14314, section 3.
 """
@@ -30,8 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastlora.kernels.operands import Packed
 from fastlora.native import build as native_build
-from fastlora.native.weight import DTYPES, Weight, pointer_of, require, require_matrix, weight_of
+from fastlora.native.weight import DTYPES, pointer_of, require, require_matrix, weight_of
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 
@@ -113,26 +115,14 @@ def build() -> Path:
 
 
 def nf4_dequantize(
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    out: Tensor,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scaling: float = 0.0,
+    weight: Packed, out: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 0.0
 ) -> None:
     """out = W, or W + scaling * (B A): in fp32, rounded once to out's dtype, to nearest even.
 
     Without adapters the bits are those of bitsandbytes. All tensors are contiguous and on the CPU.
 
     Args:
-        codes: [ceil(N*K/2)], uint8, two codes a byte, the high nibble first; any shape of that size.
-        absmax: [ceil(N*K/blocksize)], fp32, or uint8 when nested.
-        absmax2, code2, offset: nested scales, fp32 of [ceil(blocks/256)], [256] and one element; None when plain.
-        blocksize: a power of two, 32..4096.
+        weight: [N, K].
         out: [N, K], fp32, bf16 or fp16; overwritten.
         lora_a, lora_b: [R, K] and [N, R], fp32, R >= 1; both or neither.
         scaling: the factor of B A.
@@ -143,88 +133,62 @@ def nf4_dequantize(
     """
     lib = loaded()
     require_matrix("out", out)
-    N, K = out.shape
-    weight = weight_of(codes, absmax, absmax2, code2, offset, blocksize, N, K)
-    R = _check_adapters(lora_a, lora_b, N, K)
+    if tuple(out.shape) != weight.shape:
+        raise ValueError(f"out is {list(out.shape)}, the weight {list(weight.shape)}")
+    packed = weight_of(weight)
+    R = _check_adapters(lora_a, lora_b, *weight.shape)
     isa = chosen_isa(lib)
     if out.numel() == 0:
         return
     check(
         lib.fastlora_nf4_dequantize(
-            ctypes.byref(weight),
-            pointer_of(lora_a),
-            pointer_of(lora_b),
-            R,
-            scaling,
-            out.data_ptr(),
-            DTYPES[out.dtype],
-            isa,
-            torch.get_num_threads(),
+            ctypes.byref(packed), pointer_of(lora_a), pointer_of(lora_b), R, scaling, out.data_ptr(),
+            DTYPES[out.dtype], isa, torch.get_num_threads(),
         )
-    )
+    )  # fmt: skip
 
 
-def nf4_gemv(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def nf4_gemv(x: Tensor, weight: Packed, out: Tensor) -> None:
     """out = x Wᵀ for few rows of x, read straight from the packed codes and accumulated in fp32.
 
     Any M is right; up to about 16 it is the fast way. The weight is not rounded to x's dtype first.
 
     Args:
         x: [M, K], fp32, bf16 or fp16.
-        codes, absmax, absmax2, code2, offset, blocksize: as in `nf4_dequantize`.
+        weight: [N, K].
         out: [M, N], fp32, bf16 or fp16; overwritten.
     Raises:
         ValueError: a tensor's dtype, shape, device or layout is not as above; nothing has been written.
         RuntimeError: the library is not loaded; see `status()`.
     """
     lib = loaded()
-    M, K, N = _product_shape(x, out)
-    weight = weight_of(codes, absmax, absmax2, code2, offset, blocksize, N, K)
+    M = _require_product(x, out, *reversed(weight.shape))
     _run_product(lib, lib.fastlora_nf4_gemv, weight, x, M, out)
 
 
-def nf4_gemv_t(
-    dy: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def nf4_gemv_t(dy: Tensor, weight: Packed, out: Tensor) -> None:
     """out = dy W, the product backward needs, for few rows of dy. One order of summation whatever the threads.
 
     Args:
         dy: [M, N], fp32, bf16 or fp16.
-        codes, absmax, absmax2, code2, offset, blocksize: as in `nf4_dequantize`.
+        weight: [N, K].
         out: [M, K], fp32, bf16 or fp16; overwritten.
     Raises:
         ValueError: a tensor's dtype, shape, device or layout is not as above; nothing has been written.
         RuntimeError: the library is not loaded; see `status()`.
     """
     lib = loaded()
-    M, N, K = _product_shape(dy, out)
-    weight = weight_of(codes, absmax, absmax2, code2, offset, blocksize, N, K)
+    M = _require_product(dy, out, *weight.shape)
     _run_product(lib, lib.fastlora_nf4_gemv_t, weight, dy, M, out)
 
 
-def _run_product(lib: ctypes.CDLL, function, weight: Weight, x: Tensor, M: int, out: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _run_product(lib: ctypes.CDLL, function, weight: Packed, x: Tensor, M: int, out: Tensor) -> None:  # type: ignore[no-untyped-def]
     isa = chosen_isa(lib)
     if out.numel() == 0:
         return
     check(
         function(
-            ctypes.byref(weight),
+            ctypes.byref(weight_of(weight)),
             x.data_ptr(),
             DTYPES[x.dtype],
             M,
@@ -248,8 +212,11 @@ def loaded() -> ctypes.CDLL:
     return library
 
 
+@lru_cache(maxsize=1)
 def chosen_isa(library: ctypes.CDLL) -> int:
     """The index in ISAS of the best instruction set of this machine, or of the one that FASTLORA_CPU_ISA names.
+
+    The variable is read once: a look into the environment costs as much as half a small product.
 
     Raises:
         ValueError: it names none of this machine.
@@ -273,12 +240,22 @@ def check(result: int) -> None:
         raise RuntimeError(f"fastlora's CPU library returned {result}")
 
 
-def _product_shape(x: Tensor, out: Tensor) -> tuple[int, int, int]:
+def _require_product(x: Tensor, out: Tensor, columns: int, out_columns: int) -> int:
+    """The rows M of x [M, columns] and out [M, out_columns].
+
+    Raises:
+        ValueError: they are other.
+    """
     require_matrix("x", x)
     require_matrix("out", out)
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x has {x.shape[0]} rows and out {out.shape[0]}: they must have as many")
-    return x.shape[0], x.shape[1], out.shape[1]
+    if x.shape[1] != columns or out.shape[1] != out_columns:
+        raise ValueError(
+            f"x {list(x.shape)} and out {list(out.shape)}: with this weight they must have {columns} and "
+            f"{out_columns} columns"
+        )
+    return x.shape[0]
 
 
 def _check_adapters(lora_a: Tensor | None, lora_b: Tensor | None, N: int, K: int) -> int:

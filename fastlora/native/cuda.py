@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastlora.kernels.operands import BLOCKSIZES, Packed, check_product
 from fastlora.native import build as native_build
-from fastlora.native.weight import BLOCKSIZES, DTYPES, Weight, pointer_of, weight_of
+from fastlora.native.weight import DTYPES, Weight, pointer_of, weight_of
 
 MAX_TOKENS = 16
 MAX_RANK = 1 << 16
@@ -183,14 +184,7 @@ def supports(x_dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: in
 
 def decode(
     x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor,
-    blocksize: int,
-    n: int,
+    weight: Packed,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     scaling: float = 0.0,
@@ -200,11 +194,7 @@ def decode(
 
     Args:
         x: [M, K], bf16 or fp16, any strides; M 0 to 16. Copied where columns are apart or rows off 16-byte addresses.
-        codes: [N*K/2], uint8, high nibble first. Copied where it is off a 16-byte address, as a view may be.
-        absmax: [blocks], fp32, or uint8 with absmax2 [ceil(blocks/256)], code2 [256] and offset [1], all fp32.
-        code: not read, the sixteen levels are compiled in; here to have the arguments of `kernels.decode.decode`.
-        blocksize: a power of two that divides K, 32 to 4096.
-        n: N, rows of the weight.
+        weight: [N, K], its blocksize a divisor of K. Codes are copied where they are off a 16-byte address.
         lora_a, lora_b: [R, K] and [N, R], both or neither; used in fp32 unless both are of x's dtype.
         bias: [N].
     Returns:
@@ -219,33 +209,21 @@ def decode(
     library = _loaded()
     with torch.cuda.device_of(x):
         stream = torch.cuda.current_stream().cuda_stream
-        weight = (codes, absmax, absmax2, code2, offset)
-        return _decode(library, stream, x, weight, blocksize, n, lora_a, lora_b, scaling, bias)
+        return _decode(library, stream, x, weight, lora_a, lora_b, scaling, bias)
 
 
 def _decode(
-    library: ctypes.CDLL,
-    stream: int,
-    x: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    blocksize: int,
-    n: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-    bias: Tensor | None,
-) -> Tensor:
-    if x.dim() != 2:
-        raise ValueError(f"x has shape {list(x.shape)}, expected [M, K]")
-    M, K = x.shape
-    a, b = _adapters(x, lora_a, lora_b, n)
+    library: ctypes.CDLL, stream: int, x: Tensor, weight: Packed, lora_a: Tensor | None, lora_b: Tensor | None,
+    scaling: float, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    check_product(x, weight, lora_a, lora_b, bias)
+    (M, K), n = x.shape, weight.shape[0]
+    a, b = _adapters(x, lora_a, lora_b)
     R = 0 if a is None else a.shape[0]
-    if reason := supports(x.dtype, M, K, n, blocksize, R):
+    if reason := supports(x.dtype, M, K, n, weight.blocksize, R):
         raise ValueError(reason)
-    if bias is not None:
-        bias = _bias(bias, x, n)
-    codes = _aligned(weight[0])
-    packed = weight_of(codes, *weight[1:], blocksize, n, K, x.device)
+    bias = None if bias is None else _bias(bias, x)
+    codes = _aligned(weight.codes)
     out = torch.empty(M, n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
@@ -254,7 +232,9 @@ def _decode(
     x = _aligned(x)
     row_stride = x.stride(0) if M > 1 else K
     device = x.device.index or 0
-    size = _workspace(library, device, M, n, K, blocksize.bit_length() - 1, R, DTYPES[x.dtype])
+    packed = weight_of(weight, x.device)
+    packed.codes = codes.data_ptr()
+    size = _workspace(library, device, M, n, K, packed.log2_blocksize, R, DTYPES[x.dtype])
     workspace = torch.empty(size // 4, dtype=torch.float32, device=x.device)
     arguments = _Decode(
         packed, x.data_ptr(), row_stride, M, pointer_of(a), pointer_of(b), R, pointer_of(bias), out.data_ptr(),
@@ -288,18 +268,10 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _adapters(x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
+def _adapters(x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Both adapters in the one dtype that the kernels read, at aligned addresses."""
-    if lora_a is None and lora_b is None:
-        return None, None
     if lora_a is None or lora_b is None:
-        raise ValueError("lora_a and lora_b go together: one of them is None")
-    k = x.shape[1]
-    if lora_a.dim() != 2 or lora_a.shape[1] != k or lora_b.shape != (n, lora_a.shape[0]):
-        raise ValueError(
-            f"lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} do not fit a weight of [{n}, {k}]: "
-            f"expected [R, {k}] and [{n}, R]"
-        )
+        return None, None
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
         if adapter.dtype not in DTYPES or adapter.device != x.device:
             raise ValueError(
@@ -309,10 +281,7 @@ def _adapters(x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, n: int) -
     return _aligned(lora_a.to(dtype).contiguous()), _aligned(lora_b.to(dtype).contiguous())
 
 
-def _bias(bias: Tensor, x: Tensor, n: int) -> Tensor:
-    if bias.shape != (n,) or bias.dtype not in DTYPES or bias.device != x.device:
-        raise ValueError(
-            f"bias is {list(bias.shape)} {bias.dtype} on {bias.device}, "
-            f"expected [{n}], fp32, bf16 or fp16, on {x.device}"
-        )
+def _bias(bias: Tensor, x: Tensor) -> Tensor:
+    if bias.dtype not in DTYPES or bias.device != x.device:
+        raise ValueError(f"bias is {bias.dtype} on {bias.device}, expected fp32, bf16 or fp16 on {x.device}")
     return bias.to(x.dtype if bias.dtype == x.dtype else torch.float32).contiguous()

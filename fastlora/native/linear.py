@@ -16,49 +16,22 @@ Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
 
 import struct
-from typing import NamedTuple, NoReturn
+from functools import lru_cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from fastlora.kernels.operands import Lora, Packed
 from fastlora.native.cpu import ISAS, check, chosen_isa, loaded
 from fastlora.native.lora import dropout_of
-from fastlora.native.weight import weight_of
+from fastlora.native.weight import fields_of
 
 MAX_RANK = 512
 FEW_TOKENS = 16  # what is left to this code where the processor has AMX, which torch uses
 
 _ADAPTER_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OPERANDS = struct.Struct("@Pq 5P3q PPq Qi4x fi")  # fastlora::LoraLinear of csrc/linear.h
-
-
-class Packed(NamedTuple):
-    """An NF4 weight [n, k], its tensors as in `native.nf4_dequantize`."""
-
-    codes: Tensor
-    absmax: Tensor
-    absmax2: Tensor | None
-    code2: Tensor | None
-    offset: Tensor | None
-    blocksize: int
-    n: int
-    k: int
-
-
-class Update(NamedTuple):
-    """The update of a LoRA linear.
-
-    Args:
-        lora_a: [R, K], fp32 or bf16, contiguous, R from 1 to MAX_RANK. lora_b: [N, R], likewise, of the same dtype.
-        scaling: the factor of B A.
-        seed, p: of the mask of dropout, as in `native_lora.lora_shrink`; seed None: no mask.
-    """
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    seed: int | None = None
-    p: float = 0.0
 
 
 def supports(m: int, n: int, k: int, rank: int, packed: bool) -> bool:
@@ -68,44 +41,58 @@ def supports(m: int, n: int, k: int, rank: int, packed: bool) -> bool:
         ValueError: FASTLORA_CPU_ISA names no instruction set of this machine.
         RuntimeError: the library is not loaded.
     """
+    return _supports(m <= FEW_TOKENS, n, k, rank, packed)
+
+
+@lru_cache(maxsize=4096)
+def _supports(few: bool, n: int, k: int, rank: int, packed: bool) -> bool:
     library = loaded()
     if rank > MAX_RANK or n % 2 or k % (32 if packed else 2) or ISAS[chosen_isa(library)] != "avx512bf16":
         return False
-    return m <= FEW_TOKENS or not library.fastlora_linear_is_for_few_tokens()
+    return few or not library.fastlora_linear_is_for_few_tokens()
+
+
+def forget_choice() -> None:
+    """Read FASTLORA_CPU_ISA again at the next call."""
+    chosen_isa.cache_clear()
+    _supports.cache_clear()
 
 
 def linear(
-    x: Tensor, weight: Tensor | Packed, update: Update | None, bias: Tensor | None, out: Tensor, h: Tensor | None = None
-) -> None:
-    """out = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, and h = dropout(x) Aᵀ.
+    x: Tensor, weight: Tensor | Packed, lora: Lora | None, bias: Tensor | None, save_h: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, and h = dropout(x) Aᵀ where it is asked for.
 
     Args:
         x: [M, K], bf16; columns next to one another, rows any stride apart; K even, over NF4 a multiple of 32.
         weight: [N, K], bf16, columns next to one another; or NF4. N even.
+        lora: A and B of one dtype, fp32 or bf16, contiguous, R from 1 to MAX_RANK; its bias is not read.
         bias: [N], fp32, contiguous.
-        out: [M, N], bf16, contiguous; overwritten.
-        h: [M, R], fp32, contiguous; overwritten.
+    Returns:
+        y [M, N], bf16; h [M, R], fp32, or None.
     Raises:
-        ValueError: a tensor's dtype, shape, device or layout is not as above; nothing has been written.
+        ValueError: a tensor's dtype, shape, device or layout is not as above.
         RuntimeError: the library is not loaded, or the processor lacks AVX512_BF16; see `supports`.
     """
     library = loaded()
-    operands, N, K, R = _operands(weight, update)
+    operands, N, K, R = _operands(weight, lora)
     M = _require_rows("x", x, K)
-    _require("out", out, (M, N), torch.bfloat16)
+    bias_at = h_at = None
     if bias is not None:
         _require("bias", bias, (N,), torch.float32)
-    if h is not None:
-        _require("h", h, (M, R), torch.float32)
-    isa = chosen_isa(library)
-    if M == 0 or N == 0:
-        return
-    check(
-        library.fastlora_linear(
-            operands, x.data_ptr(), M, x.stride(0), None if bias is None else bias.data_ptr(), out.data_ptr(),
-            None if h is None else h.data_ptr(), isa, torch.get_num_threads(),
-        )
-    )  # fmt: skip
+        bias_at = bias.data_ptr()
+    y, h = torch.empty((M, N), dtype=torch.bfloat16, device="cpu"), None
+    if save_h and lora is not None:
+        h = torch.empty((M, R), dtype=torch.float32, device="cpu")
+        h_at = h.data_ptr()
+    if M and N:
+        result = library.fastlora_linear(
+            operands, x.data_ptr(), M, x.stride(0), bias_at, y.data_ptr(), h_at, chosen_isa(library),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if result:
+            check(result)
+    return y, h
 
 
 def linear_backward(
@@ -113,64 +100,63 @@ def linear_backward(
     x: Tensor | None,
     h: Tensor | None,
     weight: Tensor | Packed,
-    update: Update | None,
-    dx: Tensor | None,
-    da: Tensor | None = None,
-    db: Tensor | None = None,
-) -> None:
-    """dx, dA and dB, each where there is a tensor to write it to.
+    lora: Lora | None,
+    need_x: bool,
+    need_a: bool = False,
+    need_b: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dA and dB, each where it is needed.
 
     Args:
         dy: [M, N], bf16; columns next to one another.
-        x: [M, K], as in `linear`; needed for da. h: [M, R], as `linear` gives it; needed for db.
-        dx: [M, K], bf16, contiguous; overwritten.
-        da: [R, K]. db: [N, R]. Both of the adapters' dtype, contiguous; overwritten.
+        x: [M, K], as in `linear`; for dA. h: [M, R], as `linear` gives it; for dB.
+        weight, lora: as in `linear`.
+    Returns:
+        dx [M, K], bf16; dA [R, K] and dB [N, R], of the adapters' dtype. None for what is not needed.
     Raises:
-        ValueError: a tensor's dtype, shape, device or layout is not as above; nothing has been written.
+        ValueError: a tensor's dtype, shape, device or layout is not as above, or what dA or dB needs is missing.
         RuntimeError: the library is not loaded, or the processor lacks AVX512_BF16; see `supports`.
     """
     library = loaded()
-    operands, N, K, R = _operands(weight, update)
+    operands, N, K, R = _operands(weight, lora)
     M = _require_rows("dy", dy, N)
-    if dx is not None:
-        _require("dx", dx, (M, K), torch.bfloat16)
-    if da is not None:
-        _require("da", da, (R, K), None if update is None else update.lora_a.dtype)
+    dx = da = db = x_at = h_at = dx_at = da_at = db_at = None
+    x_stride = 0
+    if (need_a or need_b) and lora is None:
+        raise ValueError("dA and dB need the adapters")
+    if need_a:
         if x is None or _require_rows("x", x, K) != M:
-            raise ValueError(f"da needs x of [{M}, {K}]; got {None if x is None else list(x.shape)}")
-    if db is not None:
-        _require("db", db, (N, R), None if update is None else update.lora_a.dtype)
+            raise ValueError(f"dA needs x of [{M}, {K}]; got {None if x is None else list(x.shape)}")
+        x_at, x_stride = x.data_ptr(), x.stride(0)
+    if need_b:
         if h is None:
-            raise ValueError("db needs h, as linear() gives it")
+            raise ValueError("dB needs h, as linear() gives it")
         _require("h", h, (M, R), torch.float32)
-    isa = chosen_isa(library)
-    check(
-        library.fastlora_linear_backward(
-            operands, dy.data_ptr(), M, dy.stride(0), None if da is None or x is None else x.data_ptr(),
-            0 if x is None else x.stride(0), None if db is None or h is None else h.data_ptr(),
-            None if dx is None else dx.data_ptr(), None if da is None else da.data_ptr(),
-            None if db is None else db.data_ptr(), isa, torch.get_num_threads(),
-        )
+        h_at = h.data_ptr()
+    if need_x:
+        dx = torch.empty((M, K), dtype=torch.bfloat16, device="cpu")
+        dx_at = dx.data_ptr()
+    if need_a and lora is not None:
+        da = torch.empty((R, K), dtype=lora.a.dtype, device="cpu")
+        da_at = da.data_ptr()
+    if need_b and lora is not None:
+        db = torch.empty((N, R), dtype=lora.a.dtype, device="cpu")
+        db_at = db.data_ptr()
+    result = library.fastlora_linear_backward(
+        operands, dy.data_ptr(), M, dy.stride(0), x_at, x_stride, h_at, dx_at, da_at, db_at, chosen_isa(library),
+        torch.get_num_threads(),
     )  # fmt: skip
+    if result:
+        check(result)
+    return dx, da, db
 
 
-def _operands(weight: Tensor | Packed, update: Update | None) -> tuple[bytes, int, int, int]:
+def _operands(weight: Tensor | Packed, lora: Lora | None) -> tuple[bytes, int, int, int]:
     """The operands as the library takes them, N, K and R. They borrow the tensors."""
+    base: tuple[Any, ...]
     if isinstance(weight, Packed):
-        N, K, granule = weight.n, weight.k, 32
-        nf4 = weight_of(*weight)
-        base = (
-            0,
-            0,
-            nf4.codes,
-            nf4.absmax,
-            nf4.absmax2 or 0,
-            nf4.code2 or 0,
-            nf4.offset or 0,
-            N,
-            K,
-            nf4.log2_blocksize,
-        )
+        *pointers, N, K, log2_blocksize = fields_of(weight)
+        base, granule = (0, 0, *[pointer or 0 for pointer in pointers], N, K, log2_blocksize), 32
     else:
         if not (weight.dtype is torch.bfloat16 and weight.dim() == 2 and weight.is_cpu and weight.stride(1) == 1):
             _refuse("weight", weight, "[N, K] in torch.bfloat16 on the CPU, columns next to one another")
@@ -178,17 +164,20 @@ def _operands(weight: Tensor | Packed, update: Update | None) -> tuple[bytes, in
         base = (weight.data_ptr(), weight.stride(0), 0, 0, 0, 0, 0, N, K, 0)
     if N % 2 or K % granule:
         raise ValueError(f"a weight of [{N}, {K}]: N must be even, and K, over NF4 a multiple of 32")
-    if update is None:
+    if lora is None:
         return _OPERANDS.pack(*base, 0, 0, 0, 0, -1, 0.0, 1), N, K, 0
-    lora_a, lora_b, scaling, seed, p = update
+    lora_a, lora_b = lora.a, lora.b
     R, dtype = lora_a.shape[0], lora_a.dtype
     if dtype not in _ADAPTER_DTYPES or not 1 <= R <= MAX_RANK:
         _refuse("lora_a", lora_a, f"[R, {K}] in torch.float32 or torch.bfloat16, R from 1 to {MAX_RANK}")
     _require("lora_a", lora_a, (R, K), dtype)
     _require("lora_b", lora_b, (N, R), dtype)
-    dropout = dropout_of(seed, p)
-    seed, threshold = (0, -1) if dropout is None else (dropout.seed, dropout.threshold)
-    adapters = (lora_a.data_ptr(), lora_b.data_ptr(), R, seed, threshold, scaling, _ADAPTER_DTYPES[dtype])
+    seed, threshold = 0, -1
+    if lora.seed is not None:
+        mask = dropout_of(int(lora.seed.item()), lora.dropout_p)
+        assert mask is not None
+        seed, threshold = mask.seed, mask.threshold
+    adapters = (lora_a.data_ptr(), lora_b.data_ptr(), R, seed, threshold, lora.scaling, _ADAPTER_DTYPES[dtype])
     return _OPERANDS.pack(*base, *adapters), N, K, R
 
 

@@ -11,8 +11,9 @@ Source: arXiv:2305.14314, section 3.
 import torch
 from torch import Tensor
 
+from fastlora.kernels.operands import check_blocksize
 from fastlora.native.cpu import check, chosen_isa, loaded
-from fastlora.native.weight import BLOCKSIZES, DTYPES, require
+from fastlora.native.weight import DTYPES, require
 
 TABLE_STEPS = 65536
 
@@ -30,8 +31,7 @@ def nf4_quantize(w: Tensor, blocksize: int, codes: Tensor, absmax: Tensor) -> No
         RuntimeError: the library is not loaded; see `native.status()`.
     """
     library = loaded()
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize is {blocksize}, expected a power of two from 32 to 4096")
+    check_blocksize(blocksize)
     numel = w.numel()
     require("w", w, tuple(DTYPES))
     require("codes", codes, (torch.uint8,), (numel + 1) // 2)

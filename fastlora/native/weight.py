@@ -1,16 +1,17 @@
 """An NF4 weight as the C++ and CUDA libraries take it, and the checks that go before every call into them.
 
-Past these checks an address is passed on, and a wrong one is a wild read: they are the one place that looks at dtypes,
-shapes, layouts and devices on the way to compiled code.
+Past these checks an address is passed on, and a wrong one is a wild read. A `Packed` has checked itself when it was
+made; everything else is checked here and in the modules of this folder, on the way to compiled code.
 Source: arXiv:2305.14314, section 3.
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+from fastlora.kernels.operands import Packed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CPU = torch.device("cpu")
@@ -69,36 +70,27 @@ def require_matrix(
     require(name, tensor, dtypes, strided=strided)
 
 
-def weight_of(
-    codes: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    N: int,
-    K: int,
-    device: torch.device = _CPU,
-) -> Weight:
-    """An NF4 weight [N, K] as the libraries take it; it borrows the tensors.
+def weight_of(weight: Packed, device: torch.device = _CPU) -> Weight:
+    """An NF4 weight as the libraries take it; it borrows the tensors, whose sizes `Packed` has checked.
 
     Raises:
-        ValueError: a tensor is not as `nf4_dequantize` asks for.
+        ValueError: the weight is not on `device`.
     """
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize is {blocksize}, expected a power of two from 32 to 4096")
-    blocks = -(-N * K // blocksize)
-    require("codes", codes, (torch.uint8,), (N * K + 1) // 2, device=device)
-    if absmax2 is None and code2 is None and offset is None:
-        require("absmax", absmax, (torch.float32,), blocks, device=device)
-    elif absmax2 is None or code2 is None or offset is None:
-        raise ValueError("absmax2, code2 and offset go together: pass all three (nested scales) or none (plain)")
-    else:
-        require("absmax", absmax, (torch.uint8,), blocks, device=device)
-        require("absmax2", absmax2, (torch.float32,), -(-blocks // 256), device=device)
-        require("code2", code2, (torch.float32,), 256, device=device)
-        require("offset", offset, (torch.float32,), 1, device=device)
-    return Weight(
-        codes.data_ptr(), absmax.data_ptr(), pointer_of(absmax2), pointer_of(code2), pointer_of(offset), N, K,
-        blocksize.bit_length() - 1,
+    return Weight(*fields_of(weight, device))
+
+
+def fields_of(weight: Packed, device: torch.device = _CPU) -> tuple[Any, ...]:
+    """The fields of `Weight`: five addresses, rows, columns, log2 of the blocksize.
+
+    Raises:
+        ValueError: the weight is not on `device`.
+    """
+    codes, absmax2, code2, offset = weight.codes, weight.absmax2, weight.code2, weight.offset
+    if codes.device != device:
+        hint = "; this library is for CPU tensors: move it with .cpu()" if device == _CPU else f", expected {device}"
+        raise ValueError(f"the weight is on {codes.device}{hint}")
+    rows, columns = weight.shape
+    return (
+        codes.data_ptr(), weight.absmax.data_ptr(), pointer_of(absmax2), pointer_of(code2), pointer_of(offset),
+        rows, columns, weight.blocksize.bit_length() - 1,
     )  # fmt: skip

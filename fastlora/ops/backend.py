@@ -1,6 +1,6 @@
 """Which code runs where: Triton on CUDA devices, the compiled C++ library on the CPU, plain torch for the rest.
 
-Nothing here asks a device anything at import. `FASTLORA_BACKEND=torch|cpp|triton|cuda` forces a path, for debugging:
+Nothing here asks a device anything at import. `FASTLORA_BACKEND=torch|cpp|triton|cuda`, read once, forces a path:
 `cuda` is the Triton path with the compiled decode kernel wherever that applies, `triton` the same without it. With
 `TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.native import cpu, cuda
+from fastlora.native import cpu, cuda, linear
 
 MIN_CAPABILITY = (8, 0)
 
@@ -31,27 +31,33 @@ def backend(device: torch.device | str) -> Backend:
     Raises:
         ValueError: FASTLORA_BACKEND names no backend, or one that cannot run there.
     """
-    device = torch.device(device)
-    return _backend(device.type, device.index, os.environ.get("FASTLORA_BACKEND", ""))
+    return _backend(device if type(device) is torch.device else torch.device(device))
 
 
 @functools.cache
-def _backend(device_type: str, index: int | None, forced: str) -> Backend:
+def _backend(device: torch.device) -> Backend:
+    forced, kind, index = os.environ.get("FASTLORA_BACKEND", ""), device.type, device.index
     if forced:
         if forced not in FORCED:
             raise ValueError(f"FASTLORA_BACKEND must be one of {', '.join(FORCED)}; got {forced!r}")
-        if reason := _missing(forced, device_type, index):
-            raise ValueError(f"FASTLORA_BACKEND={forced} cannot run on {device_type}: {reason}")
+        if reason := _missing(forced, kind, index):
+            raise ValueError(f"FASTLORA_BACKEND={forced} cannot run on {kind}: {reason}")
         if forced == "cuda":
             return Backend("triton", "Triton kernels, compiled decode kernel: forced by FASTLORA_BACKEND")
         return Backend(forced, "forced by FASTLORA_BACKEND")
-    fast = "triton" if device_type == "cuda" else "cpp"
-    if reason := _missing(fast, device_type, index):
+    fast = "triton" if kind == "cuda" else "cpp"
+    if reason := _missing(fast, kind, index):
         return Backend("torch", f"slow path: {reason}")
     if fast == "cpp":
         return Backend("cpp", cpu.status()[1])
-    reason = _missing("cuda", device_type, index)
+    reason = _missing("cuda", kind, index)
     return Backend("triton", f"Triton kernels, decode too: {reason}" if reason else "Triton kernels, compiled decode")
+
+
+def forget_choices() -> None:
+    """Read FASTLORA_BACKEND and FASTLORA_CPU_ISA again at the next call, which is otherwise done once."""
+    _backend.cache_clear()
+    linear.forget_choice()
 
 
 def _missing(name: str, device_type: str, index: int | None) -> str:

@@ -1,4 +1,4 @@
-"""DoRA over the fused linear: y = (m / ‖W + s · B A‖) ∘ (x Wᵀ + s · x Aᵀ Bᵀ) + bias, the norm taken of each row.
+"""DoRA over the linear: y = (m / ‖W + s · B A‖) ∘ (x Wᵀ + s · x Aᵀ Bᵀ) + bias, the norm taken of each row.
 
 The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight;
 `peft_layers.kept_norms` keeps it until A, B or the weight change.
@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.kernels.operands import Lora
 from fastlora.ops.autograd import computed_in, refuse_second_derivative, seen_by_others
 from fastlora.ops.backend import backend
-from fastlora.ops.dequantize import level_table
-from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear, operators
+from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear, run, run_backward
 from fastlora.ops.nf4 import NF4Weight
+from fastlora.ops.operands import Gradients, Needs, in_dtype
 
 SMALLEST = 2.0**-60  # an output's factor in place of 0
 ROWS_AT_ONCE = 1024  # of a dense weight, widened to fp32 for its norm
@@ -67,12 +68,9 @@ def norms_by_kernel(
 ) -> None:
     from fastlora.kernels import dora as kernel
 
-    packed = None
-    if isinstance(weight, NF4Weight):
-        packed = (*weight.tensors(), level_table(weight.device), weight.blocksize)
-    dense = weight.detach() if isinstance(weight, Tensor) else None
     lora_a, lora_b = adapters
-    kernel.row_norms(changed, dense, packed, lora_a, lora_b, scaling, out)
+    frozen = weight.detach() if isinstance(weight, Tensor) else weight
+    kernel.row_norms(changed, frozen, lora_a, lora_b, scaling, out)
 
 
 def dora_linear(
@@ -123,7 +121,7 @@ def dora_linear_with_dropout(
 def _base_product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, NF4Weight):
         return nf4_linear(x, weight, bias)
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, in_dtype(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
@@ -201,13 +199,12 @@ class _OverNF4(torch.autograd.Function):
         factor = magnitude.float() * inverse
         factor = torch.where(factor == 0, SMALLEST, factor)
         apart = need_magnitude and bias is not None  # so that y without it is there for dm
-        call, _ = operators(x, lora_a)
-        z, h = call(x, None if apart else bias, *_scaled(weight, factor, lora_a, lora_b, scaling), need_b)
+        z, h = run(x, *_scaled(weight, factor, lora_a, lora_b, scaling), None if apart else bias, need_b)
         kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
         ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
         ctx.weight, ctx.scaling = weight, scaling
         ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
-        return (z + bias).to(z.dtype) if apart else z
+        return z if bias is None or not apart else (z + bias).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -217,10 +214,9 @@ class _OverNF4(torch.autograd.Function):
         dx = da = db = dm = dbias = None
         if need_x or need_a or need_b:
             operands = _scaled(ctx.weight, factor, lora_a, lora_b, ctx.scaling)
-            _, call = operators(dy, lora_a)
-            found = call(dy, x, h, ctx.weight.shape[1], *operands, need_x, need_a, need_b)
-            dx, da = found[0] if need_x else None, found[1].to(lora_a.dtype) if need_a else None
-            db = (factor[:, None] * found[2]).to(lora_b.dtype) if need_b else None
+            dx, da, db = run_backward(dy, x, h, *operands, Needs(need_x, need_a, need_b))
+            da = None if da is None else da.to(lora_a.dtype)
+            db = None if db is None else (factor[:, None] * db).to(lora_b.dtype)
         rows = dy.reshape(-1, dy.shape[-1])
         z = z.reshape(rows.shape) if need_magnitude else None
         _, dot, total = _sums(rows, z, None, need_bias, dy.dtype)
@@ -231,15 +227,15 @@ class _OverNF4(torch.autograd.Function):
         return dx, da, db, dm, dbias, None, None, None, None
 
 
-def _scaled(weight: NF4Weight, factor: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Any, ...]:
-    """The operands of an operator for factor ∘ (W + scaling · B A)."""
+def _scaled(
+    weight: NF4Weight, factor: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> tuple[NF4Weight, Lora]:
+    """The operands of a linear with factor ∘ (W + scaling · B A)."""
     from fastlora.kernels import dora as kernel
 
-    n, k = weight.shape
-    codes, *scales = weight.tensors()
-    absmax = kernel.scaled_absmax(*scales, factor, k // weight.blocksize)
-    b = (factor[:, None] * lora_b).to(lora_b.dtype)
-    return codes, absmax, None, None, None, n, weight.blocksize, lora_a, b, None, scaling, 0.0
+    absmax = kernel.scaled_absmax(weight, factor)
+    scaled = NF4Weight(weight.codes, absmax, weight.shape, weight.dtype, weight.blocksize)
+    return scaled, Lora(lora_a, (factor[:, None] * lora_b).to(lora_b.dtype), scaling)
 
 
 class _Over16Bits(torch.autograd.Function):
@@ -255,8 +251,7 @@ class _Over16Bits(torch.autograd.Function):
         weight: Tensor | NF4Weight, inverse: Tensor, scaling: float, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
         _, need_a, need_b, need_magnitude, *_ = ctx.needs_input_grad
-        call, _ = operators(x, lora_a)
-        z, h = call(x, None, *_operands(weight, x.dtype), lora_a, lora_b, None, scaling, 0.0, need_b)
+        z, h = run(x, in_dtype(weight, x.dtype), Lora(lora_a, lora_b, scaling), None, need_b)
         factor = magnitude.float() * inverse
         kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
         ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
@@ -269,31 +264,22 @@ class _Over16Bits(torch.autograd.Function):
         refuse_second_derivative()
         x, h, z, lora_a, lora_b, factor, inverse = ctx.saved_tensors
         need_x, need_a, need_b, need_magnitude, need_bias, *_ = ctx.needs_input_grad
-        rows, k = dy.reshape(-1, dy.shape[-1]), ctx.weight.shape[1]
-        _, call = operators(dy, lora_a)
+        rows = dy.reshape(-1, dy.shape[-1])
+        weight = in_dtype(ctx.weight, ctx.dtype)
 
-        def products(dy: Tensor, b: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-            operands = (*_operands(ctx.weight, ctx.dtype), lora_a, b, None, ctx.scaling, 0.0)
-            found: tuple[Tensor, Tensor, Tensor] = call(dy, x, h, k, *operands, *needs)
-            return found
+        def products(dy: Tensor, b: Tensor, *needs: bool) -> Gradients:
+            return run_backward(dy, x, h, weight, Lora(lora_a, b, ctx.scaling), Needs(*needs))
 
         dx = da = db = dm = dbias = None
         z = z.reshape(rows.shape) if need_magnitude else None
         dz, dot, total = _sums(rows, z, factor if need_x else None, need_bias, ctx.dtype)
         if dz is not None:
-            dx, *_ = products(dz.view(dy.shape), lora_b, True, False, False)
+            dx = products(dz.view(dy.shape), lora_b, True, False, False).x
         if need_a or need_b:
             _, da, db = products(dy.to(ctx.dtype), factor[:, None] * lora_b, False, need_a, need_b)
-            da, db = da if need_a else None, factor[:, None] * db if need_b else None
+            db = None if db is None else factor[:, None] * db
         if dot is not None:
             dm = (dot * inverse).to(ctx.dtypes[0])
         if total is not None:
             dbias = total.to(ctx.dtypes[1])
         return dx, da, db, dm, dbias, None, None, None, None
-
-
-def _operands(weight: Tensor | NF4Weight, dtype: torch.dtype) -> tuple[Any, ...]:
-    """A weight as the operators take any weight."""
-    if isinstance(weight, NF4Weight):
-        return *weight.tensors(), weight.shape[0], weight.blocksize
-    return weight.to(dtype), None, None, None, None, weight.shape[0], 0

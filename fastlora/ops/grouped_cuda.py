@@ -28,9 +28,8 @@ from fastlora.ops.autograd import (
     seen_by_others,
 )
 from fastlora.ops.backend import backend
-from fastlora.ops.dequantize import level_table
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import Base
+from fastlora.ops.operands import dense
 
 _OPERANDS = (
     "Tensor offsets, Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, "
@@ -114,14 +113,14 @@ def _stack(x: Tensor, op: str, offsets: Tensor, operands: tuple[Any, ...], rank:
     *tensors, n, k, blocksize = operands
     if not blocksize:
         return tensors[0]
+    codes, absmax, *nested = tensors
     experts = offsets.numel()
+    weight = NF4Weight(codes, absmax, (experts * n, k), x.dtype, blocksize, *nested)
     rows = -(-x.shape[0] // experts)
     chosen = choice.choose(op, rows, n, k, rank, False, x.device)
     if chosen.kernel == "dequantize" or kernel.supports(x.dtype, None, experts, k, blocksize, rank):
-        codes, absmax, absmax2, code2, offset = tensors
-        base = Base(codes, absmax, absmax2, code2, offset, experts * n, k, blocksize)
-        return base.dense(x.dtype).view(experts, n, k)
-    return kernel.Packed(*tensors, level_table(x.device), blocksize, n, k)
+        return dense(weight, x.dtype).view(experts, n, k)
+    return weight
 
 
 def _forward(x: Tensor, bias: Tensor | None, offsets: Tensor, *operands_and_save_h: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The fused LoRA linear: one operator forward, one backward, for dense and NF4 weights.
+"""The LoRA linear: one operator forward, one backward, for dense and NF4 weights.
 
     y  = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias
     dx = dy W + scaling · mask ∘ ((dy B) A)
@@ -7,26 +7,30 @@
 Saved for backward: x (where dA is wanted), h in fp32 (where dB is wanted), and the seed of the mask.
 The expanded weight is never saved: backward expands it again. Both operators are registered with
 `torch.library`, with fakes and autograd, so that `torch.compile` sees two opaque nodes, and a
-selective checkpoint can keep `fastlora::lora_linear`'s outputs by name.
+selective checkpoint can keep `fastlora::lora_linear`'s outputs by name. Where nobody must see them
+pass, `_Linear` runs the same code without torch's dispatcher.
+
+One door leads to the kernels: `_path` chooses among `linear_cpu_bf16`, `linear_cpu` and `linear_cuda`,
+once a pass. Each has `forward` and `backward` over rows [M, K].
 
 Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
 
-import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlora.kernels.operands import FLOAT_DTYPES, Lora
 from fastlora.ops import dequantize, linear_cpu, linear_cpu_bf16
-from fastlora.ops.autograd import eager, refuse_func_gradients, refuse_second_derivative, seen_by_others
-from fastlora.ops.backend import Backend, backend
-from fastlora.ops.nf4 import FLOAT_DTYPES, NF4Weight
-from fastlora.ops.operands import Base, Lora, Needs
+from fastlora.ops.autograd import refuse_func_gradients, refuse_second_derivative, seen_by_others
+from fastlora.ops.backend import backend
+from fastlora.ops.nf4 import NF4Weight
+from fastlora.ops.operands import Gradients, Needs, in_dtype
 
+LEAST_DROPOUT = 2.0**-17  # half a step of the mask's rate
 _OPERANDS = (
     "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? code2, Tensor? offset, int n, int blocksize, "
     "Tensor? lora_a, Tensor? lora_b, Tensor? seed, float scaling, float dropout_p"
@@ -66,16 +70,15 @@ def lora_linear(
         ValueError: shapes, dtypes or devices do not fit, or dropout_p is not in [0, 1).
     Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
     """
-    if not 0.0 <= dropout_p < 1.0 - 2**-17:
+    if not 0.0 <= dropout_p < 1.0 - LEAST_DROPOUT:
         raise ValueError(f"dropout_p must be at least 0 and below 1, by 2**-17 or more; got {dropout_p}")
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias)
-    _check_adapters(x, weight, lora_a, lora_b)
+    _check_adapters(x, weight.shape, lora_a, lora_b)
     seed = None
-    if training and dropout_p >= 2**-17:
+    if training and dropout_p >= LEAST_DROPOUT:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    save_h = torch.is_grad_enabled() and lora_b.requires_grad
-    return _call(x, bias, weight, lora_a, lora_b, seed, scaling, dropout_p, save_h)
+    return _call(x, weight, Lora(lora_a, lora_b, float(scaling), dropout_p, seed), bias)
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -90,7 +93,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     """
     x, _, bias = _autocast(x, weight, bias)
     _check(x, weight, bias)
-    return _call(x, bias, weight, None, None, None, 0.0, 0.0, False)
+    return _call(x, weight, None, bias)
 
 
 def nf4_dequantize(
@@ -113,55 +116,7 @@ def nf4_dequantize(
     if lora_a is not None and lora_b is not None:
         _check_adapter_shapes(weight.shape, lora_a, lora_b)
         lora_a, lora_b = lora_a.detach(), lora_b.detach()
-    return dequantize.nf4_dequantize(
-        *weight.tensors(), *weight.shape, weight.blocksize, dtype or weight.dtype, lora_a, lora_b, scaling
-    )
-
-
-def _call(
-    x: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | NF4Weight,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    save_h: bool,
-) -> Tensor:
-    n, k = weight.shape
-    parts: tuple[Any, Any, Any, Any, Any] = (weight, None, None, None, None)
-    blocksize = 0
-    if isinstance(weight, NF4Weight):
-        parts, blocksize = weight.tensors(), weight.blocksize
-    if seen_by_others(x, lora_a):
-        refuse_func_gradients()
-        return torch.ops.fastlora.lora_linear(
-            x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h
-        )[0]
-    base = Base(*parts, n, k, blocksize)
-    lora = Lora(lora_a, lora_b, scaling, dropout_p, seed) if lora_a is not None and lora_b is not None else None
-    if linear_cpu_bf16.serves(x, base, lora, bias):
-        return linear_cpu_bf16.linear(x, base, lora, bias)
-    if lora is not None and not base.is_nf4 and _is_small(x, seed):
-        return linear_cpu.few_rows(x, base.weight, lora, bias)
-    inputs = (x, bias, *parts, n, blocksize, lora_a, lora_b, seed, float(scaling), dropout_p, save_h)
-    return _Eager.apply(*inputs)[0] if torch.is_grad_enabled() else _forward(*inputs)[0]
-
-
-def _is_small(x: Tensor, seed: Tensor | None) -> bool:
-    """Whether `torch_path.few_rows` is the quickest way to multiply x with a dense weight."""
-    if os.environ.get("FASTLORA_BACKEND"):
-        return False
-    rows_fit = x.is_contiguous() and 0 < x.numel() <= linear_cpu.FEW_ROWS * x.shape[-1]
-    return rows_fit and seed is None and not x.is_cuda and not torch.is_autocast_enabled(x.device.type)
-
-
-def operators(x: Tensor, lora_a: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of the operator as they are to be called: registered where someone must see them pass."""
-    if seen_by_others(x, lora_a):
-        return torch.ops.fastlora.lora_linear, torch.ops.fastlora.lora_linear_backward
-    return _forward, _backward
+    return dequantize.nf4_dequantize(weight, dtype or weight.dtype, lora_a, lora_b, scaling)
 
 
 def _autocast(
@@ -171,40 +126,43 @@ def _autocast(
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    if isinstance(weight, Tensor):
-        weight = weight.to(dtype)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(dtype)
-    return x.to(dtype), weight, bias
+    return x.to(dtype), in_dtype(weight, dtype), bias
 
 
 def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x must be bf16, fp16 or fp32; got {x.dtype}")
-    if len(weight.shape) != 2:
-        raise ValueError(f"weight must be [N, K]; got {list(weight.shape)}")
-    n, k = weight.shape
+    dtype, shape = x.dtype, weight.shape
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x must be bf16, fp16 or fp32; got {dtype}")
+    if len(shape) != 2:
+        raise ValueError(f"weight must be [N, K]; got {list(shape)}")
+    n, k = shape
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has {list(x.shape)}, the weight [N, K] = {[n, k]}: the last dimension of x must be {k}")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}: move one of them")
-    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
-        raise ValueError(f"x is {x.dtype}, the weight {weight.dtype}: cast one of them, or run under autocast")
-    if bias is not None and (bias.shape != (n,) or bias.dtype not in (x.dtype, torch.float32)):
-        raise ValueError(f"bias must be [{n}] in {x.dtype} or fp32; got {list(bias.shape)} in {bias.dtype}")
+    if weight.dtype is not dtype and isinstance(weight, Tensor):
+        raise ValueError(f"x is {dtype}, the weight {weight.dtype}: cast one of them, or run under autocast")
+    if bias is not None and (bias.shape != (n,) or bias.dtype not in (dtype, torch.float32)):
+        raise ValueError(f"bias must be [{n}] in {dtype} or fp32; got {list(bias.shape)} in {bias.dtype}")
 
 
-def _check_adapters(x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor) -> None:
-    _check_adapter_shapes((weight.shape[0], weight.shape[1]), lora_a, lora_b)
+def _check_adapters(x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor) -> None:
+    _check_adapter_shapes(shape, lora_a, lora_b)
+    dtype, device = x.dtype, x.device
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if adapter.dtype not in (torch.float32, x.dtype):
-            raise ValueError(f"{name} must be fp32 or {x.dtype} like x; got {adapter.dtype}")
-        if adapter.device != x.device:
-            raise ValueError(f"x is on {x.device}, {name} on {adapter.device}: move one of them")
+        if adapter.dtype is not torch.float32 and adapter.dtype is not dtype:
+            raise ValueError(f"{name} must be fp32 or {dtype} like x; got {adapter.dtype}")
+        if adapter.device != device:
+            raise ValueError(f"x is on {device}, {name} on {adapter.device}: move one of them")
 
 
-def _check_adapter_shapes(shape: tuple[int, int], lora_a: Tensor, lora_b: Tensor) -> None:
+def _check_adapter_shapes(shape: Sequence[int], lora_a: Tensor, lora_b: Tensor) -> None:
     n, k = shape
+    r = lora_a.shape[0] if lora_a.ndim == 2 else 0
+    if r and lora_a.shape[1] == k and lora_b.shape == (n, r):
+        return
     if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1] or lora_a.shape[0] == 0:
         raise ValueError(
             f"lora_a must be [R, K] and lora_b [N, R] with the same R >= 1; "
@@ -224,15 +182,15 @@ def kernels(n: int, k: int, r: int, blocksize: int, dtype: torch.dtype, device: 
         r: rank of the adapter, 0 for none. blocksize: of an NF4 weight, 0 for a dense one. dtype: of x.
     """
     steps: list[tuple[int, str]] = []
-    for bound, words in _path(device).steps(n, k, blocksize, r, dtype, device):
+    for bound, words in path_on(device).steps(n, k, blocksize, r, dtype, device):
         steps[-1:] = [(bound, words)] if steps and steps[-1][1] == words else [*steps[-1:], (bound, words)]
     *below, (_, last) = steps
-    told = [f"up to {bound} tokens {words}" for bound, words in below]
-    return ", ".join([*told, f"above {last}"]) if told else last
+    said = [f"up to {bound} tokens {words}" for bound, words in below]
+    return ", ".join([*said, f"above {last}"]) if said else last
 
 
-def _path(device: torch.device) -> ModuleType:
-    """The module whose `forward` and `backward` run on a device."""
+def path_on(device: torch.device) -> ModuleType:
+    """The module with what there is to say about the linears on a device."""
     if backend(device).name == "triton":
         from fastlora.ops import linear_cuda
 
@@ -240,112 +198,249 @@ def _path(device: torch.device) -> ModuleType:
     return linear_cpu
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The low-rank products keep their own dtype, whatever surrounds the call."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+def _path(x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None) -> ModuleType:
+    """The module whose `forward` or `backward` computes a pass. x: the pass's own rows, x or dy, not empty."""
+    name = backend(x.device).name
+    if name == "triton":
+        from fastlora.ops import linear_cuda
+
+        return linear_cuda
+    return linear_cpu_bf16 if name == "cpp" and linear_cpu_bf16.takes(x, weight, lora) else linear_cpu
 
 
-def _unpack(k: int, operands: tuple[Any, ...]) -> tuple[Base, Lora | None]:
-    """The twelve operands of an operator's signature as the pair that the code paths take."""
-    weight, absmax, absmax2, code2, offset, n, blocksize, lora_a, lora_b, seed, scaling, dropout_p = operands
-    base = Base(weight, absmax, absmax2, code2, offset, n, k, blocksize)
-    return base, Lora(lora_a, lora_b, scaling, dropout_p, seed) if lora_a is not None else None
+def _call(x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None) -> Tensor:
+    """The linear of operands that fit; differentiable."""
+    lora_a, lora_b, scaling, dropout_p, seed, _ = lora or (None, None, 0.0, 0.0, None, None)
+    records = torch.is_grad_enabled()
+    if seen_by_others(x, lora_a):
+        refuse_func_gradients()
+        return run(x, weight, lora, bias, records and lora_b is not None and lora_b.requires_grad)[0]
+    if not records:
+        return _forward(x, weight, lora, bias, False)[0]
+    dense, packed = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
+    y: Tensor = _apply(x, lora_a, lora_b, bias, dense, seed, (packed, scaling, dropout_p))
+    return y
 
 
-def _forward(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> tuple[Tensor, Tensor]:
-    *operands, save_h = operands_and_save_h
+def run(
+    x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y [..., N] and, where it is to be saved, h [M, R] in fp32: by the operator where others must see it pass.
+
+    Differentiable only there. x: [..., K]; the operands fit.
+    """
+    if not seen_by_others(x, None if lora is None else lora.a):
+        return _forward(x, weight, lora, bias, save_h)
+    y, h = torch.ops.fastlora.lora_linear(x, bias, *_flat(weight, lora), save_h)
+    return y, h if save_h else None
+
+
+def run_backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor | NF4Weight, lora: Lora | None, needs: Needs
+) -> Gradients:
+    """The backward pass of `run`. dy: [..., N]; x [..., K] is needed for dA, h for dB; dx is [..., K]."""
+    if not seen_by_others(dy, None if lora is None else lora.a):
+        return _backward(dy, x, h, weight, lora, needs)
+    k = weight.shape[1]
+    found = torch.ops.fastlora.lora_linear_backward(dy, x, h, k, *_flat(weight, lora), *needs)
+    return Gradients(*(grad if need else None for grad, need in zip(found, needs, strict=True)))
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora: Lora | None,
+    bias: Tensor | None,
+    save_h: bool,
+    path: ModuleType | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y [..., N] and h [M, R] or None by `path`, which is chosen here where it is not given."""
+    n, k = weight.shape
     if x.numel() == 0:
-        y, h = _forward_fake(x, bias, *operands_and_save_h)
-        return y.zero_(), h.zero_()
-    base, lora = _unpack(x.shape[-1], tuple(operands))
-    with _no_autocast(x.device):
-        y, saved = _path(x.device).forward(x.reshape(-1, base.k), base, lora, bias, save_h)
-    return y.view(*x.shape[:-1], base.n), saved if saved is not None else x.new_empty(0, dtype=torch.float32)
-
-
-@torch.library.register_fake("fastlora::lora_linear")
-def _forward_fake(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> tuple[Tensor, Tensor]:
-    *operands, save_h = operands_and_save_h
-    base, lora = _unpack(x.shape[-1], tuple(operands))
-    h_shape = (x.numel() // base.k, lora.a.shape[0]) if save_h and lora is not None else (0,)
-    return x.new_empty((*x.shape[:-1], base.n)), x.new_empty(h_shape, dtype=torch.float32)
+        h = x.new_zeros((x.numel() // k if k else 0, lora.r), dtype=torch.float32) if lora and save_h else None
+        return x.new_zeros((*x.shape[:-1], n)), h
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # the low-rank products keep their own dtype
+        with torch.autocast(device, enabled=False):
+            return _forward(x, weight, lora, bias, save_h, path)
+    path = path or _path(x, weight, lora)
+    if x.dim() == 2:
+        return path.forward(x, weight, lora, bias, save_h)  # type: ignore[no-any-return]
+    y, h = path.forward(x.reshape(-1, k), weight, lora, bias, save_h)
+    return y.view(*x.shape[:-1], n), h
 
 
 def _backward(
-    dy: Tensor, x: Tensor | None, h: Tensor | None, k: int, *operands_and_needs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *operands, need_x, need_a, need_b = operands_and_needs
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor | NF4Weight,
+    lora: Lora | None,
+    needs: Needs,
+    path: ModuleType | None = None,
+) -> Gradients:
+    """As `run_backward`, by `path`, which is chosen here where it is not given."""
+    n, k = weight.shape
     if dy.numel() == 0:
-        dx, da, db = _backward_fake(dy, x, h, k, *operands_and_needs)
-        return dx.zero_(), da.zero_(), db.zero_()
-    base, lora = _unpack(k, tuple(operands))
-    rows = x.reshape(-1, k) if x is not None else None
-    with _no_autocast(dy.device):
-        grads = _path(dy.device).backward(dy.reshape(-1, base.n), rows, h, base, lora, Needs(need_x, need_a, need_b))
-    return (
-        grads.x.view(*dy.shape[:-1], k) if grads.x is not None else dy.new_empty(0),
-        grads.lora_a if grads.lora_a is not None else dy.new_empty(0),
-        grads.lora_b if grads.lora_b is not None else dy.new_empty(0),
-    )
+        dx = dy.new_zeros((*dy.shape[:-1], k)) if needs.x else None
+        da, db = (torch.zeros_like(lora.a), torch.zeros_like(lora.b)) if lora else (None, None)
+        return Gradients(dx, da if needs.lora_a else None, db if needs.lora_b else None)
+    device = dy.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _backward(dy, x, h, weight, lora, needs, path)
+    rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
+    x = x if x is None or x.dim() == 2 else x.reshape(-1, k)
+    path = path or _path(dy, weight, lora)
+    found: Gradients = path.backward(rows, x, h, weight, lora, needs)
+    return found if found.x is None or dy.dim() == 2 else found._replace(x=found.x.view(*dy.shape[:-1], k))
+
+
+def _all_gradients(
+    dy: Tensor, x: Tensor | None, grads: Gradients, needs: tuple[bool, bool], n: int, bias_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB, d bias, d weight); needs: whether those of the bias and of a dense weight are wanted."""
+    dbias = dweight = None
+    need_bias, need_weight = needs
+    if need_bias or need_weight:
+        rows = dy.reshape(-1, n)
+        dbias = rows.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None  # [N]
+        if need_weight:
+            assert x is not None
+            dweight = rows.t() @ x.reshape(-1, x.shape[-1])  # [N, K]
+    return *grads, dbias, dweight
+
+
+class _Linear(torch.autograd.Function):
+    """The linear without torch's dispatcher, which costs 150 us a call where it ends in Python."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, bias: Tensor | None, dense: Tensor | None,
+        seed: Tensor | None, rest: tuple[NF4Weight | None, float, float],
+    ) -> Tensor:  # fmt: skip
+        _, need_a, need_b, _, need_dense, _, _ = ctx.needs_input_grad
+        packed, scaling, dropout_p = rest
+        weight: Any = packed if dense is None else dense
+        lora = None
+        if lora_a is not None and lora_b is not None:
+            lora = Lora(lora_a, lora_b, scaling, dropout_p, seed)
+        path = _path(x, weight, lora) if x.numel() else None  # of this call's backward too
+        y, h = _forward(x, weight, lora, bias, need_b, path)
+        frozen = dense if packed is None else packed.codes  # saved for autograd to see it changed in between
+        ctx.save_for_backward(x if need_a or need_dense else None, h, lora_a, lora_b, frozen, seed)
+        ctx.rest, ctx.path, ctx.bias_dtype = rest, path, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_derivative()
+        x, h, lora_a, lora_b, frozen, seed = ctx.saved_tensors
+        need_x, need_a, need_b, need_bias, need_dense, _, _ = ctx.needs_input_grad
+        packed, scaling, dropout_p = ctx.rest
+        weight = frozen if packed is None else packed
+        grads = Gradients(None, None, None)
+        if need_x or need_a or need_b:
+            lora = None if lora_a is None else Lora(lora_a, lora_b, scaling, dropout_p, seed)
+            grads = _backward(dy, x if need_a else None, h, weight, lora, Needs(need_x, need_a, need_b), ctx.path)
+        if not (need_bias or need_dense):
+            return *grads, None, None, None, None
+        found = _all_gradients(dy, x, grads, (need_bias, need_dense), weight.shape[0], ctx.bias_dtype)
+        return *found, None, None
+
+
+# Function.apply without its search of the arguments for what torch.func left behind: `seen_by_others` has looked.
+_apply = super(torch.autograd.Function, _Linear).apply
+
+
+def _flat(weight: Tensor | NF4Weight, lora: Lora | None) -> tuple[Any, ...]:
+    """The twelve operands of an operator's schema."""
+    parts: tuple[Any, ...] = (weight, None, None, None, None)
+    blocksize = 0
+    if isinstance(weight, NF4Weight):
+        parts, blocksize = weight.tensors(), weight.blocksize
+    a, b, scaling, dropout_p, seed, _ = lora or (None, None, 0.0, 0.0, None, None)
+    return *parts, weight.shape[0], blocksize, a, b, seed, float(scaling), dropout_p
+
+
+def _unflat(k: int, dtype: torch.dtype, operands: tuple[Any, ...]) -> tuple[Tensor | NF4Weight, Lora | None]:
+    """The inverse of `_flat`."""
+    weight, absmax, absmax2, code2, offset, n, blocksize, lora_a, lora_b, seed, scaling, dropout_p = operands
+    if absmax is not None:
+        weight = NF4Weight(weight, absmax, (n, k), dtype, blocksize, absmax2, code2, offset)
+    return weight, None if lora_a is None else Lora(lora_a, lora_b, scaling, dropout_p, seed)
+
+
+_N, _LORA_A, _LORA_B = 5, 7, 8  # positions in `_flat`
+
+
+def _operator(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> tuple[Tensor, Tensor]:
+    *operands, save_h = operands_and_save_h
+    weight, lora = _unflat(x.shape[-1], x.dtype, tuple(operands))
+    y, h = _forward(x, weight, lora, bias, save_h)
+    return y, h if h is not None else x.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.register_fake("fastlora::lora_linear")
+def _operator_fake(x: Tensor, bias: Tensor | None, *operands_and_save_h: Any) -> tuple[Tensor, Tensor]:
+    *operands, save_h = operands_and_save_h
+    lora_a = operands[_LORA_A]
+    h_shape = (x.numel() // x.shape[-1], lora_a.shape[0]) if save_h and lora_a is not None else (0,)
+    return x.new_empty((*x.shape[:-1], operands[_N])), x.new_empty(h_shape, dtype=torch.float32)
+
+
+def _operator_backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, k: int, *operands_and_needs: Any
+) -> tuple[Tensor, ...]:
+    *operands, need_x, need_a, need_b = operands_and_needs
+    weight, lora = _unflat(k, dy.dtype, tuple(operands))
+    grads = _backward(dy, x, h, weight, lora, Needs(need_x, need_a, need_b))
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @torch.library.register_fake("fastlora::lora_linear_backward")
-def _backward_fake(
+def _operator_backward_fake(
     dy: Tensor, x: Tensor | None, h: Tensor | None, k: int, *operands_and_needs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *operands, need_x, need_a, need_b = operands_and_needs
-    _, lora = _unpack(k, tuple(operands))
+    none, lora_a, lora_b = dy.new_empty(0), operands[_LORA_A], operands[_LORA_B]
     return (
-        dy.new_empty((*dy.shape[:-1], k) if need_x else (0,)),
-        torch.empty_like(lora.a, memory_format=torch.contiguous_format) if lora and need_a else dy.new_empty(0),
-        torch.empty_like(lora.b, memory_format=torch.contiguous_format) if lora and need_b else dy.new_empty(0),
+        dy.new_empty((*dy.shape[:-1], k)) if need_x else none,
+        torch.empty_like(lora_a, memory_format=torch.contiguous_format) if lora_a is not None and need_a else none,
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format) if lora_b is not None and need_b else none,
     )
 
 
-_X, _BIAS, _WEIGHT, _LORA_A, _LORA_B = 0, 1, 2, 9, 10  # positions among the operator's inputs
+_X, _BIAS, _WEIGHT = 0, 1, 2  # positions among the operator's inputs, where `_flat` follows x and the bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, bias, *operands, save_h = inputs
-    base, lora = _unpack(x.shape[-1], tuple(operands))
+    *tensors, n, blocksize, lora_a, lora_b, seed, scaling, dropout_p = operands
     needs = ctx.needs_input_grad
-    keep_x = needs[_WEIGHT] or needs[_LORA_A]
-    ctx.base_facts = (base.n, base.k, base.blocksize)
-    ctx.lora_facts = (lora.scaling, lora.dropout_p) if lora is not None else (0.0, 0.0)
+    keep_x = needs[_WEIGHT] or needs[2 + _LORA_A]
+    ctx.numbers = (x.shape[-1], n, blocksize), (scaling, dropout_p)
     ctx.bias_dtype = bias.dtype if bias is not None else None
-    adapters = (lora.a, lora.b, lora.seed) if lora is not None else (None, None, None)
-    ctx.save_for_backward(x if keep_x else None, output[1] if save_h else None, *base[:5], *adapters)
+    ctx.save_for_backward(x if keep_x else None, output[1] if save_h else None, *tensors, lora_a, lora_b, seed)
 
 
 def _autograd(ctx: Any, dy: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, torch.ops.fastlora.lora_linear_backward)
-
-
-def _gradients(ctx: Any, dy: Tensor, operator: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     refuse_second_derivative()
-    x, h, *base_tensors, lora_a, lora_b, seed = ctx.saved_tensors
-    n, k, blocksize = ctx.base_facts
+    x, h, *tensors, lora_a, lora_b, seed = ctx.saved_tensors
+    (k, n, blocksize), facts = ctx.numbers
     needs = ctx.needs_input_grad
-    grads: list[Tensor | None] = [None] * len(needs)
-    if needs[_X] or needs[_LORA_A] or needs[_LORA_B]:
-        dx, da, db = operator(
-            dy, x if needs[_LORA_A] else None, h, k, *base_tensors, n, blocksize, lora_a, lora_b, seed,
-            *ctx.lora_facts, needs[_X], needs[_LORA_A], needs[_LORA_B],
-        )  # fmt: skip
-        for position, grad in ((_X, dx), (_LORA_A, da), (_LORA_B, db)):
-            if needs[position]:
-                grads[position] = grad
-    if needs[_BIAS]:
-        grads[_BIAS] = dy.reshape(-1, n).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    if needs[_WEIGHT]:
-        grads[_WEIGHT] = dy.reshape(-1, n).t() @ x.reshape(-1, k)
-    return tuple(grads)
+    wanted = Needs(needs[_X], needs[2 + _LORA_A], needs[2 + _LORA_B])
+    grads = Gradients(None, None, None)
+    if any(wanted):
+        found = torch.ops.fastlora.lora_linear_backward(
+            dy, x if wanted.lora_a else None, h, k, *tensors, n, blocksize, lora_a, lora_b, seed, *facts, *wanted
+        )
+        grads = Gradients(*(grad if need else None for grad, need in zip(found, wanted, strict=True)))
+    dx, da, db, dbias, dweight = _all_gradients(dy, x, grads, (needs[_BIAS], needs[_WEIGHT]), n, ctx.bias_dtype)
+    placed = {_X: dx, _BIAS: dbias, _WEIGHT: dweight, 2 + _LORA_A: da, 2 + _LORA_B: db}
+    return tuple(placed.get(position) for position in range(len(needs)))
 
 
-_Eager = eager(_forward, _setup_context, _gradients, _backward)
-torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd", _forward)
-torch.library.impl("fastlora::lora_linear_backward", "CompositeExplicitAutograd", _backward)
+torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd", _operator)
+torch.library.impl("fastlora::lora_linear_backward", "CompositeExplicitAutograd", _operator_backward)
 torch.library.register_autograd("fastlora::lora_linear", _autograd, setup_context=_setup_context)
-
-__all__ = ["Backend", "backend", "lora_linear", "nf4_dequantize", "nf4_linear"]

@@ -1,8 +1,8 @@
-"""The fused linear in torch's own operators and compiled C++: the CPU path, and the fall-back on any other device.
+"""The linear in torch's own operators and compiled C++: the CPU path, and the fall-back on any other device.
 
 Where the C++ library is live, it expands NF4 in one pass, multiplies a few rows with packed codes directly, and
 forms the low-rank products h, g, dA and dB, reading 16-bit activations once and never widening them in memory. Where it
-is not, torch's operators compute the same. bf16 on a processor with AVX512_BF16 goes `fused_path`'s way instead.
+is not, torch's operators compute the same. bf16 on a processor with AVX512_BF16 goes by `linear_cpu_bf16` instead.
 
 From about as many tokens as the weight has rows or columns, the update is merged into the expanding weight and costs
 no pass over activations. Below, and for dense weights or dropout, the update is written first and the base product is
@@ -19,34 +19,64 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.native import cpu, linear
+from fastlora.kernels.operands import Lora
+from fastlora.native import cpu
+from fastlora.native import linear as native_linear
 from fastlora.native import lora as native_lora
-from fastlora.ops import linear_cpu_bf16
 from fastlora.ops.backend import backend
-from fastlora.ops.operands import Base, Gradients, Lora, Needs, affine
+from fastlora.ops.nf4 import NF4Weight
+from fastlora.ops.operands import Gradients, Needs, affine, dense, merged, with_rows
 
-FEW_ROWS = 64
 GEMV_UP_TO_M = 8  # above, expanding the weight and one product are quicker than decoding it for every few rows
 SPLIT_FROM_M = 128
 STREAM_FROM = 1 << 15  # elements of an activation below which torch's own calls are quicker
 
 
 def forward(
-    x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
+    x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
-    if linear_cpu_bf16.takes(x, base, lora):
-        return linear_cpu_bf16.forward(x, base, lora, bias, save_h)
     if lora is None:
-        return _base_product(x, base, bias), None
-    merges = _merges(x, base, lora)
-    h = _shrink(x, lora.a.t(), 1.0, lora) if save_h or not merges else None
+        return _base_product(x, weight, bias), None
+    merges = _merges(x, weight, lora)
+    h = _shrink(x, lora.a.t(), 1.0, lora) if save_h or not merges else None  # [M, R]
     if merges:
-        y = affine(x, base.merged(x.dtype, lora), bias)
+        assert isinstance(weight, NF4Weight)
+        y = affine(x, merged(weight, x.dtype, lora), bias)
     else:
         assert h is not None
-        y = _adapted(h, x, base, lora, bias)
+        y = _adapted(h, x, weight, lora, bias)
     return y, h.float() if h is not None and save_h else None
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor | NF4Weight, lora: Lora | None, needs: Needs
+) -> Gradients:
+    """Gradients of everything except a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
+    if lora is None:
+        return Gradients(_base_product_t(dy, weight) if needs.x else None, None, None)
+    merges, undropped = _merges(dy, weight, lora), lora._replace(seed=None)
+    g, da, db = None, None, None
+    if needs.lora_b:
+        assert h is not None
+        db = _outer(h, dy, lora.scaling, undropped, transposed=True).to(lora.b.dtype)  # [N, R]
+    if needs.lora_a or (needs.x and not merges):
+        g = _shrink(dy, lora.b, lora.scaling, undropped)  # [M, R]
+    if needs.lora_a:
+        assert g is not None
+        assert x is not None
+        da = _outer(g, x, 1.0, lora).to(lora.a.dtype)  # [R, K]
+    if not needs.x:
+        return Gradients(None, da, db)
+    if merges:
+        assert isinstance(weight, NF4Weight)
+        return Gradients(dy @ merged(weight, dy.dtype, lora), da, db)
+    assert g is not None
+    packed = _reads_packed(dy, weight)
+    update = _update(g, lora.a, dy, packed, None)  # [M, K]
+    if lora.seed is not None:
+        update.mul_(_mask(lora, *update.shape))
+    return Gradients(_sum(update, dy, weight, packed, transposed=True), da, db)
 
 
 def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, str]]:
@@ -54,65 +84,19 @@ def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: to
     cpp, packed, any_m = backend(device).name == "cpp", blocksize > 0, 1 << 62
     rest = [(any_m, "torch's product, update first")]
     if packed:
-        merged = (any_m, "expand and merge, then torch's product")
-        rest = [(min(n, k) - 1, "expand, then torch's product, update first"), *([merged] if r else [])]
+        by_merging = (any_m, "expand and merge, then torch's product")
+        rest = [(min(n, k) - 1, "expand, then torch's product, update first"), *([by_merging] if r else [])]
         rest = rest if r else [(any_m, "expand, then torch's product")]
         rest = [(GEMV_UP_TO_M, "C++ product over packed codes"), *rest] if cpp else rest
-    if cpp and dtype is torch.bfloat16 and linear.supports(1, n, k, r, packed):
-        few = any_m if linear.supports(any_m, n, k, r, packed) else linear.FEW_TOKENS
+    if cpp and dtype is torch.bfloat16 and native_linear.supports(1, n, k, r, packed):
+        few = any_m if native_linear.supports(any_m, n, k, r, packed) else native_linear.FEW_TOKENS
         rest = [(few, "one C++ product"), *(step for step in rest if step[0] > few)]
     return rest
 
 
-def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs) -> Gradients:
-    """Gradients of everything but a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
-    if linear_cpu_bf16.takes(dy, base, lora):
-        return linear_cpu_bf16.backward(dy, x, h, base, lora, needs)
-    if lora is None:
-        return Gradients(_base_product_t(dy, base) if needs.x else None, None, None)
-    merges = _merges(dy, base, lora)
-    g, da, db = None, None, None
-    if needs.lora_b:
-        assert h is not None
-        db = _outer(h, dy, lora.scaling, lora._replace(seed=None), transposed=True).to(lora.b.dtype)
-    if needs.lora_a or (needs.x and not merges):
-        g = _shrink(dy, lora.b, lora.scaling, lora._replace(seed=None))
-    if needs.lora_a:
-        assert g is not None
-        assert x is not None
-        da = _outer(g, x, 1.0, lora).to(lora.a.dtype)
-    if not needs.x:
-        return Gradients(None, da, db)
-    if merges:
-        return Gradients(dy @ base.merged(dy.dtype, lora), da, db)
-    assert g is not None
-    update = _update(g, lora.a, dy, base, None)
-    if lora.seed is not None:
-        update.mul_(_mask(lora, *update.shape))
-    return Gradients(_sum(update, dy, base, transposed=True), da, db)
-
-
-def few_rows(x: Tensor, weight: Tensor, lora: Lora, bias: Tensor | None) -> Tensor:
-    """The linear over a dense weight as torch's own differentiable operators, its forward in the order of `forward`.
-
-    For a few rows their calls are all that LoRA costs, and torch's C++ makes them more quickly than any Python. Its
-    backward rounds the two parts of dx apart, as peft's does.
-    x: [..., K].
-    """
-    rows = x.view(-1, x.shape[-1])
-    h = (rows.to(lora.dtype) @ lora.a.t().to(lora.dtype)) * lora.scaling
-    right = lora.b.t().to(lora.dtype)
-    if bias is not None and bias.dtype != x.dtype:  # see `_adapted`
-        y = (rows @ weight.t() + (h @ right + bias)).to(x.dtype)
-    else:
-        update = h @ right if bias is None else torch.addmm(bias.to(lora.dtype), h, right)
-        y = torch.addmm(update.to(x.dtype), rows, weight.t())
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _merges(x: Tensor, base: Base, lora: Lora) -> bool:
+def _merges(x: Tensor, weight: Tensor | NF4Weight, lora: Lora) -> bool:
     """Merging costs N K R products, a separate update M N R or M K R."""
-    return base.is_nf4 and lora.seed is None and x.shape[0] >= min(base.n, base.k)
+    return isinstance(weight, NF4Weight) and lora.seed is None and x.shape[0] >= min(weight.shape)
 
 
 def _has_cpp(x: Tensor) -> bool:
@@ -128,14 +112,14 @@ def _seed(lora: Lora) -> int | None:
     return None if lora.seed is None else int(lora.seed.item())
 
 
-def _mask(lora: Lora, rows: int, cols: int) -> Tensor:
-    """The dropout mask [rows, cols] in fp32, derived anew from the seed."""
+def _mask(lora: Lora, rows: int, columns: int) -> Tensor:
+    """The dropout mask [rows, columns] in fp32, derived anew from the seed."""
     assert lora.seed is not None
     if _has_cpp(lora.seed):
-        mask = torch.empty(rows, cols, dtype=torch.float32, device="cpu")
+        mask = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
         native_lora.dropout_mask(int(lora.seed.item()), lora.dropout_p, mask)
         return mask
-    return reference.dropout_mask(int(lora.seed.item()), rows, cols, lora.dropout_p).to(lora.seed.device)
+    return reference.dropout_mask(int(lora.seed.item()), rows, columns, lora.dropout_p).to(lora.seed.device)
 
 
 def _dropped(x: Tensor, lora: Lora) -> Tensor:
@@ -148,7 +132,7 @@ def _shrink(x: Tensor, right: Tensor, scaling: float, lora: Lora) -> Tensor:
     """scaling · dropout(x) right, [M, R]. x: [M, K]; right: [K, R], a view of an adapter."""
     if _streams(x, lora):
         out = torch.empty(x.shape[0], right.shape[1], dtype=torch.float32, device="cpu")
-        native_lora.lora_shrink(_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
+        native_lora.lora_shrink(with_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
         return out
     # the factor goes to the smaller operand: a product in 16 bits would be rounded a second time
     return _dropped(x, lora) @ _scaled(right.to(lora.dtype), scaling)
@@ -160,7 +144,7 @@ def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool
         shape = (x.shape[1], left.shape[1]) if transposed else (left.shape[1], x.shape[1])
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         view = out.t() if transposed else out
-        native_lora.lora_outer(_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
+        native_lora.lora_outer(with_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
         return out
     wide, left = _dropped(x, lora), _scaled(left.to(lora.dtype), scaling)
     return wide.t() @ left if transposed else left.t() @ wide
@@ -170,58 +154,53 @@ def _scaled(t: Tensor, scaling: float) -> Tensor:
     return t if scaling == 1.0 else t * scaling
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _reads_packed(x: Tensor, base: Base) -> bool:
+def _reads_packed(x: Tensor, weight: Tensor | NF4Weight) -> bool:
     """Whether the product can read packed codes, so that no expanded weight is written."""
-    return base.is_nf4 and 0 < x.shape[0] <= GEMV_UP_TO_M and backend(x.device).name == "cpp"
+    return isinstance(weight, NF4Weight) and 0 < x.shape[0] <= GEMV_UP_TO_M and _has_cpp(x)
 
 
-def _packed_product(x: Tensor, base: Base, transposed: bool) -> Tensor:
+def _packed_product(x: Tensor, weight: Tensor | NF4Weight, transposed: bool) -> Tensor:
     """x Wᵀ, or x W where `transposed`, in fp32, for a few rows."""
-    assert base.absmax is not None
-    out = torch.empty(x.shape[0], base.k if transposed else base.n, dtype=torch.float32, device="cpu")
-    product = cpu.nf4_gemv_t if transposed else cpu.nf4_gemv
-    product(x.contiguous(), base.weight, base.absmax, base.absmax2, base.code2, base.offset, base.blocksize, out)
+    assert isinstance(weight, NF4Weight)
+    out = torch.empty(x.shape[0], weight.shape[transposed], dtype=torch.float32, device="cpu")
+    (cpu.nf4_gemv_t if transposed else cpu.nf4_gemv)(x.contiguous(), weight, out)
     return out
 
 
-def _base_product(x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+def _base_product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias, [M, N]."""
-    if not _reads_packed(x, base):
-        return affine(x, base.dense(x.dtype), bias)
-    y = _packed_product(x, base, transposed=False)
+    if not _reads_packed(x, weight):
+        return affine(x, dense(weight, x.dtype), bias)
+    y = _packed_product(x, weight, transposed=False)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _base_product_t(dy: Tensor, base: Base) -> Tensor:
+def _base_product_t(dy: Tensor, weight: Tensor | NF4Weight) -> Tensor:
     """dy W, [M, K]."""
-    if not _reads_packed(dy, base):
-        return dy @ base.dense(dy.dtype)
-    return _packed_product(dy, base, transposed=True).to(dy.dtype)
+    if not _reads_packed(dy, weight):
+        return dy @ dense(weight, dy.dtype)
+    return _packed_product(dy, weight, transposed=True).to(dy.dtype)
 
 
-def _adapted(h: Tensor, x: Tensor, base: Base, lora: Lora, bias: Tensor | None) -> Tensor:
+def _adapted(h: Tensor, x: Tensor, weight: Tensor | NF4Weight, lora: Lora, bias: Tensor | None) -> Tensor:
     """x Wᵀ + scaling · h Bᵀ + bias, [M, N].
 
     The update goes first, and the base product is added onto it. A bias wider than x is not to be rounded twice, as it
     may be larger than both: then the base goes first.
     """
-    if bias is None or bias.dtype == x.dtype or _reads_packed(x, base):
-        return _sum(_update(h * lora.scaling, lora.b.t(), x, base, bias), x, base)
-    y = x @ base.dense(x.dtype).t()
+    packed = _reads_packed(x, weight)
+    if bias is None or bias.dtype == x.dtype or packed:
+        return _sum(_update(h * lora.scaling, lora.b.t(), x, packed, bias), x, weight, packed)
+    y = x @ dense(weight, x.dtype).t()
     return torch.add(y, torch.addmm(bias, h.float() * lora.scaling, lora.b.t().float()), out=y)
 
 
-def _update(left: Tensor, right: Tensor, x: Tensor, base: Base, bias: Tensor | None) -> Tensor:
+def _update(left: Tensor, right: Tensor, x: Tensor, packed: bool, bias: Tensor | None) -> Tensor:
     """left right + bias, to which `_sum` adds the base product. left: [M, R]; right: [R, N], a view of an adapter.
 
-    In fp32 where that product comes in fp32 (few rows), else in x's dtype.
+    In fp32 where that product comes in fp32 (`packed`), else in x's dtype.
     """
-    dtype = torch.float32 if _reads_packed(x, base) else x.dtype
+    dtype = torch.float32 if packed else x.dtype
     if dtype == torch.float32 or right.dtype == dtype:
         left, right = left.to(dtype), right.to(dtype)
     elif left.shape[0] < SPLIT_FROM_M:
@@ -231,14 +210,14 @@ def _update(left: Tensor, right: Tensor, x: Tensor, base: Base, bias: Tensor | N
         left, right = left.float(), right.float()
         left_high, right_high = left.to(dtype), right.to(dtype)
         left_low, right_low = (left - left_high).to(dtype), (right - right_high).to(dtype)
-        left = torch.cat((left_high, left_low, left_high), dim=1)
-        right = torch.cat((right_high, right_high, right_low))
+        left = torch.cat((left_high, left_low, left_high), dim=1)  # [M, 3 R]
+        right = torch.cat((right_high, right_high, right_low))  # [3 R, N]
     return affine(left, right.t(), bias)
 
 
-def _sum(update: Tensor, x: Tensor, base: Base, transposed: bool = False) -> Tensor:
+def _sum(update: Tensor, x: Tensor, weight: Tensor | NF4Weight, packed: bool, transposed: bool = False) -> Tensor:
     """update + x Wᵀ (or x W), rounded once to x's dtype; `update` is overwritten."""
-    if _reads_packed(x, base):
-        return update.add_(_packed_product(x, base, transposed)).to(x.dtype)
-    weight = base.dense(x.dtype)
-    return update.addmm_(x, weight if transposed else weight.t())
+    if packed:
+        return update.add_(_packed_product(x, weight, transposed)).to(x.dtype)
+    w = dense(weight, x.dtype)
+    return update.addmm_(x, w if transposed else w.t())

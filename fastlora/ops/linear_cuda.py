@@ -1,4 +1,4 @@
-"""The fused linear on CUDA, by the number of tokens: kernels that read packed codes for few, cuBLAS for many.
+"""The linear on CUDA, by the number of tokens: kernels that read packed codes for few, cuBLAS for many.
 
     decode       up to 16, no dropout: each packed byte read once, LoRA inside; compiled CUDA, or its Triton twin
     fused        up to about M*: tiles expand inside the product, and LoRA's h or g is one more tile of the contraction
@@ -18,7 +18,6 @@ in turn on a stream: a scratch buffer in effect, with nothing to size or to free
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +26,11 @@ from fastlora.kernels import choice, decode, fused, search
 from fastlora.kernels import lora as kernel
 from fastlora.kernels.choice import Choice
 from fastlora.kernels.lora_plan import Dropout
+from fastlora.kernels.operands import Lora
 from fastlora.native import cuda
 from fastlora.ops.backend import compiled_decode
-from fastlora.ops.dequantize import level_table
-from fastlora.ops.operands import Base, Gradients, Lora, Needs, affine
+from fastlora.ops.nf4 import NF4Weight
+from fastlora.ops.operands import Gradients, Needs, affine, dense, merged
 
 _DECODERS = {"decode-cuda": cuda, "decode": decode}
 _NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
@@ -39,54 +39,64 @@ _NO_DROPOUT = Dropout()
 
 
 def forward(
-    x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
+    x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
-    chosen = _choose("linear", x, base, lora, lambda other: forward_by(other, x, base, lora, bias, save_h))
-    return forward_by(chosen, x, base, lora, bias, save_h)
+    chosen = _choose("linear", x, weight, lora, lambda other: forward_by(other, x, weight, lora, bias, save_h))
+    return forward_by(chosen, x, weight, lora, bias, save_h)
 
 
 def forward_by(
-    chosen: Choice, x: Tensor, base: Base, lora: Lora | None, bias: Tensor | None, save_h: bool
+    chosen: Choice, x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `forward`, by a given kernel, which must be able to."""
     a, b, scaling, dropout = _parts(lora)
-    merges = chosen.kernel == "dequantize" and _merges(base, lora)
+    merges = chosen.kernel == "dequantize" and _merges(weight, lora)
     h = None
     if a is not None and (save_h or not (merges or chosen.kernel in _DECODERS)):
-        h = kernel.shrink(x, a, dropout)
-    if chosen.kernel in _DECODERS:
-        y = _DECODERS[chosen.kernel].decode(x, *_packed(base), base.n, a, b, scaling, bias)
-    elif chosen.kernel == "fused":
-        y = fused.linear(x, *_packed(base), base.n, h, b, scaling, bias, chosen.config)
-    elif lora is None or merges:
-        y = affine(x, base.merged(x.dtype, lora) if lora is not None else base.dense(x.dtype), bias)
+        h = kernel.shrink(x, a, dropout)  # [M, R]
+    if isinstance(weight, NF4Weight) and chosen.kernel in _DECODERS:
+        y = _DECODERS[chosen.kernel].decode(x, weight, a, b, scaling, bias)
+    elif isinstance(weight, NF4Weight) and chosen.kernel == "fused":
+        y = fused.linear(x, weight, h, b, scaling, bias, chosen.config)
+    elif lora is None:
+        y = affine(x, dense(weight, x.dtype), bias)
+    elif isinstance(weight, NF4Weight) and merges:
+        y = affine(x, merged(weight, x.dtype, lora), bias)
     else:
         assert h is not None
         assert b is not None
         # A bias wider than x is not to be rounded twice, as it may be larger than all else: then the base goes first.
         base_first = bias is not None and bias.dtype != x.dtype
-        update = kernel.expand(h, b, scaling, torch.float32 if base_first else x.dtype, Dropout(), bias)
-        weight = base.dense(x.dtype).t()
-        y = torch.add(x @ weight, update).to(x.dtype) if base_first else update.addmm_(x, weight)
+        update = kernel.expand(h, b, scaling, torch.float32 if base_first else x.dtype, Dropout(), bias)  # [M, N]
+        right = dense(weight, x.dtype).t()  # [K, N]
+        y = torch.add(x @ right, update).to(x.dtype) if base_first else update.addmm_(x, right)
     return y, h if save_h else None
 
 
-def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs) -> Gradients:
-    """Gradients of everything but a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
+def backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor | NF4Weight, lora: Lora | None, needs: Needs
+) -> Gradients:
+    """Gradients of everything except a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
     chosen = _DEQUANTIZE
     if needs.x:
-        chosen = _choose("linear_t", dy, base, lora, lambda other: backward_by(other, dy, x, h, base, lora, needs))
-    return backward_by(chosen, dy, x, h, base, lora, needs)
+        chosen = _choose("linear_t", dy, weight, lora, lambda other: backward_by(other, dy, x, h, weight, lora, needs))
+    return backward_by(chosen, dy, x, h, weight, lora, needs)
 
 
 def backward_by(
-    chosen: Choice, dy: Tensor, x: Tensor | None, h: Tensor | None, base: Base, lora: Lora | None, needs: Needs
+    chosen: Choice,
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor | NF4Weight,
+    lora: Lora | None,
+    needs: Needs,
 ) -> Gradients:
     """As `backward`, with dx by a given kernel, which must be able to."""
     _, b, scaling, dropout = _parts(lora)
     g, da, db = None, None, None
-    needs_g = needs.lora_a or (needs.x and not (chosen.kernel == "dequantize" and _merges(base, lora)))
+    needs_g = needs.lora_a or (needs.x and not (chosen.kernel == "dequantize" and _merges(weight, lora)))
     if lora is not None and b is not None and (needs_g or needs.lora_b):
         g, db = kernel.dy_pass(dy, b, h if h is not None else dy, scaling, needs_g, needs.lora_b)
         db = db.to(lora.b.dtype) if db is not None else None
@@ -94,31 +104,35 @@ def backward_by(
         assert g is not None
         assert x is not None
         da = kernel.x_pass(x, g, dropout, lora.dtype).to(lora.a.dtype)
-    return Gradients(dx_by(chosen, dy, g, base, lora) if needs.x else None, da, db)
+    return Gradients(dx_by(chosen, dy, g, weight, lora) if needs.x else None, da, db)
 
 
-def dx_by(chosen: Choice, dy: Tensor, g: Tensor | None, base: Base, lora: Lora | None) -> Tensor:
+def dx_by(chosen: Choice, dy: Tensor, g: Tensor | None, weight: Tensor | NF4Weight, lora: Lora | None) -> Tensor:
     """dx [M, K] from dy [M, N] and g = scaling · dy B [M, R], which a merged weight does without."""
     a, _, _, dropout = _parts(lora)
-    if chosen.kernel == "fused":
-        return fused.linear_t(dy, *_packed(base), base.k, g, a, dropout, chosen.config)
-    if lora is None or _merges(base, lora):
-        return dy @ (base.merged(dy.dtype, lora) if lora is not None else base.dense(dy.dtype))
+    if isinstance(weight, NF4Weight) and chosen.kernel == "fused":
+        return fused.linear_t(dy, weight, g, a, dropout, chosen.config)
+    if lora is None:
+        return dy @ dense(weight, dy.dtype)
+    if isinstance(weight, NF4Weight) and _merges(weight, lora):
+        return dy @ merged(weight, dy.dtype, lora)
     assert g is not None
     assert a is not None
-    return kernel.expand(g, a.t(), 1.0, dy.dtype, dropout).addmm_(dy, base.dense(dy.dtype))
+    return kernel.expand(g, a.t(), 1.0, dy.dtype, dropout).addmm_(dy, dense(weight, dy.dtype))
 
 
-def _choose(op: str, rows: Tensor, base: Base, lora: Lora | None, run: Callable[[Choice], object]) -> Choice:
+def _choose(
+    op: str, rows: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, run: Callable[[Choice], object]
+) -> Choice:
     """The kernel for a product with these operands; `run` does it by another choice, for a search."""
-    if not base.is_nf4:
+    if not isinstance(weight, NF4Weight):
         return _DEQUANTIZE
-    r = lora.a.shape[0] if lora is not None else 0
+    (n, k), r = weight.shape, lora.r if lora is not None else 0
     drops, compiled = lora is not None and lora.seed is not None, compiled_decode(rows.device)[0]
-    asked = (op, rows.shape[0], base.n, base.k, r, drops, rows.device, compiled)
+    asked = (op, rows.shape[0], n, k, r, drops, rows.device, compiled)
 
     def fits(other: Choice) -> bool:
-        return not refusal(other.kernel, rows.dtype, rows.shape[0], base.k, base.n, base.blocksize, r)
+        return not refusal(other.kernel, rows.dtype, rows.shape[0], k, n, weight.blocksize, r)
 
     if search.autotunes():
         return search.search(*asked, run, fits)
@@ -128,15 +142,15 @@ def _choose(op: str, rows: Tensor, base: Base, lora: Lora | None, run: Callable[
     return chosen
 
 
-def reads_packed(op: str, rows: Tensor, base: Base) -> bool:
-    """Whether a plain product of these rows with the base ("linear", or "linear_t" for dx) expands no whole weight."""
+def reads_packed(op: str, rows: Tensor, weight: Tensor | NF4Weight) -> bool:
+    """Whether a plain product of these rows with the weight ("linear", or "linear_t" for dx) reads packed codes."""
 
     def run(other: Choice) -> object:
         if op == "linear":
-            return forward_by(other, rows, base, None, None, False)
-        return backward_by(other, rows, None, None, base, None, Needs(True, False, False))
+            return forward_by(other, rows, weight, None, None, False)
+        return backward_by(other, rows, None, None, weight, None, Needs(True, False, False))
 
-    return _choose(op, rows, base, None, run).kernel != "dequantize"
+    return _choose(op, rows, weight, None, run).kernel != "dequantize"
 
 
 _WORDS = {
@@ -173,11 +187,6 @@ def _refusal(kernel: str, dtype: torch.dtype, m: int, k: int, n: int, blocksize:
     return fused.supports(dtype, k, n, blocksize, r)
 
 
-def _packed(base: Base) -> tuple[Any, ...]:
-    """The NF4 operands as every kernel takes them."""
-    return *base[:5], level_table(base.weight.device), base.blocksize
-
-
 def _parts(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float, Dropout]:
     """A and B in one dtype, the scaling, and what the kernels need of dropout."""
     if lora is None:
@@ -188,5 +197,5 @@ def _parts(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float, Drop
     return a, b, lora.scaling, Dropout(lora.dropout_p, lora.seed) if lora.seed is not None else _NO_DROPOUT
 
 
-def _merges(base: Base, lora: Lora | None) -> bool:
-    return base.is_nf4 and lora is not None and lora.seed is None
+def _merges(weight: Tensor | NF4Weight, lora: Lora | None) -> bool:
+    return isinstance(weight, NF4Weight) and lora is not None and lora.seed is None

@@ -17,34 +17,24 @@ Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.kernels.operands import Lora
 from fastlora.ops.autograd import computed_in, seen_by_others
 from fastlora.ops.backend import backend
 from fastlora.ops.linear import nf4_linear
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import Base
+from fastlora.ops.operands import in_dtype
 
 # Rows times adapters beyond the first; above, rows are computed in segments. A CPU has no launches to save.
 SIDE_BY_SIDE_UP_TO = {"cpu": 0, "cuda": 64}
 
 
-class Adapter(NamedTuple):
-    """One adapter of a layer, as it stands at a call."""
-
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    scaling: float
-    bias: Tensor | None = None  # [N], of B: it adds scaling * bias
-    dropout_p: float = 0.0
-    training: bool = False
-
-
-def total_bias(base_bias: Tensor | None, adapter: Adapter) -> Tensor | None:
+def total_bias(base_bias: Tensor | None, adapter: Lora) -> Tensor | None:
     """The bias of a layer and of its adapter as one: [N], in fp32 where the adapter has one. Differentiable."""
     if adapter.bias is None:
         return base_bias
@@ -52,14 +42,14 @@ def total_bias(base_bias: Tensor | None, adapter: Adapter) -> Tensor | None:
     return update if base_bias is None else base_bias.float() + update
 
 
-def joined(adapters: Sequence[Adapter]) -> Adapter:
+def joined(adapters: Sequence[Lora]) -> Lora:
     """Adapters without dropout that are active at once, as one of the summed rank: their updates add."""
     biases = [adapter.bias.float() * adapter.scaling for adapter in adapters if adapter.bias is not None]
-    return Adapter(
-        torch.cat([adapter.lora_a for adapter in adapters]),
-        torch.cat([adapter.lora_b * adapter.scaling for adapter in adapters], dim=1),
+    return Lora(
+        torch.cat([adapter.a for adapter in adapters]),
+        torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1),
         1.0,
-        torch.stack(biases).sum(0) if biases else None,
+        bias=torch.stack(biases).sum(0) if biases else None,
     )
 
 
@@ -67,7 +57,7 @@ def mixed_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
     bias: Tensor | None,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Lora],
     names: Sequence[str],
 ) -> Tensor:
     """y = x Wᵀ + bias + the update of each sample's own adapter.
@@ -95,9 +85,9 @@ def mixed_linear(
             return nf4_linear(rows, weight, bias)
         bias = None if bias is None else bias.float()  # its gradient is summed in fp32
         if not present and isinstance(weight, Tensor):
-            return _affine(rows, weight.to(dtype), bias)
+            return _affine(rows, in_dtype(weight, dtype), bias)
         wide = any(adapter.bias is not None for adapter in present.values())
-        side_by_side = not any(map(_drops, present.values()))
+        side_by_side = not any(adapter.dropout_p for adapter in present.values())
         if side_by_side and x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0):
             update = _side_by_side(x, bias, present, names)
         elif x.numel() and not seen_by_others(x, None) and backend(x.device).name == "triton":
@@ -107,7 +97,7 @@ def mixed_linear(
         return _added(rows, weight, update, wide, x.dtype)
 
 
-def several_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
+def several_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, adapters: Sequence[Lora]) -> Tensor:
     """y = x Wᵀ + bias + the updates of several adapters, each with its own dropout and dtype, over one base product.
 
     Differentiable in x, the adapters, bias, and in a dense weight. The adapters' ranks lie side by side: one product
@@ -123,15 +113,15 @@ def several_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, a
     """
     device, dtype = x.device.type, computed_in(x)
     with torch.autocast(device, enabled=False):
-        widest = torch.float32 if any(_dtype(each) == torch.float32 for each in adapters) else _dtype(adapters[0])
+        widest = torch.float32 if any(each.dtype == torch.float32 for each in adapters) else adapters[0].dtype
         cast = {
-            dtype: x.to(dtype) for dtype in map(_dtype, adapters)
+            dtype: x.to(dtype) for dtype in (each.dtype for each in adapters)
         }  # once each: their gradients add up before the cast
         hidden = []
         for each in adapters:
-            seen = F.dropout(cast[_dtype(each)], each.dropout_p, each.training)
-            hidden.append(((seen @ each.lora_a.t().to(_dtype(each))) * each.scaling).to(widest))
-        lora_b = torch.cat([each.lora_b.to(widest) for each in adapters], dim=1)
+            seen = F.dropout(cast[each.dtype], each.dropout_p)
+            hidden.append(((seen @ each.a.t().to(each.dtype)) * each.scaling).to(widest))
+        lora_b = torch.cat([each.b.to(widest) for each in adapters], dim=1)
         wide = any(each.bias is not None for each in adapters)
         total = None if bias is None else bias.float()
         for each in adapters:
@@ -140,16 +130,12 @@ def several_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, a
         return _added(x.to(dtype), weight, update, wide, x.dtype)
 
 
-def _drops(adapter: Adapter) -> bool:
-    return adapter.training and adapter.dropout_p > 0
-
-
 def _added(rows: Tensor, weight: Tensor | NF4Weight, update: Tensor, wide: bool, given: torch.dtype) -> Tensor:
     """rows Wᵀ + update. `wide`: the update may be larger than all else, and is added in fp32; given: dtype of x."""
     if isinstance(weight, NF4Weight):
         dtype = torch.promote_types(given, rows.dtype)
         return (nf4_linear(rows, weight) + update.to(torch.float32 if wide else dtype)).to(dtype)
-    weight = weight.to(rows.dtype)
+    weight = in_dtype(weight, rows.dtype)
     if wide:
         return (F.linear(rows, weight) + update).to(rows.dtype)
     y = torch.addmm(update.to(rows.dtype).flatten(0, -2), rows.reshape(-1, rows.shape[-1]), weight.t())
@@ -161,7 +147,7 @@ def _by_kernels(
     dtype: torch.dtype,
     weight: Tensor | NF4Weight,
     bias: Tensor | None,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Lora],
     names: Sequence[str],
     wide: bool,
 ) -> Tensor:
@@ -169,28 +155,29 @@ def _by_kernels(
     from fastlora.ops import mixed_cuda
 
     parts, places, k = list(adapters.values()), _places(adapters, names), x.shape[-1]
-    facts = tuple((part.scaling, part.dropout_p if _drops(part) else 0.0) for part in parts)
+    facts = tuple((part.scaling, part.dropout_p) for part in parts)
     stretches = mixed_cuda.rows_of(places, x.numel() // k // len(names), facts, x.device)
     biases = None
     if wide or bias is not None:
         nothing = x.new_zeros(weight.shape[0], dtype=torch.float32) if bias is None else bias
         totals = (total_bias(bias, part) for part in parts)
         biases = torch.stack([*(nothing if total is None else total for total in totals), nothing])
-    adapted = torch.float32 if torch.float32 in map(_dtype, parts) else dtype
-    lora_a = mixed_cuda.stacked([part.lora_a.to(adapted) for part in parts], 0)
-    lora_b = mixed_cuda.stacked([part.lora_b.to(adapted) for part in parts], 1)
+    adapted = torch.float32 if torch.float32 in [part.dtype for part in parts] else dtype
+    lora_a = mixed_cuda.stacked([part.a.to(adapted) for part in parts], 0)
+    lora_b = mixed_cuda.stacked([part.b.to(adapted) for part in parts], 1)
     result = dtype if isinstance(weight, Tensor) else torch.promote_types(x.dtype, dtype)
     y = mixed_cuda.linear(
-        x.reshape(-1, k), _base(weight, dtype), lora_a, lora_b, biases, wide, stretches, dtype, result
+        x.reshape(-1, k),
+        in_dtype(weight, dtype),
+        lora_a,
+        lora_b,
+        biases,
+        wide,
+        stretches,
+        dtype,
+        result,
     )
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _base(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Base:
-    if isinstance(weight, NF4Weight):
-        n, k = weight.shape
-        return Base(*weight.tensors(), n, k, weight.blocksize)
-    return Base(weight.to(dtype), None, None, None, None, weight.shape[0], weight.shape[1], 0)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, wide: bool = False) -> Tensor:
@@ -216,21 +203,21 @@ class _Expanded(torch.autograd.Function):
         return dy.sum(0, dtype=torch.float32), None, None
 
 
-def _places(adapters: Mapping[str, Adapter], names: Sequence[str]) -> tuple[int, ...]:
+def _places(adapters: Mapping[str, Lora], names: Sequence[str]) -> tuple[int, ...]:
     """For each sample the place of its adapter, or -1."""
     known = {name: place for place, name in enumerate(adapters)}
     return tuple(known.get(name, -1) for name in names)
 
 
-def _side_by_side(x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter], names: Sequence[str]) -> Tensor:
+def _side_by_side(x: Tensor, bias: Tensor | None, adapters: Mapping[str, Lora], names: Sequence[str]) -> Tensor:
     """The updates and the bias, [B, ..., N], by ranks side by side; in fp32 where adapters have biases."""
     parts = list(adapters.values())
-    dtype = _dtype(parts[0])
-    lora_a = torch.cat([part.lora_a for part in parts]) if len(parts) > 1 else parts[0].lora_a
-    columns = [part.lora_b for part in parts]
+    dtype = parts[0].dtype
+    lora_a = torch.cat([part.a for part in parts]) if len(parts) > 1 else parts[0].a
+    columns = [part.b for part in parts]
     places = _places(adapters, names)
     shape = (len(names), *[1] * (x.ndim - 2), -1)
-    factors = _kept(_factors, places, tuple((part.lora_a.shape[0], part.scaling) for part in parts), x.device)
+    factors = _kept(_factors, places, tuple((part.a.shape[0], part.scaling) for part in parts), x.device)
     h = ((x.to(dtype) @ lora_a.t().to(dtype)) * factors.view(shape)).to(dtype)
     biased = [part for part in parts if part.bias is not None]
     if biased:
@@ -244,7 +231,7 @@ def _side_by_side(x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter
 
 
 def _in_segments(
-    x: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter], names: Sequence[str], out_dtype: torch.dtype
+    x: Tensor, bias: Tensor | None, adapters: Mapping[str, Lora], names: Sequence[str], out_dtype: torch.dtype
 ) -> Tensor:
     """The same, each adapter by a product of its own samples, which are brought together first."""
     wide = any(adapter.bias is not None for adapter in adapters.values())
@@ -255,7 +242,7 @@ def _in_segments(
     order = [place for places in mine.values() for place in places]
     is_sorted = order == list(range(len(names)))
     gathered = x if is_sorted else x.index_select(0, _kept(_indices, tuple(order), x.device))
-    n = next(iter(adapters.values())).lora_b.shape[0]
+    n = next(iter(adapters.values())).b.shape[0]
     updates = []
     for owner, seen in zip(mine, gathered.split([len(places) for places in mine.values()]), strict=True):
         if owner is None:
@@ -263,22 +250,17 @@ def _in_segments(
             rows = _Expanded.apply(nothing, seen.numel() // seen.shape[-1], out_dtype)
             updates.append(rows.view(*seen.shape[:-1], n))
             continue
-        part, dtype = adapters[owner], _dtype(adapters[owner])
+        part, dtype = adapters[owner], adapters[owner].dtype
         seen = seen.to(dtype)
-        if _drops(part):
+        if part.dropout_p:
             seen = F.dropout(seen, part.dropout_p)
-        h = (seen @ part.lora_a.t().to(dtype)) * part.scaling
-        updates.append(_affine(h, part.lora_b.to(dtype), total_bias(bias, part), wide).to(out_dtype))
+        h = (seen @ part.a.t().to(dtype)) * part.scaling
+        updates.append(_affine(h, part.b.to(dtype), total_bias(bias, part), wide).to(out_dtype))
     update = torch.cat(updates) if len(updates) > 1 else updates[0]
     if is_sorted:
         return update
     back = sorted(range(len(order)), key=order.__getitem__)
     return update.index_select(0, _kept(_indices, tuple(back), x.device))
-
-
-def _dtype(adapter: Adapter) -> torch.dtype:
-    """The dtype of the low-rank products: fp32 where either matrix has it."""
-    return torch.promote_types(adapter.lora_a.dtype, adapter.lora_b.dtype)
 
 
 _captured: list[Tensor] = []  # what CUDA graphs will read again

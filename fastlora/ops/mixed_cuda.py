@@ -27,7 +27,8 @@ from fastlora.kernels.lora_plan import Dropout
 from fastlora.kernels.segments import KEEP, Segments
 from fastlora.ops import linear_cuda
 from fastlora.ops.autograd import refuse_second_derivative
-from fastlora.ops.operands import Base, Needs
+from fastlora.ops.nf4 import NF4Weight
+from fastlora.ops.operands import Needs, dense
 
 
 class Rows(NamedTuple):
@@ -99,48 +100,50 @@ def stacked(adapters: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def linear(
-    x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, wide: bool, rows: Rows,
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, wide: bool, rows: Rows,
     dtype: torch.dtype, result: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """y [M, N], each row with its own adapter; differentiable in x, the adapters, the biases and a dense weight.
 
     Args:
-        x: [M, K], bf16, fp16 or fp32. base: a weight [N, K], dense in `dtype` or NF4.
+        x: [M, K], bf16, fp16 or fp32. weight: [N, K], dense in `dtype` or NF4.
         lora_a: [adapters, R, K]. lora_b: [adapters, N, R]. Both fp32 or both `dtype`.
         bias: [adapters + 1, N], the last for rows without an adapter.
         wide: whether a bias may be larger than all else, and must not be rounded before the sum.
         dtype: of the products; x is cast to it. result: dtype of y; a sum formed in fp32 is rounded to it alone.
     """
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device) if rows.drops else None
-    y: Tensor = _Linear.apply(x, base.weight, lora_a, lora_b, bias, base, seed, wide, rows, dtype, result)
+    whole, packed = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
+    y: Tensor = _Linear.apply(x, whole, lora_a, lora_b, bias, packed, seed, wide, rows, dtype, result)
     return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, base: Base,
-        seed: Tensor | None, wide: bool, rows: Rows, dtype: torch.dtype, result: torch.dtype,
+        ctx: Any, x: Tensor, whole: Tensor | None, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
+        packed: NF4Weight | None, seed: Tensor | None, wide: bool, rows: Rows, dtype: torch.dtype, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
+        weight: Any = packed if whole is None else whole
         ctx.given, x = x.dtype, x.to(dtype)
         segments, dropout = rows.segments, _dropout(seed)
         h = kernel.shrink(x, lora_a, dropout, segments=segments)
-        base_first = (bias is not None and wide) or linear_cuda.reads_packed("linear", x, base)
+        base_first = (bias is not None and wide) or linear_cuda.reads_packed("linear", x, weight)
         update = kernel.expand(h, lora_b, 1.0, torch.float32 if base_first else dtype, Dropout(), bias, segments)
         if base_first:
-            y = torch.add(linear_cuda.forward(x, base, None, None, False)[0], update)
+            y = torch.add(linear_cuda.forward(x, weight, None, None, False)[0], update)
         else:
-            y = update.addmm_(x, base.dense(dtype).t())
+            y = update.addmm_(x, dense(weight, dtype).t())
         _, need_weight, need_a, need_b, *_ = ctx.needs_input_grad
         kept = x if need_weight or need_a else None, h if need_b else None
-        ctx.save_for_backward(*kept, weight, lora_a, lora_b, seed)
-        ctx.base, ctx.rows, ctx.dtype, ctx.bias_dtype = base, rows, dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*kept, whole if packed is None else packed.codes, lora_a, lora_b, seed)
+        ctx.packed, ctx.rows, ctx.dtype, ctx.bias_dtype = packed, rows, dtype, None if bias is None else bias.dtype
         return y.to(result)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative()
-        x, h, weight, lora_a, lora_b, seed = ctx.saved_tensors
+        x, h, frozen, lora_a, lora_b, seed = ctx.saved_tensors
         need_x, need_weight, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
         segments, dropout, dy = ctx.rows.segments, _dropout(seed), dy.to(ctx.dtype)
         dx = dw = da = db = dbias = g = None
@@ -151,7 +154,8 @@ class _Linear(torch.autograd.Function):
             da = kernel.x_pass(x, g, dropout, lora_a.dtype, segments=segments).to(lora_a.dtype)
         if need_x:
             assert g is not None
-            dx = _dx(dy, g, lora_a, ctx.base._replace(weight=weight), segments, dropout).to(ctx.given)
+            weight = frozen if ctx.packed is None else ctx.packed
+            dx = _dx(dy, g, lora_a, weight, segments, dropout).to(ctx.given)
         if need_weight:
             dw = dy.t() @ x
         if need_bias:
@@ -159,14 +163,16 @@ class _Linear(torch.autograd.Function):
         return dx, dw, da, None if db is None else db.to(lora_b.dtype), dbias, *(None,) * 6
 
 
-def _dx(dy: Tensor, g: Tensor, lora_a: Tensor, base: Base, segments: Segments, dropout: Dropout) -> Tensor:
+def _dx(
+    dy: Tensor, g: Tensor, lora_a: Tensor, weight: Tensor | NF4Weight, segments: Segments, dropout: Dropout
+) -> Tensor:
     """dx [M, K], in dy's dtype, or in fp32 where it was formed so."""
-    base_first = linear_cuda.reads_packed("linear_t", dy, base)
+    base_first = linear_cuda.reads_packed("linear_t", dy, weight)
     dtype = torch.float32 if base_first else dy.dtype
     dx = kernel.expand(g, lora_a.mT, 1.0, dtype, dropout, segments=segments, column=KEEP)
     if not base_first:
-        return dx.addmm_(dy, base.dense(dy.dtype))
-    of_base = linear_cuda.backward(dy, None, None, base, None, Needs(True, False, False)).x
+        return dx.addmm_(dy, dense(weight, dy.dtype))
+    of_base = linear_cuda.backward(dy, None, None, weight, None, Needs(True, False, False)).x
     assert of_base is not None
     return torch.add(of_base, dx)
 

@@ -14,99 +14,36 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from fastlora import reference
+from fastlora.kernels.operands import FLOAT_DTYPES, LEVELS, SCALES_A_RUN, Packed, check_blocksize, level_table
 from fastlora.native import quantize as native_quantize
 from fastlora.ops.backend import backend
-from fastlora.ops.dequantize import level_table, nf4_dequantize
-from fastlora.reference import NESTED_BLOCKSIZE, NF4_CODE
+from fastlora.ops.dequantize import nf4_dequantize
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 _QUANTIZE_CHUNK = 1 << 22  # weights expanded at a time: bounds the memory of quantize()
 
 
-@dataclass(eq=False, frozen=True)
-class NF4Weight:
-    """A weight [N, K] in NF4.
-
-    Args:
-        codes: [ceil(N*K/2)], uint8, flat, high nibble first.
-        absmax: [blocks], fp32 scales; uint8 levels where nested.
-        shape: (N, K).
-        dtype: dtype before quantization, which `dequantize()` gives back by default.
-        blocksize: values a scale serves: 32, 64, ... 4096.
-        absmax2: nested: [ceil(blocks/256)], fp32.
-        code2: nested: [256], fp32, the 8-bit levels.
-        offset: nested: 0-d, fp32, the mean of the scales.
-    Raises:
-        ValueError: the parts do not fit together.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    blocksize: int
-    absmax2: Tensor | None = None
-    code2: Tensor | None = None
-    offset: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        _check_blocksize(self.blocksize)
-        if self.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"dtype of an NF4 weight must be fp32, fp16 or bf16, not {self.dtype}")
-        n, k = self.shape
-        blocks = -(n * k // -self.blocksize)
-        expected = [("codes", self.codes, torch.uint8, -(n * k // -2))]
-        if self.absmax2 is None:
-            expected += [("absmax", self.absmax, torch.float32, blocks)]
-        else:
-            if self.code2 is None or self.offset is None:
-                raise ValueError("nested NF4 scales need absmax2, code2 and offset together")
-            expected += [
-                ("absmax", self.absmax, torch.uint8, blocks),
-                ("absmax2", self.absmax2, torch.float32, -(blocks // -NESTED_BLOCKSIZE)),
-                ("code2", self.code2, torch.float32, 256),
-                ("offset", self.offset, torch.float32, 1),
-            ]
-        for name, tensor, dtype, numel in expected:
-            if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} of an NF4 weight {list(self.shape)} with blocksize {self.blocksize} must be contiguous, "
-                    f"{numel} x {dtype}; got {tensor.numel()} x {tensor.dtype}"
-                )
-
-    @property
-    def nested(self) -> bool:
-        """Whether the scales are themselves quantized (bitsandbytes: `compress_statistics`)."""
-        return self.absmax2 is not None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the codes lie."""
-        return self.codes.device
+@final
+class NF4Weight(Packed):
+    __doc__ = Packed.__doc__
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales together."""
         return sum(tensor.nbytes for tensor in self.tensors() if tensor is not None)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """(codes, absmax, absmax2, code2, offset), the order in which operators take them."""
-        return self.codes, self.absmax, self.absmax2, self.code2, self.offset
-
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [N, K] in `dtype` (default: as before quantization), rounded once from fp32."""
         dtype = dtype or self.dtype
         _check_float_dtype(dtype)
-        return nf4_dequantize(*self.tensors(), *self.shape, self.blocksize, dtype)
+        return nf4_dequantize(self, dtype)
 
     def to(self, device: torch.device | str) -> "NF4Weight":
         """The same weight on another device; itself where nothing moves."""
@@ -138,8 +75,8 @@ class NF4Weight:
         part: dict[str, Any] = {"codes": codes, "shape": (end - begin, k)}
         if self.absmax2 is None:
             return replace(self, absmax=absmax, **part)
-        run, phase = divmod(first, NESTED_BLOCKSIZE)
-        absmax2 = self.absmax2[run : -(last // -NESTED_BLOCKSIZE)]
+        run, phase = divmod(first, SCALES_A_RUN)
+        absmax2 = self.absmax2[run : -(last // -SCALES_A_RUN)]
         if phase == 0:
             return replace(self, absmax=absmax, absmax2=absmax2, **part)
         scales = reference.nf4_scales(absmax, absmax2, self.code2, self.offset, phase)
@@ -150,7 +87,7 @@ class NF4Weight:
         state: dict[str, Tensor] = {
             "weight": self.codes.view(-1, 1),
             "weight.absmax": self.absmax,
-            "weight.quant_map": torch.tensor(NF4_CODE, dtype=torch.float32, device=self.device),
+            "weight.quant_map": torch.tensor(LEVELS, dtype=torch.float32, device=self.device),
         }
         facts: dict[str, Any] = {
             "quant_type": "nf4",
@@ -162,7 +99,7 @@ class NF4Weight:
             state["weight.nested_absmax"] = self.absmax2
             state["weight.nested_quant_map"] = self.code2
             facts |= {
-                "nested_blocksize": NESTED_BLOCKSIZE,
+                "nested_blocksize": SCALES_A_RUN,
                 "nested_dtype": "float32",
                 "nested_offset": self.offset.item(),
             }
@@ -186,7 +123,7 @@ class NF4Weight:
         missing = [key for key in needed if key not in state]
         if missing:
             raise ValueError(f"the state of an NF4 weight lacks {', '.join(missing)}")
-        _check_nested_blocksize(facts.get("nested_blocksize", NESTED_BLOCKSIZE))
+        _check_nested_blocksize(facts.get("nested_blocksize", SCALES_A_RUN))
         codes = state["weight"].contiguous().view(torch.uint8).flatten()
         n, k = facts["shape"]
         return cls(
@@ -245,11 +182,11 @@ class NF4Weight:
 
         second = None
         if self.absmax2 is not None:
-            second = QuantState(absmax=self.absmax2, code=self.code2, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+            second = QuantState(absmax=self.absmax2, code=self.code2, blocksize=SCALES_A_RUN, dtype=torch.float32)
         state = QuantState(
             absmax=self.absmax,
             shape=torch.Size(self.shape),
-            code=torch.tensor(NF4_CODE, dtype=torch.float32, device=self.device),
+            code=torch.tensor(LEVELS, dtype=torch.float32, device=self.device),
             blocksize=self.blocksize,
             quant_type="nf4",
             dtype=self.dtype,
@@ -278,7 +215,7 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
         ValueError: wrong dtype, not a matrix, empty, an unknown blocksize, NaN or inf among the values.
     Source: arXiv:2305.14314, section 3.
     """
-    _check_blocksize(blocksize)
+    check_blocksize(blocksize)
     _check_float_dtype(w.dtype)
     if w.ndim != 2 or w.numel() == 0:
         raise ValueError(f"quantize takes a weight [N, K] with at least one value; got shape {list(w.shape)}")
@@ -309,7 +246,7 @@ def _encode(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         levels = _nearest_levels(part, part_absmax, blocksize, code)
         if levels.numel() % 2:
             # bitsandbytes pads an odd weight with the value zero
-            levels = torch.cat((levels, levels.new_full((1,), NF4_CODE.index(0.0))))
+            levels = torch.cat((levels, levels.new_full((1,), LEVELS.index(0.0))))
         codes[start // 2 :][: levels.numel() // 2] = (levels[::2] << 4) | levels[1::2]
     return codes, absmax
 
@@ -325,16 +262,16 @@ def _encode_scales(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit levels of scales less their offset, and the second-level scales."""
     on_cpu = absmax.device.type == "cpu"
     centred = absmax - offset
-    absmax2 = _block_absmax(centred, NESTED_BLOCKSIZE)
-    levels = _nearest_levels(centred, absmax2, NESTED_BLOCKSIZE, dynamic_code(absmax.device), grid=on_cpu)
+    absmax2 = _block_absmax(centred, SCALES_A_RUN)
+    levels = _nearest_levels(centred, absmax2, SCALES_A_RUN, dynamic_code(absmax.device), grid=on_cpu)
     if on_cpu:  # scales all alike: bitsandbytes divides 0 by 0 and ends at level 0; the value is the same
-        levels[(absmax2 == 0).repeat_interleave(NESTED_BLOCKSIZE)[: levels.numel()]] = 0
+        levels[(absmax2 == 0).repeat_interleave(SCALES_A_RUN)[: levels.numel()]] = 0
     return levels, absmax2
 
 
 def _encode_scales_with_cpp(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     levels = torch.empty_like(absmax, dtype=torch.uint8)
-    absmax2 = absmax.new_empty(-(absmax.numel() // -NESTED_BLOCKSIZE))
+    absmax2 = absmax.new_empty(-(absmax.numel() // -SCALES_A_RUN))
     native_quantize.quantize_scales(absmax, offset.item(), _level_of_step(), levels, absmax2)
     return levels, absmax2
 
@@ -382,19 +319,11 @@ def _nearest_levels(values: Tensor, absmax: Tensor, blocksize: int, code: Tensor
     return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-def _check_blocksize(blocksize: int) -> None:
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}; got {blocksize}")
-
-
 def _check_nested_blocksize(blocksize: int) -> None:
-    if blocksize != NESTED_BLOCKSIZE:
-        raise ValueError(f"nested scales come in blocks of {NESTED_BLOCKSIZE}; this weight has {blocksize}")
+    if blocksize != SCALES_A_RUN:
+        raise ValueError(f"nested scales come in blocks of {SCALES_A_RUN}; this weight has {blocksize}")
 
 
 def _check_float_dtype(dtype: torch.dtype) -> None:
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"NF4 works with fp32, fp16 and bf16, not {dtype}: convert the weight first")
-
-
-__all__ = ["BLOCKSIZES", "NF4_CODE", "NF4Weight", "dynamic_code", "quantize", "reference"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fastlora.layers.bases import compute_dtype, dense_weight, is_conv1d, is_dense, is_linear4bit
-from fastlora.ops.mixed import Adapter
-from fastlora.ops.nf4 import FLOAT_DTYPES
+from fastlora.kernels.operands import FLOAT_DTYPES, Lora
+from fastlora.layers.bases import compute_dtype, is_linear4bit
+from fastlora.layers.dense import dense_weight, is_conv1d, is_dense
 
 try:
     from peft.tuners.lora.variants import DoraLinearVariant
@@ -45,37 +45,40 @@ def standing_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = Fal
     return told[0] if told and all(told) else ""
 
 
-def step_back_reason(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Why this call must go to peft's forward; empty where ours computes the same."""
-    if args or any(value is not None for name, value in kwargs.items() if name != "adapter_names"):
-        return "called with more than the input"
-    if layer.disable_adapters:
-        return EXPECTED[0]
-    if layer.merged:
-        return EXPECTED[1]
+def at_a_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, list[str]]:
+    """Why this call must go to peft's forward, empty where ours computes the same; and the adapters that take part."""
     per_sample = kwargs.get("adapter_names")
+    if args or (kwargs and any(value is not None for name, value in kwargs.items() if name != "adapter_names")):
+        return "called with more than the input", []
+    if layer.disable_adapters:
+        return EXPECTED[0], []
+    if layer.merged:
+        return EXPECTED[1], []
     active = active_names(layer) if per_sample is None else sampled_names(layer, per_sample)
     if per_sample is None and not active:
-        return EXPECTED[2]
+        return EXPECTED[2], []
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return "hooks for all modules are registered"
+        return "hooks for all modules are registered", []
     base = layer._modules["base_layer"]
-    reason = (
-        base_reason(base)
-        or _orientation_reason(layer, base)
-        or next(filter(None, (adapter_reason(layer, name) for name in active)), "")
-        or (_together_reason(layer, active) if per_sample is None else _mixed_reason(layer, active, x, per_sample))
-    )
+    reason = base_reason(base) or _orientation_reason(layer, base)
+    for name in active:
+        reason = reason or adapter_reason(layer, name)
+    if per_sample is not None:
+        reason = reason or _mixed_reason(layer, active, x, per_sample)
+    elif len(active) > 1:
+        reason = reason or _together_reason(layer, active)
     if reason:
-        return reason
-    dtypes = {layer._modules["lora_A"]._modules[name]._parameters["weight"].dtype for name in active}
+        return reason, active
+    weights = layer._modules["lora_A"]._modules
+    dtypes = {weights[name]._parameters["weight"].dtype for name in active}
     dora = bool(active) and active[0] in layer.lora_variant
-    return _dtype_reason(x, base, dtypes, dora, dora and _drops(layer, active[0]))
+    return _dtype_reason(x, base, dtypes, dora, dora and _dropped(layer, active[0]) > 0), active
 
 
-def _drops(layer: Any, name: str) -> bool:
+def _dropped(layer: Any, name: str) -> float:
+    """The share of its input that an adapter drops now; `nn.Dropout` has it, `nn.Identity` has none."""
     dropout = layer._modules["lora_dropout"]._modules[name]
-    return bool(dropout.training and getattr(dropout, "p", 0.0) > 0)
+    return dropout.__dict__.get("p", 0.0) if dropout.training else 0.0  # type: ignore[no-any-return]
 
 
 def active_names(layer: Any) -> list[str]:
@@ -90,21 +93,19 @@ def sampled_names(layer: Any, per_sample: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(per_sample) if name in known]
 
 
-def adapter(layer: Any, name: str) -> Adapter:
+def adapter(layer: Any, name: str) -> Lora:
     """One adapter as it stands."""
-    children = layer._modules
-    lora_a, lora_b = (children[part]._modules[name]._parameters for part in ("lora_A", "lora_B"))
-    dropout, scaling = children["lora_dropout"]._modules[name], layer.scaling[name]
-    b, bias = lora_b["weight"], lora_b["bias"]
+    modules = layer._modules
+    lora_a = modules["lora_A"]._modules[name]._parameters
+    lora_b = modules["lora_B"]._modules[name]._parameters
+    b, bias, scaling = lora_b["weight"], lora_b["bias"], layer.scaling[name]
     if isinstance(scaling, Tensor):  # peft prepares for hot-swapping under torch.compile so: no number in the graph
         b, bias, scaling = b * scaling, None if bias is None else bias * scaling, 1.0
-    return Adapter(lora_a["weight"], b, scaling, bias, getattr(dropout, "p", 0.0), dropout.training)
+    return Lora(lora_a["weight"], b, scaling, _dropped(layer, name), bias=bias)
 
 
 def _together_reason(layer: Any, names: list[str]) -> str:
     """Why several adapters cannot run as one; empty where they can."""
-    if len(names) < 2:
-        return ""
     if any(name in layer.lora_variant for name in names):
         return f"{len(names)} adapters are active, one of them DoRA"
     return ""
@@ -127,7 +128,7 @@ def base_reason(base: Any) -> str:
         return "the base layer has hooks or a forward of its own"
     if is_dense(base):
         weight: Any = base._parameters.get("weight")
-        if parametrize.is_parametrized(base):
+        if "parametrizations" in base._modules:
             return "the base layer is parametrized"
         if type(weight) not in _PLAIN:
             return f"the base weight is a {type(weight).__name__}"
@@ -155,8 +156,9 @@ def adapter_reason(layer: Any, name: str) -> str:
     """Why one adapter cannot be computed by ours; empty where it can."""
     if name in layer.lora_variant and (reason := _variant_reason(layer, name)):
         return reason
-    children = layer._modules
-    lora_a, lora_b, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    modules = layer._modules
+    lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    dropout = modules["lora_dropout"]._modules[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return "A or B is parametrized or no plain nn.Linear"
     if not (is_plain(lora_a) and is_plain(lora_b)):
@@ -174,7 +176,7 @@ def adapter_reason(layer: Any, name: str) -> str:
         return "lora_bias with DoRA"
     if type(dropout) not in (nn.Dropout, nn.Identity) or not is_plain(dropout):
         return "the dropout layer is not nn.Dropout or has hooks"
-    if dropout.training and getattr(dropout, "p", 0.0) >= 1.0 - 2**-17:
+    if dropout.training and dropout.__dict__.get("p", 0.0) >= 1.0 - 2**-17:
         return "lora_dropout drops everything"
     if reason := _scaling_reason(layer, name, b):
         return reason
@@ -202,27 +204,24 @@ def _variant_reason(layer: Any, name: str) -> str:
     return "DoRA with ephemeral_gpu_offload" if layer.ephemeral_gpu_offload else ""
 
 
-def computed_in(x: Tensor, base: Any) -> torch.dtype:
-    """The dtype in which ours multiplies x by a base layer's weight."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return dense_weight(base).dtype if is_dense(base) else compute_dtype(base, x)
-
-
 def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], dora: bool, drops: bool) -> str:
     """Whether the dtypes are those that ours takes: x as the weight, or autocast; adapters fp32 or as x."""
-    given, four_bit, dtype = x.dtype, not is_dense(base), computed_in(x, base)
-    if torch.is_autocast_enabled(x.device.type):
+    given, four_bit, autocast = x.dtype, not is_dense(base), torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        dtype = torch.get_autocast_dtype(x.device.type)
         # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may be in neither
         good = dtype in FLOAT_DTYPES and (not four_bit or given in (torch.float32, dtype))
     else:
-        good = four_bit or given == dtype
+        dtype = compute_dtype(base, x) if four_bit else dense_weight(base).dtype
+        good = four_bit or given is dtype
+    if good and not dora and given in FLOAT_DTYPES and adapters <= {torch.float32, dtype}:
+        return ""
     told = ", ".join(sorted(map(str, adapters)))
     if not (good and given in FLOAT_DTYPES and adapters <= {torch.float32, dtype}):
         return f"dtypes: input {given}, adapters {told}, computed in {dtype}"
     if not dora or adapters <= {dtype}:
         return ""
-    if drops and not torch.is_autocast_enabled(x.device.type):
+    if drops and not autocast:
         return f"DoRA with dropout and {told} adapters over {dtype}: peft multiplies in {told}"
     trained = not four_bit and dense_weight(base).requires_grad
     return f"DoRA with {told} adapters over a trained {dtype} weight" if trained else ""

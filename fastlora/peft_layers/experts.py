@@ -14,11 +14,11 @@ from torch import Tensor, compiler, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
+from fastlora.kernels.operands import FLOAT_DTYPES, Lora
 from fastlora.layers import experts
 from fastlora.layers.experts import (
     IMPLEMENTATIONS,
     INTERFACE,
-    Update,
     computes_in_fp32,
     projections,
     routing_of,
@@ -26,7 +26,6 @@ from fastlora.layers.experts import (
 from fastlora.layers.report import Row
 from fastlora.ops.autograd import computed_in
 from fastlora.ops.grouped import kernels
-from fastlora.ops.nf4 import FLOAT_DTYPES
 from fastlora.peft_layers.conditions import EXPECTED, active_names, adapter, is_plain
 from fastlora.peft_layers.linear import SPED_UP, SpedUp, count
 
@@ -104,7 +103,7 @@ def step_back_reason(wrappers: list[Any], x: Tensor, args: tuple[Any, ...], kwar
     return _dtype_reason(x, experts, wrappers)
 
 
-def updates_of(wrappers: list[Any]) -> dict[str, Update]:
+def updates_of(wrappers: list[Any]) -> dict[str, Lora]:
     """Parameter name -> its active adapters, several as one of the summed rank."""
     found = {}
     for wrapper in wrappers:
@@ -114,7 +113,7 @@ def updates_of(wrappers: list[Any]) -> dict[str, Update]:
         elif parts:
             a = torch.cat([part.a for part in parts], dim=1)
             b = torch.cat([part.b * part.scaling for part in parts], dim=2)
-            found[wrapper.parameter_name] = Update(a, b, 1.0)
+            found[wrapper.parameter_name] = Lora(a, b)
     return found
 
 
@@ -134,12 +133,12 @@ def row(name: str, layer: Any, reason: str, path: str) -> Row:
     return Row(name, kind, shape, True, said, path, rank, packed, layer.fastlora_calls, computed)
 
 
-def _unpack(wrapper: Any, name: str) -> Update:
+def _unpack(wrapper: Any, name: str) -> Lora:
     a, b, scaling, *_ = adapter(wrapper, name)
     count = wrapper.num_experts
     a = a.reshape(count, -1, a.shape[1])  # [E·r, K] -> [E, r, K]
     b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)  # [N, r·E] -> [E, N, r]
-    return Update(a, b, scaling)
+    return Lora(a, b, scaling)
 
 
 def _active(wrapper: Any) -> list[str]:

@@ -19,21 +19,20 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, compiler, nn
 
-from fastlora.layers.bases import AdoptedWeight, compute_dtype, dense_weight, is_dense
-from fastlora.layers.lora_linear import lora_linear_4bit
+from fastlora.kernels.operands import Lora
+from fastlora.layers.bases import AdoptedWeight, frozen
 from fastlora.layers.report import Calls
-from fastlora.ops import dora
+from fastlora.ops.dora import dora_linear, dora_linear_with_dropout
 from fastlora.ops.linear import lora_linear
-from fastlora.ops.mixed import Adapter, joined, mixed_linear, several_linear, total_bias
+from fastlora.ops.mixed import joined, mixed_linear, several_linear, total_bias
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.peft_layers import conditions
-from fastlora.peft_layers.conditions import EXPECTED, active_names, sampled_names, step_back_reason
+from fastlora.peft_layers.conditions import EXPECTED, at_a_call
 from fastlora.peft_layers.kept_norms import KeptNorms
 from fastlora.peft_layers.kept_weight import KeptWeight, changed
 
@@ -63,55 +62,32 @@ class _SpedUpLinear(SpedUp):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output: by one call of ours where the conditions hold, else by peft's forward."""
-        reason = step_back_reason(self, x, args, kwargs)
+        reason, active = at_a_call(self, x, args, kwargs)
         if not compiler.is_compiling():
             count(self.fastlora_calls, reason)
         if reason:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        base, per_sample = self._modules["base_layer"], kwargs.get("adapter_names")
-        active = active_names(self) if per_sample is None else sampled_names(self, per_sample)
+        per_sample = kwargs.get("adapter_names")
+        adapters = [conditions.adapter(self, name) for name in active]
+        x, weight, bias, given = frozen(self._modules["base_layer"], x, self.fastlora_adopted)
         if per_sample is not None and (len(active) != 1 or any(name != active[0] for name in per_sample)):
-            return self._mixed(x, base, active, per_sample)
-        adapters = [_one(self, name) for name in active]
-        if len(active) > 1 and not _are_as_one(adapters):
-            return self._several(x, base, adapters)
-        adapter = adapters[0] if len(active) == 1 else joined(adapters)
-        if active[0] in self.lora_variant:
-            return self._dora(x, base, adapter, active[0])
-        lora_a, lora_b, scaling, _, p, training = adapter
-        if is_dense(base):
-            bias = total_bias(base._parameters["bias"], adapter)
-            return lora_linear(x, dense_weight(base), lora_a, lora_b, scaling, bias, p, training)
-        weight, bias = self.fastlora_adopted.of(base), total_bias(base.bias, adapter)
-        return lora_linear_4bit(x, base, weight, lora_a, lora_b, scaling, p, training, bias)
-
-    def _mixed(self: Any, x: Tensor, base: Any, names: Sequence[str], per_sample: Sequence[str]) -> Tensor:
-        adapters = {name: _one(self, name) for name in names}
-        if is_dense(base):
-            return mixed_linear(x, dense_weight(base), base._parameters["bias"], adapters, per_sample)
-        weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
-        return mixed_linear(x.to(dtype), weight, _bias_in(base, dtype), adapters, per_sample).to(x.dtype)
-
-    def _several(self: Any, x: Tensor, base: Any, adapters: Sequence[Adapter]) -> Tensor:
-        if is_dense(base):
-            return several_linear(x, dense_weight(base), base._parameters["bias"], adapters)
-        weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
-        return several_linear(x.to(dtype), weight, _bias_in(base, dtype), adapters).to(x.dtype)
-
-    def _dora(self: Any, x: Tensor, base: Any, adapter: Adapter, name: str) -> Tensor:
-        lora_a, lora_b, scaling, _, p, training = adapter
-        given, bias = x.dtype, base._parameters["bias"]
-        if is_dense(base):
-            weight: Tensor | NF4Weight = dense_weight(base)
+            y = mixed_linear(x, weight, bias, dict(zip(active, adapters, strict=True)), per_sample)
+        elif len(active) > 1 and not _are_as_one(adapters):
+            y = several_linear(x, weight, bias, adapters)
         else:
-            weight, dtype = self.fastlora_adopted.of(base), compute_dtype(base, x)
-            x, bias = x.to(dtype), _bias_in(base, dtype)
+            lora = adapters[0] if len(active) == 1 else joined(adapters)
+            if active[0] in self.lora_variant:
+                y = self._dora(x, weight, bias, lora, active[0])
+            else:
+                bias = total_bias(bias, lora)
+                y = lora_linear(x, weight, lora.a, lora.b, lora.scaling, bias, lora.dropout_p, True)
+        return y if given is None else y.to(given)
+
+    def _dora(self: Any, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora: Lora, name: str) -> Tensor:
         magnitude = self.lora_magnitude_vector._modules[name].weight
-        norms = self.fastlora_norms.of(weight, lora_a, lora_b, scaling)
-        operands = x, weight, lora_a, lora_b, scaling, magnitude, norms, bias
-        drops = training and p > 0
-        y = dora.dora_linear_with_dropout(*operands, p) if drops else dora.dora_linear(*operands)
-        return y if is_dense(base) else y.to(given)
+        norms = self.fastlora_norms.of(weight, lora.a, lora.b, lora.scaling)
+        operands = x, weight, lora.a, lora.b, lora.scaling, magnitude, norms, bias
+        return dora_linear_with_dropout(*operands, lora.dropout_p) if lora.dropout_p else dora_linear(*operands)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         self.fastlora_adopted.forget()
@@ -197,20 +173,9 @@ def standing_reason(layer: Any, whichever_is_active: bool = False) -> str:
     return SPED_UP[kind][1](layer, whichever_is_active)
 
 
-def _bias_in(base: Any, dtype: torch.dtype) -> Tensor | None:
-    """The bias of a `Linear4bit`, in the dtype that it computes in or in fp32."""
-    bias: Tensor | None = base.bias
-    return bias if bias is None or bias.dtype == torch.float32 else bias.to(dtype)
-
-
-def _one(layer: Any, name: str) -> Adapter:
-    return conditions.adapter(layer, name)
-
-
-def _are_as_one(adapters: Sequence[Adapter]) -> bool:
+def _are_as_one(adapters: Sequence[Lora]) -> bool:
     """Whether active adapters make one of the summed rank: none drops anything, and all have one dtype."""
-    same = len({adapter.lora_a.dtype for adapter in adapters}) == 1
-    return same and not any(adapter.dropout_p > 0 and adapter.training for adapter in adapters)
+    return len({adapter.a.dtype for adapter in adapters}) == 1 and not any(adapter.dropout_p for adapter in adapters)
 
 
 def count(calls: Calls, reason: str) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
-from fastlora.layers.bases import is_conv1d, is_linear4bit
-from fastlora.layers.lora_linear import kernels_of
+from fastlora.layers.bases import is_linear4bit, kernels_of
+from fastlora.layers.dense import is_conv1d
 from fastlora.layers.report import Report, Row
 from fastlora.ops.backend import backend
 from fastlora.peft_layers import experts

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from fastlora.kernels import choice
+from fastlora.kernels.operands import Lora
 
 import fastlora
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import linear, linear_cpu, linear_cpu_bf16, linear_cuda, nf4
 from fastlora.ops.backend import backend
-from fastlora.ops.operands import Base, Lora
 from tests.support.models import gpt2, llama
 
 CPU = torch.device("cpu")
@@ -19,34 +19,34 @@ CPU = torch.device("cpu")
 def operands(n, k, r, blocksize=64, dtype=torch.float32):
     weight = nf4.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(0)), blocksize)
     lora = Lora(torch.zeros(r, k, dtype=dtype), torch.zeros(n, r, dtype=dtype), 1.0, 0.0, None) if r else None
-    return Base(*weight.tensors(), n, k, blocksize), lora
+    return weight, lora
 
 
 @pytest.mark.parametrize("r", [0, 4])
 def test_steps_on_the_cpu_are_what_the_path_does(r):
     n, k = 96, 64
-    base, lora = operands(n, k, r)
+    weight, lora = operands(n, k, r)
     steps = linear_cpu.steps(n, k, 64, r, torch.float32, CPU)
     assert [bound for bound, _ in steps] == sorted({bound for bound, _ in steps})
     for bound, words in steps:
         for m in {max(1, bound - 1), bound} if bound < 1 << 20 else {4096}:
             x = torch.empty(m, k)
-            assert linear_cpu._reads_packed(x, base) == ("packed codes" in words)
+            assert linear_cpu._reads_packed(x, weight) == ("packed codes" in words)
             if lora is not None:
-                merges = linear_cpu._merges(x, base, lora) and not linear_cpu._reads_packed(x, base)
+                merges = linear_cpu._merges(x, weight, lora) and not linear_cpu._reads_packed(x, weight)
                 assert merges == ("merge" in words), (m, words)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_one_product_is_said_where_it_serves(packed):
     n, k, r = 96, 64, 4
-    base, lora = operands(n, k, r, dtype=torch.bfloat16)
+    weight, lora = operands(n, k, r, dtype=torch.bfloat16)
     if not packed:
-        base = Base(torch.zeros(n, k, dtype=torch.bfloat16), None, None, None, None, n, k, 0)
+        weight = torch.zeros(n, k, dtype=torch.bfloat16)
     steps = linear_cpu.steps(n, k, 64 * packed, r, torch.bfloat16, CPU)
     for m in (1, 64, 5000):
         words = next(words for bound, words in steps if m <= bound)
-        served = linear_cpu_bf16.serves(torch.empty(m, k, dtype=torch.bfloat16), base, lora, None)
+        served = linear_cpu_bf16.takes(torch.empty(m, k, dtype=torch.bfloat16), weight, lora)
         assert served == (words == "one C++ product")
 
 
@@ -54,12 +54,14 @@ def test_steps_on_a_gpu_are_the_choices():
     """On the device that stands for a GPU in the interpreter."""
     pytest.importorskip("triton")
     n, k, r = 256, 512, 8
-    base, lora = operands(n, k, r, dtype=torch.bfloat16)
+    weight, lora = operands(n, k, r, dtype=torch.bfloat16)
     steps = linear_cuda.steps(n, k, 64, r, torch.bfloat16, CPU)
     assert steps[-1][0] == choice.ANY_M
     for bound, words in steps:
         m = min(bound, 5000)
-        chosen = linear_cuda._choose("linear", torch.empty(m, k, dtype=torch.bfloat16), base, lora, lambda other: None)
+        chosen = linear_cuda._choose(
+            "linear", torch.empty(m, k, dtype=torch.bfloat16), weight, lora, lambda other: None
+        )
         assert linear_cuda._WORDS[chosen.kernel] == words, m
     assert linear_cuda.steps(n, k, 0, r, torch.bfloat16, CPU) == [(choice.ANY_M, "cuBLAS, update first")]
 

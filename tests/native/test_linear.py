@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from fastlora.kernels.operands import Lora, Packed
 from torch import Tensor
 
 from fastlora import reference
 from fastlora.native import cpu, linear
-from fastlora.native.linear import Packed, Update
 from fastlora.ops import nf4
 from tests.support.numerics import assert_as_accurate, rms
 
@@ -18,7 +18,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 SCALING = 2.0
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "poison"),
     pytest.mark.skipif(cpu.isas()[-1:] != ("avx512bf16",), reason="this processor, or this build, has no AVX512_BF16"),
 ]
 
@@ -36,10 +36,6 @@ def inside_nan(t: Tensor) -> Tensor:
     return inner
 
 
-def poisoned(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=dtype)
-
-
 class Case:
     """Random operands of one linear, and the results of the library, the reference and the fp64 oracle."""
 
@@ -55,24 +51,19 @@ class Case:
         self.exact_weight = dense.double()
         if packed:
             quantized = nf4.quantize(dense)
-            self.weight = Packed(*quantized.tensors(), quantized.blocksize, n, k)
+            self.weight = quantized
             self.exact_weight = quantized.dequantize(FP32).double()
-        self.update = Update(self.lora_a, self.lora_b, SCALING)
+        self.lora = Lora(self.lora_a, self.lora_b, SCALING)
         self.mask = None
         if p:
             seed = 0x123456789ABCDEF0
             self.mask = reference.dropout_mask(seed, m, k, p)
-            self.update = self.update._replace(seed=seed, p=p)
+            self.lora = self.lora._replace(seed=torch.tensor([seed]), dropout_p=p)
 
     def ours(self) -> list[Tensor]:
         """y, dx, dA, dB."""
-        m, k = self.x.shape
-        (n, r), dtype = self.lora_b.shape, self.lora_a.dtype
-        y, h, dx = poisoned(m, n), poisoned(m, r, dtype=FP32), poisoned(m, k)
-        da, db = poisoned(r, k, dtype=dtype), poisoned(n, r, dtype=dtype)
-        linear.linear(self.x, self.weight, self.update, self.bias, y, h)
-        linear.linear_backward(self.dy, self.x, h, self.weight, self.update, dx, da, db)
-        return [y, dx, da, db]
+        y, h = linear.linear(self.x, self.weight, self.lora, self.bias, True)
+        return [y, *linear.linear_backward(self.dy, self.x, h, self.weight, self.lora, True, True, True)]
 
     def expected(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The same by the reference, in `dtype`, or in each tensor's own."""
@@ -132,15 +123,15 @@ def test_nf4_has_the_bits_of_dequantize(blocksize: int, double_quant: bool) -> N
     """Identities hand the weight through, for few tokens and for many. Rows hold a part of a block, one, or several."""
     for n, k in [(66, 32), (130, 96), (34, 2112)]:
         weight = nf4.quantize(normal(n, k), blocksize, double_quant)
-        packed, expected = Packed(*weight.tensors(), blocksize, n, k), weight.dequantize(BF16)
+        expected = weight.dequantize(BF16)
         for step in (1, 2, 3, 4, 5, 6, 7, 8, 40, 4096):
-            columns, rows = poisoned(k, n), poisoned(n, k)
-            for x, out in zip(torch.eye(k, dtype=BF16).split(step), columns.split(step), strict=True):
-                linear.linear(x, packed, None, None, out)
-            for dy, out in zip(torch.eye(n, dtype=BF16).split(step), rows.split(step), strict=True):
-                linear.linear_backward(dy, None, None, packed, None, out)
-            assert torch.equal(columns.t(), expected), (n, k, step)
-            assert torch.equal(rows, expected), (n, k, step)
+            columns = [linear.linear(x, weight, None, None)[0] for x in torch.eye(k, dtype=BF16).split(step)]
+            rows = [
+                linear.linear_backward(dy, None, None, weight, None, True)[0]
+                for dy in torch.eye(n, dtype=BF16).split(step)
+            ]
+            assert torch.equal(torch.cat(columns).t(), expected), (n, k, step)
+            assert torch.equal(torch.cat(rows), expected), (n, k, step)
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 64, 65, 300])
@@ -150,10 +141,9 @@ def test_base_and_update_are_rounded_once(m: int) -> None:
     x, weight = normal(m, k), normal(n, k, std=0.02)
     lora_a, lora_b = normal(16, k, dtype=FP32), normal(n, 16, dtype=FP32)
     lora_b *= 7e-5 * 0.02 / rms(lora_b @ lora_a)
-    update = Update(lora_a, lora_b, 1.0)
-    y, h, dx = poisoned(m, n), poisoned(m, 16, dtype=FP32), poisoned(m, k)
-    linear.linear(x, weight, update, None, y, h)
-    linear.linear_backward(x, None, None, weight, update, dx)
+    lora = Lora(lora_a, lora_b)
+    y, _ = linear.linear(x, weight, lora, None)
+    dx, *_ = linear.linear_backward(x, None, None, weight, lora, True)
     merged = weight.double() + lora_b.double() @ lora_a.double()
     plain = (x.double() @ weight.double().t()).bfloat16()
     once = (x.double() @ merged.t()).bfloat16()
@@ -191,34 +181,31 @@ def test_calls_from_several_threads() -> None:
 
 def test_parts_can_be_left_out() -> None:
     case = Case(20, 64, 96, 4, BF16, False, False)
-    y, dx, da, db = case.ours()
-    h = poisoned(20, 4, dtype=FP32)
-    alone = poisoned(20, 96)
-    linear.linear(case.x, case.weight, case.update, None, alone)
-    assert torch.equal(alone, y)
-    linear.linear(case.x, case.weight, case.update, None, alone, h)
+    y, *grads = case.ours()
+    assert torch.equal(linear.linear(case.x, case.weight, case.lora, None)[0], y)
+    _, h = linear.linear(case.x, case.weight, case.lora, None, True)
     for wanted in itertools.product([False, True], repeat=3):
-        outs = [torch.full_like(t, torch.nan) if want else None for want, t in zip(wanted, (dx, da, db), strict=True)]
         x, saved = case.x if wanted[1] else None, h if wanted[2] else None
-        linear.linear_backward(case.dy, x, saved, case.weight, case.update, *outs)
-        for out, expected in zip(outs, (dx, da, db), strict=True):
-            assert out is None or torch.equal(out, expected), wanted
+        found = linear.linear_backward(case.dy, x, saved, case.weight, case.lora, *wanted)
+        for ours, expected, want in zip(found, grads, wanted, strict=True):
+            assert torch.equal(ours, expected) if want else ours is None, wanted
 
 
 def test_empty() -> None:
     case = Case(3, 64, 48, 4, FP32, True, False)
-    da, db = poisoned(4, 64, dtype=FP32), poisoned(48, 4, dtype=FP32)
-    linear.linear(case.x[:0], case.weight, case.update, None, poisoned(0, 48), poisoned(0, 4, dtype=FP32))
-    h = poisoned(0, 4, dtype=FP32)
-    linear.linear_backward(case.dy[:0], case.x[:0], h, case.weight, case.update, poisoned(0, 64), da, db)
+    y, h = linear.linear(case.x[:0], case.weight, case.lora, None, True)
+    assert (y.shape, h.shape) == ((0, 48), (0, 4))
+    dx, da, db = linear.linear_backward(case.dy[:0], case.x[:0], h, case.weight, case.lora, True, True, True)
+    assert dx.shape == (0, 64)
     assert not da.any()
     assert not db.any()
 
 
 def test_no_columns() -> None:
-    weight, update = normal(48, 0), Update(normal(4, 0, dtype=FP32), normal(48, 4, dtype=FP32), 1.0)
-    dy, h, db = normal(3, 48), torch.ones(3, 4), poisoned(48, 4, dtype=FP32)
-    linear.linear_backward(dy, None, h, weight, update, poisoned(3, 0), None, db)
+    weight, lora = normal(48, 0), Lora(normal(4, 0, dtype=FP32), normal(48, 4, dtype=FP32))
+    dy, h = normal(3, 48), torch.ones(3, 4)
+    dx, _, db = linear.linear_backward(dy, None, h, weight, lora, True, False, True)
+    assert dx.shape == (3, 0)
     torch.testing.assert_close(db, dy.float().sum(0)[:, None].expand(48, 4))
 
 
@@ -226,8 +213,8 @@ def test_no_columns() -> None:
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32], ids=str)
 def test_h_is_not_needed_for_y(m: int, adapter_dtype: torch.dtype) -> None:
     case = Case(m, 576, 130, 12, adapter_dtype, True, True, 0.1)
-    y = poisoned(m, 130)
-    linear.linear(case.x, case.weight, case.update, case.bias, y)
+    y, h = linear.linear(case.x, case.weight, case.lora, case.bias)
+    assert h is None
     assert torch.equal(y, case.ours()[0])
 
 
@@ -255,9 +242,8 @@ BAD: dict[str, dict[str, Any]] = {
     "weight is .* torch.float32": {"weight": torch.ones(N, K)},
     r"weight is .* strides \[1, 48\]": {"weight": torch.ones(K, N, dtype=BF16).t()},
     r"weight of \[47, 64\]: N must be even": {"weight": torch.ones(47, K, dtype=BF16)},
-    r"weight of \[48, 80\].* multiple of 32": {"weight": Packed(*nf4.quantize(torch.ones(N, 80)).tensors(), 64, N, 80)},
-    "codes has 1536 elements, expected 3072": {"weight": Packed(*WEIGHT.tensors(), 64, 2 * N, K)},
-    "blocksize is 48": {"weight": Packed(*WEIGHT.tensors(), 48, N, K)},
+    r"weight of \[48, 80\].* multiple of 32": {"weight": nf4.quantize(torch.ones(N, 80))},
+    "the weight is on meta": {"weight": WEIGHT.to("meta")},
     r"lora_a is \[4, 63\]": {"lora_a": torch.ones(R, K - 1)},
     r"lora_a is \[0, 64\]": {"lora_a": torch.ones(0, K), "lora_b": torch.ones(N, 0)},
     "lora_a is .* torch.float16": {"lora_a": torch.ones(R, K).half()},
@@ -272,39 +258,24 @@ BAD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_operands_are_refused(message: str) -> None:
     operands = {**GOOD, **ADAPTERS, **BAD[message]}
-    update = Update(operands["lora_a"], operands["lora_b"], 1.0)
-    y, h = torch.zeros(M, N, dtype=BF16), torch.zeros(M, R)
+    lora = Lora(operands["lora_a"], operands["lora_b"])
     with pytest.raises(ValueError, match=message):
-        linear.linear(operands["x"], operands["weight"], update, operands["bias"], y, h)
-    assert not y.any()
-    assert not h.any()
+        linear.linear(operands["x"], operands["weight"], lora, operands["bias"], True)
 
 
-def test_bad_results_are_refused() -> None:
-    x, weight, update = GOOD["x"], GOOD["weight"], Update(ADAPTERS["lora_a"], ADAPTERS["lora_b"], 1.0)
-    y, h, dy = torch.zeros(M, N, dtype=BF16), torch.zeros(M, R), torch.ones(M, N, dtype=BF16)
-    for message, out, saved in [
-        (r"out is \[3, 47\]", y[:, 1:], h),
-        ("out is .* torch.float32", y.float(), h),
-        (r"h is \[3, 3\]", y, h[:, 1:]),
-        ("h is .* torch.bfloat16", y, h.bfloat16()),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            linear.linear(x, weight, update, None, out, saved)
-    dx, da, db = torch.zeros(M, K, dtype=BF16), torch.zeros(R, K), torch.zeros(N, R)
+def test_what_gradients_need_is_asked_for() -> None:
+    x, weight, lora = GOOD["x"], GOOD["weight"], Lora(ADAPTERS["lora_a"], ADAPTERS["lora_b"])
+    h, dy = torch.zeros(M, R), torch.ones(M, N, dtype=BF16)
     bad: list[tuple[str, tuple]] = [
-        (r"dy is \[3, 64\]", (x, x, h, weight, update, dx, da, db)),
-        (r"dx is \[3, 63\]", (dy, x, h, weight, update, dx[:, 1:], da, db)),
-        ("da is .* torch.bfloat16", (dy, x, h, weight, update, dx, da.bfloat16(), db)),
-        (r"db is \[4, 48\]", (dy, x, h, weight, update, dx, da, db.t())),
-        ("da is", (dy, x, h, weight, None, dx, da, None)),
-        (r"da needs x of \[3, 64\]; got None", (dy, None, h, weight, update, dx, da, db)),
-        (r"da needs x of \[3, 64\]; got \[2, 64\]", (dy, x[1:], h, weight, update, dx, da, db)),
-        ("db needs h", (dy, x, None, weight, update, dx, da, db)),
-        ("h is .* torch.bfloat16", (dy, x, h.bfloat16(), weight, update, dx, da, db)),
-        ("p is 1.0", (dy, x, h, weight, update._replace(seed=3, p=1.0), dx, da, db)),
+        (r"dy is \[3, 64\]", (x, x, h, weight, lora, True, True, True)),
+        ("need the adapters", (dy, x, h, weight, None, True, True, False)),
+        (r"dA needs x of \[3, 64\]; got None", (dy, None, h, weight, lora, True, True, True)),
+        (r"dA needs x of \[3, 64\]; got \[2, 64\]", (dy, x[1:], h, weight, lora, True, True, True)),
+        ("dB needs h", (dy, x, None, weight, lora, True, True, True)),
+        (r"h is \[3, 3\]", (dy, x, h[:, 1:], weight, lora, True, True, True)),
+        ("h is .* torch.bfloat16", (dy, x, h.bfloat16(), weight, lora, True, True, True)),
+        ("p is 1.0", (dy, x, h, weight, lora._replace(seed=torch.tensor([3]), dropout_p=1.0), True, True, True)),
     ]
     for message, arguments in bad:
         with pytest.raises(ValueError, match=message):
             linear.linear_backward(*arguments)
-    assert not any(t.any() for t in (y, h, dx, da, db))

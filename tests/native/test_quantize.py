@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fastlora.kernels.operands import LEVELS
 from torch import Tensor
 
 from fastlora.native import cpu, quantize
@@ -18,7 +19,7 @@ def weight(*shape: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     values = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-6, 3, (shape[0], 1), generator=generator)
     values[0] = 0
-    levels = torch.tensor(nf4.NF4_CODE)
+    levels = torch.tensor(LEVELS)
     edges = torch.cat((torch.ones(1), (levels[1:] + levels[:-1]) / 2))[: shape[1]]
     values[-1, : edges.numel()] = edges
     return values.to(dtype)
@@ -94,7 +95,7 @@ def test_nothing_beyond_the_results_is_written() -> None:
 def test_bad_operands_are_refused() -> None:
     w, codes, absmax = torch.ones(4, 32), torch.zeros(64, dtype=torch.uint8), torch.zeros(2)
     bad: list[tuple[str, tuple]] = [
-        ("blocksize is 48", (w, 48, codes, absmax)),
+        ("blocksize must be one of .*; got 48", (w, 48, codes, absmax)),
         ("w is torch.float64", (w.double(), 64, codes, absmax)),
         ("w is not contiguous", (torch.ones(32, 4).t(), 64, codes, absmax)),
         ("w is on meta", (w.to("meta"), 64, codes, absmax)),

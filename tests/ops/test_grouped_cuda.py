@@ -113,7 +113,7 @@ def launched(monkeypatch):
 def test_values_and_gradients(kind, dtype, adapter, bias, launched):
     layer = Layer(kind, dtype, adapter, bias)
     layer.check(layer.run(layer.ours))
-    assert launched == [grouped.Packed if kind == "nf4" else torch.Tensor] * 2
+    assert launched == [nf4.NF4Weight if kind == "nf4" else torch.Tensor] * 2
 
 
 def test_only_what_is_asked_for(launched):

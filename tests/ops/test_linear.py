@@ -59,16 +59,10 @@ def test_activations_large_enough_to_stream(base, dtype, adapter_dtype, monkeypa
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + BF16)
 def test_a_few_rows_over_a_dense_weight_on_the_cpu(dtype, adapter_dtype, monkeypatch):
-    from fastlora.ops import linear_cpu
-
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
-    monkeypatch.setenv("FASTLORA_CPU_ISA", "portable")  # where AVX512_BF16 is, one fused call takes bf16
-    calls = []
-    few_rows = linear_cpu.few_rows
-    monkeypatch.setattr(linear_cpu, "few_rows", lambda *args: calls.append(1) or few_rows(*args))
+    monkeypatch.setenv("FASTLORA_CPU_ISA", "portable")  # where AVX512_BF16 is, one C++ call takes bf16
     Case(17, 192, 130, 8, dtype, adapter_dtype, bias=True).check()
     Case(1, 192, 2070, 8, dtype, adapter_dtype).check()
-    assert len(calls) == 2
 
 
 def test_adapters_of_different_dtypes_and_a_strided_bias(path):

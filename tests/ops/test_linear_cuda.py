@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from fastlora.kernels.operands import Lora
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.ops import nf4
-from fastlora.ops.operands import Base, Gradients, Lora, Needs
+from fastlora.ops import nf4, operands
+from fastlora.ops.operands import Gradients, Needs
 from tests.support.numerics import assert_as_accurate
 
 triton = pytest.importorskip("triton")
@@ -42,9 +43,8 @@ class Layer:
 
         self.x, self.dy = draw(m, k), draw(m, n)
         self.bias = draw(n) if bias else None
-        weight = nf4.quantize(draw(n, k, std=k**-0.5).cpu()).to(DEVICE)
-        self.base = Base(*weight.tensors(), n, k, weight.blocksize)
-        self.exact = weight.dequantize(torch.float32)
+        self.weight = nf4.quantize(draw(n, k, std=k**-0.5).cpu()).to(DEVICE)
+        self.exact = self.weight.dequantize(torch.float32)
         seed = torch.tensor([SEED], device=DEVICE) if p else None
         a, b = draw(r, k, std=k**-0.5, dtype=adapter), draw(n, r, std=r**-0.5, dtype=adapter)
         self.lora = Lora(a, b, SCALING, p, seed)
@@ -62,9 +62,9 @@ class Layer:
 
     def ours(self, needs: Needs = ALL) -> tuple[Tensor, Gradients]:
         """y, then the gradients."""
-        y, h = linear_cuda.forward(self.x, self.base, self.lora, self.bias, save_h=needs.lora_b)
+        y, h = linear_cuda.forward(self.x, self.weight, self.lora, self.bias, save_h=needs.lora_b)
         assert (h is not None) == needs.lora_b
-        return y, linear_cuda.backward(self.dy, self.x if needs.lora_a else None, h, self.base, self.lora, needs)
+        return y, linear_cuda.backward(self.dy, self.x if needs.lora_a else None, h, self.weight, self.lora, needs)
 
     def check(self) -> None:
         """Hold y, dx, dA and dB against the tolerance rule."""
@@ -89,8 +89,7 @@ def calls(monkeypatch) -> list[str]:
     watched += [(linear_cuda.decode, "decode"), (linear_cuda.cuda, "decode")]
     for module, name in watched:
         monkeypatch.setattr(module, name, spy(getattr(module, name), name, made))
-    expanded = Base._expanded
-    monkeypatch.setattr(Base, "_expanded", spy(expanded, "dequantize", made))
+    monkeypatch.setattr(operands, "nf4_expand", spy(operands.nf4_expand, "dequantize", made))
     return made
 
 
@@ -153,8 +152,8 @@ def test_a_layer_without_adapters(m):
     exact = layer.exact.double()
     for dtype in (torch.float16, torch.bfloat16) if m == 24 else (torch.float16,):
         x, dy, bias = (t.to(dtype) for t in (layer.x, layer.dy, layer.bias))
-        y, h = linear_cuda.forward(x, layer.base, None, bias, False)
-        dx, da, db = linear_cuda.backward(dy, None, None, layer.base, None, Needs(True, False, False))
+        y, h = linear_cuda.forward(x, layer.weight, None, bias, False)
+        dx, da, db = linear_cuda.backward(dy, None, None, layer.weight, None, Needs(True, False, False))
         assert h is da is db is None
         rounded = layer.exact.to(dtype)
         y_oracle, dx_oracle = x.double() @ exact.t() + bias.double(), dy.double() @ exact
@@ -189,10 +188,10 @@ def test_activations_with_any_strides():
 def test_the_table_decides_and_h_is_formed_only_where_it_is_wanted(monkeypatch, calls, m, p, expected):
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("unknown", (8, 0)))
     layer = Layer(m, 64, 40, p=p)
-    linear_cuda.forward(layer.x, layer.base, layer.lora, None, save_h=False)
+    linear_cuda.forward(layer.x, layer.weight, layer.lora, None, save_h=False)
     assert calls == expected
     calls.clear()
-    linear_cuda.forward(layer.x, layer.base, layer.lora, None, save_h=True)
+    linear_cuda.forward(layer.x, layer.weight, layer.lora, None, save_h=True)
     assert sorted(calls) == sorted({*expected, "shrink"})
 
 
@@ -209,11 +208,11 @@ def test_backward_reads_each_activation_once(monkeypatch, calls, m, p, expected)
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("unknown", (8, 0)))
     layer = Layer(m, 64, 40, p=p)
     h = torch.randn(m, 8, device=DEVICE)
-    linear_cuda.backward(layer.dy, layer.x, h, layer.base, layer.lora, ALL)
+    linear_cuda.backward(layer.dy, layer.x, h, layer.weight, layer.lora, ALL)
     assert calls == expected
     if p == 0.0 and m > 288:  # a merged weight needs no g
         calls.clear()
-        linear_cuda.backward(layer.dy, None, None, layer.base, layer.lora, Needs(True, False, False))
+        linear_cuda.backward(layer.dy, None, None, layer.weight, layer.lora, Needs(True, False, False))
         assert calls == ["dequantize"]
 
 
@@ -226,16 +225,16 @@ def test_what_a_kernel_refuses_goes_to_the_next(monkeypatch, calls):
     for refuses, expected in ((None, "cuda"), ("decode-cuda", "decode"), ("decode", "linear"), ("fused", "dequantize")):
         refused |= {refuses} if refuses else set()
         calls.clear()
-        linear_cuda.forward(layer.x, layer.base, layer.lora, None, False)
+        linear_cuda.forward(layer.x, layer.weight, layer.lora, None, False)
         assert calls[-1] == expected
 
 
 def test_a_dense_weight_goes_to_cublas(monkeypatch, calls):
     monkeypatch.setattr(choice, "choose", lambda *_: pytest.fail("the table is for NF4"))
     layer = Layer(24)
-    base = Base(layer.exact.half(), None, None, None, None, layer.base.n, layer.base.k, 0)
-    linear_cuda.forward(layer.x, base, layer.lora, None, False)
-    linear_cuda.backward(layer.dy, layer.x, torch.randn(24, 8, device=DEVICE), base, layer.lora, ALL)
+    weight = layer.exact.half()
+    linear_cuda.forward(layer.x, weight, layer.lora, None, False)
+    linear_cuda.backward(layer.dy, layer.x, torch.randn(24, 8, device=DEVICE), weight, layer.lora, ALL)
     assert calls == ["shrink", "expand", "dy_pass", "x_pass", "expand"]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fastlora.kernels.operands import Lora
 
 from fastlora.model.replace import replace_linear
 from fastlora.ops import mixed, nf4
@@ -134,12 +135,12 @@ def test_kernels_read_an_nf4_weight_packed_where_rows_are_few(rows, monkeypatch)
     """Decoding, the fused product, and the expanded weight: each against the products of the samples alone."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
-    from fastlora.ops import linear_cuda
+    from fastlora.ops import linear_cuda, mixed_cuda
 
     expanded = []
-    real = linear_cuda.Base.dense if hasattr(linear_cuda, "Base") else None
-    assert real is not None
-    monkeypatch.setattr(linear_cuda.Base, "dense", lambda self, dtype: expanded.append(1) or real(self, dtype))
+    for module in (linear_cuda, mixed_cuda):
+        real = module.dense
+        monkeypatch.setattr(module, "dense", lambda *args, real=real: expanded.append(1) or real(*args))
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape):
@@ -147,7 +148,7 @@ def test_kernels_read_an_nf4_weight_packed_where_rows_are_few(rows, monkeypatch)
 
     weight = nf4.quantize(draw(128, 128) / 12)
     values = weight.dequantize(torch.float32)
-    adapters = {name: mixed.Adapter(draw(4, 128) / 12, draw(128, 4) / 8, 0.5) for name in ("one", "two")}
+    adapters = {name: Lora(draw(4, 128) / 12, draw(128, 4) / 8, 0.5) for name in ("one", "two")}
     names = ["two", "none", "one"]
     x, dy = draw(3, rows, 128).requires_grad_(), draw(3, rows, 128)
     y = mixed.mixed_linear(x, weight, None, adapters, names)
@@ -155,7 +156,7 @@ def test_kernels_read_an_nf4_weight_packed_where_rows_are_few(rows, monkeypatch)
     for place, name in enumerate(names):
         merged = values
         if name in adapters:
-            merged = values + 0.5 * adapters[name].lora_b @ adapters[name].lora_a
+            merged = values + 0.5 * adapters[name].b @ adapters[name].a
         torch.testing.assert_close(y[place], x[place] @ merged.t(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(dx[place], dy[place] @ merged, rtol=1e-4, atol=1e-4)
     assert len(expanded) == {3: 1, 40: 2, 700: 2}[rows]

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from fastlora.kernels.operands import BLOCKSIZES
 
 from fastlora.ops import nf4
-from fastlora.ops.nf4 import BLOCKSIZES, NF4Weight, quantize
+from fastlora.ops.nf4 import NF4Weight, quantize
 
 bnb = pytest.importorskip("bitsandbytes")
 BF = bnb.functional

@@ -17,11 +17,11 @@ from torch import nn
 
 from fastlora import reference
 from fastlora.layers.bases import is_linear4bit
-from fastlora.ops import linear as functional
 from fastlora.ops import linear_cpu, linear_cpu_bf16, mixed, nf4
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.peft_layers import linear as linear_
-from fastlora.peft_layers import swap
+from fastlora.ops.operands import dense
+from fastlora.peft_layers import linear as classes
+from fastlora.peft_layers.conditions import active_names
 from tests.support.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
@@ -31,7 +31,7 @@ SEED = 2**40 + 7
 
 
 class Option(NamedTuple):
-    """A configuration, what else is done to the layer, and whether it runs fused or why not."""
+    """A configuration, what else is done to the layer, and whether it is sped up or why not."""
 
     config: Mapping[str, Any] = MappingProxyType({})
     change: Callable[[Any], object] = lambda layer: None
@@ -262,7 +262,7 @@ def _inputs(drawn):
 
 
 def _masked(x, p=0.5, training=True, inplace=False):
-    """Dropout by the mask that the fused path derives from the seed; x may be some rows of the input."""
+    """Dropout by the mask that ours derives from the seed; x may be some rows of the input."""
     if not (training and p):
         return x
     for drawn in (torch.float32, torch.float16, torch.bfloat16):
@@ -302,7 +302,7 @@ def check(option, base, dtypes):
         baseline = step(layer, dtype, autocast, option.call, drawn)
         holder = nn.Module()
         holder.linear = copy.deepcopy(layer)
-        linear_.fuse(holder.linear)
+        classes.speed_up_layer(holder.linear)
         ours = step(holder.linear, dtype, autocast, option.call, drawn)
     calls = holder.linear.fastlora_calls
     assert ours.keys() == baseline.keys()
@@ -315,7 +315,7 @@ def check(option, base, dtypes):
     for name, value in ours.items():
         assert value.dtype == baseline[name].dtype, f"{name}: {value.dtype}, peft {baseline[name].dtype}"
         assert_as_accurate(value, baseline[name], oracle[name], name)
-    return "fused"
+    return "sped up"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -340,8 +340,8 @@ def test_both_ways_to_a_mixed_batch_are_taken(monkeypatch):
 
 
 def _with(**changes):
-    """`functional.lora_linear` with some of its arguments overridden."""
-    real = functional.lora_linear
+    """`lora_linear` with some of its arguments overridden."""
+    real = classes.lora_linear
     names = ("x", "weight", "lora_a", "lora_b", "scaling", "bias", "dropout_p", "training")
 
     def mutant(*args, **kwargs):
@@ -354,14 +354,19 @@ def _mutant_backward(change):
     """A path's backward with its gradients changed."""
 
     def of(real):
-        return lambda dy, x, h, base, lora, needs: change(real(dy, x, h, base, lora, needs), dy, base, lora)
+        return lambda dy, x, h, weight, lora, needs: change(real(dy, x, h, weight, lora, needs), dy, weight, lora)
 
     return of
 
 
 def _ignoring(reason):
-    real = swap.step_back_reason
-    return lambda *args: "" if real(*args) == reason else real(*args)
+    real = classes.at_a_call
+
+    def ignoring(layer, *call):
+        found, active = real(layer, *call)
+        return ("", active_names(layer)) if found == reason else (found, active)
+
+    return ignoring
 
 
 def _names_reversed(x, weight, bias, adapters, names):
@@ -370,30 +375,30 @@ def _names_reversed(x, weight, bias, adapters, names):
 
 PATHS = (linear_cpu, linear_cpu_bf16)  # that a backward on the CPU may take
 FAULTS = {
-    "missing scale": ("plain", functional, "lora_linear", lambda: _with(scaling=1.0)),
+    "missing scale": ("plain", classes, "lora_linear", lambda: _with(scaling=1.0)),
     "dx without LoRA": (
         "plain", PATHS, "backward",
-        lambda: _mutant_backward(lambda grads, dy, base, lora: grads._replace(x=dy @ base.dense(dy.dtype))),
+        lambda: _mutant_backward(lambda grads, dy, weight, lora: grads._replace(x=dy @ dense(weight, dy.dtype))),
     ),
     "unscaled dA": (
         "plain", PATHS, "backward",
-        lambda: _mutant_backward(lambda grads, dy, base, lora: grads._replace(lora_a=grads.lora_a / lora.scaling)),
+        lambda: _mutant_backward(lambda grads, dy, weight, lora: grads._replace(lora_a=grads.lora_a / lora.scaling)),
     ),
     "first adapter only": (
-        "two adapters", swap, "joined", lambda: lambda adapters: adapters[0],
+        "two adapters", classes, "joined", lambda: lambda adapters: adapters[0],
     ),
     "ignored lora_bias": (
-        "lora_bias", swap, "total_bias", lambda: lambda base_bias, adapter: base_bias,
+        "lora_bias", classes, "total_bias", lambda: lambda base_bias, adapter: base_bias,
     ),
     "unscaled lora_bias": (
-        "both biases", swap, "total_bias", lambda: lambda base_bias, adapter: base_bias + adapter.bias,
+        "both biases", classes, "total_bias", lambda: lambda base_bias, adapter: base_bias + adapter.bias,
     ),
-    "another sample's adapter": ("mixed batch", swap, "mixed_linear", lambda: _names_reversed),
-    "another sample's adapter, few rows": ("mixed, few rows", swap, "mixed_linear", lambda: _names_reversed),
-    "another sample's adapter, kernels": ("mixed, kernels", swap, "mixed_linear", lambda: _names_reversed),
-    "ignored disable": ("disabled", swap, "step_back_reason", lambda: _ignoring("adapters are disabled")),
-    "ignored merge": ("merged", swap, "step_back_reason", lambda: _ignoring("adapters are merged")),
-    "ignored dropout": ("dropout", functional, "lora_linear", lambda: _with(dropout_p=0.0)),
+    "another sample's adapter": ("mixed batch", classes, "mixed_linear", lambda: _names_reversed),
+    "another sample's adapter, few rows": ("mixed, few rows", classes, "mixed_linear", lambda: _names_reversed),
+    "another sample's adapter, kernels": ("mixed, kernels", classes, "mixed_linear", lambda: _names_reversed),
+    "ignored disable": ("disabled", classes, "at_a_call", lambda: _ignoring("adapters are disabled")),
+    "ignored merge": ("merged", classes, "at_a_call", lambda: _ignoring("adapters are merged")),
+    "ignored dropout": ("dropout", classes, "lora_linear", lambda: _with(dropout_p=0.0)),
 }  # fmt: skip
 
 

@@ -19,12 +19,13 @@ import triton
 from fastlora.kernels import choice, decode, fused
 from fastlora.kernels import nf4 as nf4_kernel
 from fastlora.kernels.choice import Choice
+from fastlora.kernels.operands import Lora
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.static import _cuobjdump
 from fastlora.ops import backend, dora, grouped, linear_cuda, mixed_cuda, nf4
-from fastlora.ops.operands import Base, Lora, Needs
+from fastlora.ops.operands import Base, Needs
 
 ALL = Needs(True, True, True)
 
