@@ -7,7 +7,8 @@
 //     c[i][j] += sum over p of  rows[i][2p] panel[p][j].lo + rows[i][2p + 1] panel[p][j].hi
 //
 // A matrix whose rows run along the contraction becomes panels by `pack_across` (a transposition), one whose rows run
-// across it by `pack_along` (an interleaving of two rows). Sums stay in fp32 from first to last.
+// across it by `pack_along` (an interleaving of two rows). Sums stay in fp32 from first to last: a call sums what it is
+// given on its own and adds that to c, so a long contraction, which takes many calls, is a sum of short ones.
 #pragma once
 
 #include "linear.h"
@@ -79,7 +80,7 @@ FASTLORA_BF16 void tile(const Pair* panel, const Bf16* rows, int64_t stride, int
   FASTLORA_UNROLL
   for (int i = 0; i < kRows; ++i) {
     FASTLORA_UNROLL
-    for (int v = 0; v < kVecs; ++v) acc[i][v] = _mm512_loadu_ps(c + i * c_stride + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = _mm512_setzero_ps();
   }
   for (int64_t done = 0; done < pairs; done += kStepPairs) {
     ahead.step();
@@ -99,7 +100,10 @@ FASTLORA_BF16 void tile(const Pair* panel, const Bf16* rows, int64_t stride, int
   FASTLORA_UNROLL
   for (int i = 0; i < kRows; ++i) {
     FASTLORA_UNROLL
-    for (int v = 0; v < kVecs; ++v) _mm512_storeu_ps(c + i * c_stride + v * kLanes, acc[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* out = c + i * c_stride + v * kLanes;
+      _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), acc[i][v]));
+    }
   }
 }
 

@@ -14,32 +14,37 @@ namespace {
 
 constexpr int64_t kFewTokens = 8;
 constexpr int kFewRows = 4;  // rows of W that are multiplied at a time with few tokens
+// Columns that are summed on their own, of each lane some hundreds, before their sums are added to those before them.
+constexpr int64_t kStretch = 8192;
 
 // acc[t][i] += x[t] . w[i].
 template <int kTokens>
 FASTLORA_BF16 void dot_tile(const Bf16* x, int64_t x_stride, const Bf16* const* w, int64_t count,
                             __m512 (*acc)[kFewRows]) {
-  __m512 total[kTokens][kFewRows];
-  FASTLORA_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    FASTLORA_UNROLL
-    for (int i = 0; i < kFewRows; ++i) total[t][i] = acc[t][i];
-  }
-  for (int64_t at = 0; at < count; at += kWide) {
-    __m512bh row[kFewRows];
-    FASTLORA_UNROLL
-    for (int i = 0; i < kFewRows; ++i) row[i] = (__m512bh)load_some(w[i] + at, count - at);
+  for (int64_t begin = 0; begin < count; begin += kStretch) {
+    const int64_t end = std::min(count, begin + kStretch);
+    __m512 total[kTokens][kFewRows];
     FASTLORA_UNROLL
     for (int t = 0; t < kTokens; ++t) {
-      const __m512bh token = (__m512bh)load_some(x + t * x_stride + at, count - at);
       FASTLORA_UNROLL
-      for (int i = 0; i < kFewRows; ++i) total[t][i] = _mm512_dpbf16_ps(total[t][i], token, row[i]);
+      for (int i = 0; i < kFewRows; ++i) total[t][i] = _mm512_setzero_ps();
     }
-  }
-  FASTLORA_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
+    for (int64_t at = begin; at < end; at += kWide) {
+      __m512bh row[kFewRows];
+      FASTLORA_UNROLL
+      for (int i = 0; i < kFewRows; ++i) row[i] = (__m512bh)load_some(w[i] + at, end - at);
+      FASTLORA_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512bh token = (__m512bh)load_some(x + t * x_stride + at, end - at);
+        FASTLORA_UNROLL
+        for (int i = 0; i < kFewRows; ++i) total[t][i] = _mm512_dpbf16_ps(total[t][i], token, row[i]);
+      }
+    }
     FASTLORA_UNROLL
-    for (int i = 0; i < kFewRows; ++i) acc[t][i] = total[t][i];
+    for (int t = 0; t < kTokens; ++t) {
+      FASTLORA_UNROLL
+      for (int i = 0; i < kFewRows; ++i) acc[t][i] = _mm512_add_ps(acc[t][i], total[t][i]);
+    }
   }
 }
 
@@ -104,11 +109,11 @@ FASTLORA_BF16_INLINE void look_up(const Nf4Weight& weight, int64_t flat, __m256b
   }
 }
 
-// acc[t][first + i] += x[t] . W[row + i] for i < kRows; x as [K / kCodeColumns][kTokens][kCodeColumns]. Rows from
-// `rows` on are the last.
+// acc[t][first + i] += x[t] . W[row + i] over columns [col, end), for i < kRows; x, from `col` on, as
+// [columns / kCodeColumns][kTokens][kCodeColumns]. Rows from `rows` on are the last.
 template <int kTokens, int kRows>
-FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t rows, const Bf16* x,
-                                  __m512 (*acc)[kFewRows], int first) {
+FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t rows, int64_t col, int64_t end,
+                                  const Bf16* x, __m512 (*acc)[kFewRows], int first) {
   __m256 total[kTokens][kRows];
   int64_t begin[kRows];
   FASTLORA_UNROLL
@@ -117,7 +122,7 @@ FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t 
     FASTLORA_UNROLL
     for (int t = 0; t < kTokens; ++t) total[t][i] = _mm256_setzero_ps();
   }
-  for (int64_t at = 0; at < weight.cols; at += kCodeColumns, x += kTokens * kCodeColumns) {
+  for (int64_t at = col; at < end; at += kCodeColumns, x += kTokens * kCodeColumns) {
     FASTLORA_UNROLL
     for (int i = 0; i < kRows; i += 2) {
       __m256bh w[2][kLookups];
@@ -148,11 +153,14 @@ FASTLORA_BF16 void dot_codes_tile(const Nf4Weight& weight, int64_t row, int64_t 
 // As many sums as the registers hold: two rows at a time for more than four tokens.
 template <int kTokens>
 void dot_codes(const Nf4Weight& weight, int64_t row, int64_t rows, const Bf16* x, __m512 (*acc)[kFewRows]) {
-  if constexpr (kTokens <= 4) {
-    dot_codes_tile<kTokens, kFewRows>(weight, row, rows, x, acc, 0);
-  } else {
-    dot_codes_tile<kTokens, 2>(weight, row, rows, x, acc, 0);
-    if (rows > 2) dot_codes_tile<kTokens, 2>(weight, row + 2, rows - 2, x, acc, 2);
+  for (int64_t col = 0; col < weight.cols; col += kStretch, x += kTokens * kStretch) {
+    const int64_t end = std::min(weight.cols, col + kStretch);
+    if constexpr (kTokens <= 4) {
+      dot_codes_tile<kTokens, kFewRows>(weight, row, rows, col, end, x, acc, 0);
+    } else {
+      dot_codes_tile<kTokens, 2>(weight, row, rows, col, end, x, acc, 0);
+      if (rows > 2) dot_codes_tile<kTokens, 2>(weight, row + 2, rows - 2, col, end, x, acc, 2);
+    }
   }
 }
 

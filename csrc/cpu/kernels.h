@@ -20,17 +20,20 @@ constexpr int64_t kFlatJob = 1 << 16;
 constexpr int kMergeRows = 32;
 // Floats of A that a merge job works through at a time.
 constexpr int64_t kStripFloats = 1 << 13;
-// Rows of W in one product job, columns of W in one transposed job, rows of x a job holds accumulators for.
+// Rows of W in one product job, columns of W in one transposed job and rows it sums on their own, rows of x a job holds
+// accumulators for.
 constexpr int kGemvRows = 16;
 constexpr int kColumnTile = 512;
+constexpr int kSummedRows = 256;
 constexpr int kTokens = 16;
 // The low-rank products: rows of x in one shrink job and columns it widens at a time; columns and ranks in one outer
-// job and rows it widens at a time; columns in one job of the mask.
+// job, rows it widens at a time and rows it sums on their own; columns in one job of the mask.
 constexpr int kShrinkRows = 32;
 constexpr int kShrinkStrip = 1024;
 constexpr int kOuterColumns = 256;
 constexpr int kOuterRanks = 64;
 constexpr int kOuterRows = 64;
+constexpr int kOuterStretch = 16 * kOuterRows;
 constexpr int64_t kMaskJob = 1 << 14;
 // K of A is padded to this, the widest vector.
 constexpr int kWidest = 16;

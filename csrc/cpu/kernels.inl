@@ -3,7 +3,8 @@
 // FASTLORA_TARGET carries the instruction set.
 //
 // Everything is fp32 between the codes and the one rounding at the end. A product never writes the expanded weight
-// to memory: a few rows of a tile are expanded into L1 and used from there.
+// to memory: a few rows of a tile are expanded into L1 and used from there. Long sums are sums of short ones, for one in
+// order strays from the true sum as its length grows.
 
 // Room for `columns` values with up to kGroup - 1 before them (a row may begin inside a group) and after them.
 template <int columns>
@@ -112,13 +113,13 @@ FASTLORA_TARGET void merge_range(const Nf4Weight& weight, const Adapter& adapter
   }
 }
 
-// acc[t][i] += x[t] . rows[i] over `count` columns, a multiple of W.
+// acc[t][i] += x[t] . rows[i] over `count` columns, a multiple of W, summed on their own.
 template <int kT, int kRows>
 FASTLORA_VECTOR void dot_tile(const float* x, int64_t stride, const float* const* rows, int64_t count,
                               F (*acc)[kRows]) {
   F total[kT][kRows];
   for (int t = 0; t < kT; ++t) {
-    for (int i = 0; i < kRows; ++i) total[t][i] = acc[t][i];
+    for (int i = 0; i < kRows; ++i) total[t][i] = set1(0.0f);
   }
   for (int64_t k = 0; k < count; k += W) {
     F w[kRows];
@@ -129,7 +130,7 @@ FASTLORA_VECTOR void dot_tile(const float* x, int64_t stride, const float* const
     }
   }
   for (int t = 0; t < kT; ++t) {
-    for (int i = 0; i < kRows; ++i) acc[t][i] = total[t][i];
+    for (int i = 0; i < kRows; ++i) acc[t][i] = acc[t][i] + total[t][i];
   }
 }
 
@@ -178,6 +179,11 @@ FASTLORA_TARGET void gemv_range(const Nf4Weight& weight, const Product& product,
   }
 }
 
+// total[i] += part[i], i < count, a multiple of W.
+FASTLORA_VECTOR void add_part(const float* part, int64_t count, float* total) {
+  for (int64_t i = 0; i < count; i += W) store(total + i, load(total + i) + load(part + i));
+}
+
 // acc[t] += dy[t][0 .. kRows) . rows over `count` columns.
 template <int kT, int kRows>
 FASTLORA_VECTOR void axpy_tile(const float* dy, int64_t stride, const float* const* rows, int64_t count, float* acc) {
@@ -220,24 +226,29 @@ FASTLORA_TARGET void axpy_rows(const Nf4Weight& weight, const float* dy, int64_t
   }
 }
 
-// dx[:, begin .. end) = dy W. One job sums over all of N in order, so no partial sums are left to combine.
+// dx[:, begin .. end) = dy W. One job sums over all of N, kSummedRows at a time.
 template <class T>
 FASTLORA_TARGET void gemv_t_range(const Nf4Weight& weight, const Product& product, T* dx, int64_t begin, int64_t end) {
-  alignas(64) float acc[kTokens * kColumnTile];
+  alignas(64) float total[kTokens * kColumnTile];
+  alignas(64) float part[kTokens * kColumnTile];
   for (int64_t token = 0; token < product.tokens; token += kTokens) {
-    const int64_t tokens = std::min<int64_t>(kTokens, product.tokens - token);
-    std::memset(acc, 0, sizeof(float) * tokens * kColumnTile);
+    const int64_t tokens = std::min<int64_t>(kTokens, product.tokens - token), count = tokens * kColumnTile;
+    std::memset(total, 0, sizeof(float) * count);
     const float* dy = product.x + token * product.stride;
-    int64_t row = 0;
-    for (; row + 4 <= weight.rows; row += 4) {
-      axpy_rows<4>(weight, dy + row, product.stride, tokens, row, begin, end - begin, acc);
-    }
-    for (; row < weight.rows; ++row) {
-      axpy_rows<1>(weight, dy + row, product.stride, tokens, row, begin, end - begin, acc);
+    for (int64_t row = 0; row < weight.rows;) {
+      const int64_t stop = std::min(weight.rows, row + kSummedRows);
+      std::memset(part, 0, sizeof(float) * count);
+      for (; row + 4 <= stop; row += 4) {
+        axpy_rows<4>(weight, dy + row, product.stride, tokens, row, begin, end - begin, part);
+      }
+      for (; row < stop; ++row) {
+        axpy_rows<1>(weight, dy + row, product.stride, tokens, row, begin, end - begin, part);
+      }
+      add_part(part, count, total);
     }
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t k = begin; k < end; ++k) {
-        from_float(acc[t * kColumnTile + k - begin], dx + (token + t) * weight.cols + k);
+        from_float(total[t * kColumnTile + k - begin], dx + (token + t) * weight.cols + k);
       }
     }
   }

@@ -3,7 +3,7 @@
 // As forward: a tile of dx begins as the update, in fp32, and dy W is added onto it. Columns of W become panels, two
 // rows interleaved, in the second-level cache, and dy is broadcast, from a copy in tiles where many jobs read it. The
 // gradients of the adapters are the same product over the tokens. Every element has one order of summation, whatever
-// the threads.
+// the threads: in blocks of some hundred terms, and over the blocks.
 #include "bf16_operands.h"
 #include "linear.h"
 #include "parallel.h"
@@ -12,12 +12,27 @@
 namespace fastlora {
 namespace {
 
-constexpr int64_t kTokenBlock = 512;  // tokens of dx in one job
-// Columns of dx in one job, and rows of W in panels at a time. For few tokens the weight is all there is to read, and
-// long stretches of its rows are read the quickest.
-constexpr int64_t kColumns = 256, kSomeColumns = 1024, kHandfulColumns = 2048;
-constexpr int64_t kDepth = 512, kSomeDepth = 256, kHandfulDepth = 32;
-constexpr int64_t kSomeTokens = 64, kHandful = 4;
+// How a product of up to so many tokens is cut up.
+struct Cut {
+  int64_t tokens;   // of dx in one job
+  int64_t columns;  // of dx in one job
+  int64_t depth;    // rows of W in panels at a time
+};
+// For few tokens the weight is all there is to read, and long stretches of its rows are read the quickest.
+constexpr int64_t kDepth = 512;
+constexpr Cut kCuts[] = {{4, 2048, 32}, {64, 1024, 256}, {512, 256, kDepth}};
+constexpr const Cut& kMany = kCuts[2];  // also for more tokens than it has in one job
+// Rows of W whose products are summed on their own: those of a panel, or of several shallow ones.
+constexpr int64_t kSummed = 512;
+constexpr bool is_shallow(int64_t depth) { return depth < kSummed / 2; }
+
+constexpr const Cut& cut_for(int64_t tokens) {
+  for (const Cut& cut : kCuts) {
+    if (tokens <= cut.tokens) return cut;
+  }
+  return kMany;
+}
+
 // Tokens and bytes of dy in tiles at a time, at most.
 constexpr int64_t kTiledTokens = 1024;
 constexpr int64_t kTileBytes = 32 << 20;
@@ -26,13 +41,27 @@ constexpr int64_t kOuterColumns = 256;
 constexpr int64_t kOuterDepth = 256;
 constexpr int64_t kOuterRanks = 64;
 
-static_assert(kTiledTokens % kTokenBlock == 0 && kTokenBlock % kWide == 0 && kWide % kTileRows == 0);
-constexpr int64_t block_room(int64_t tokens, int64_t columns, int64_t depth) {
-  return 4 * columns * (tokens + depth / 2 + 1);
+static_assert(kTiledTokens % kMany.tokens == 0 && kMany.tokens % kWide == 0 && kWide % kTileRows == 0);
+constexpr bool jobs_fit() {
+  for (const Cut& cut : kCuts) {
+    const int64_t sums = cut.tokens * (is_shallow(cut.depth) ? 2 : 1);
+    if (4 * cut.columns * (sums + cut.depth / 2 + 1) > kJobRoom) return false;
+  }
+  return true;
 }
-static_assert(block_room(kTokenBlock, kColumns, kDepth) <= kJobRoom &&
-              block_room(kSomeTokens, kSomeColumns, kSomeDepth) <= kJobRoom &&
-              block_room(kHandful, kHandfulColumns, kHandfulDepth) <= kJobRoom);
+static_assert(jobs_fit());
+
+// Rows of dy a power of two apart push one another out of the caches. Where many jobs read them, they are copied to
+// tiles, each of which is one stretch of memory: so many tokens at a time, from `begin`, or none.
+struct Tiles {
+  int64_t tokens{};
+  int64_t begin{};
+  Bf16* data{};  // [tile of kTileRows][step of kDepth][kTileRows][kDepth]
+
+  Bf16* at(int64_t token, int64_t row, int64_t N) const {
+    return data + ((token - begin) / kTileRows * round_up(N, kDepth) + row) * kTileRows;
+  }
+};
 
 struct Backward {
   const LoraLinear& linear;
@@ -48,18 +77,12 @@ struct Backward {
   Bf16* parts{};      // of scaling dy B, [tokens][extended]
   Bf16* g_columns{};  // the same, [all][tokens_stride]
   Bf16* h_columns{};  // parts of h, [all][tokens_stride]
-  // Rows of dy a power of two apart push one another out of the caches. Where many jobs read them, they are copied to
-  // tiles, each of which is one stretch of memory: `tiled` tokens at a time, from `begin`, or none.
-  int64_t tiled{};
-  int64_t begin{};
-  Bf16* tiles{};  // [tile of kTileRows][step of kDepth][kTileRows][kDepth]
+  Tiles tiles{};
 
-  Bf16* tile(int64_t token, int64_t row) const {
-    return tiles + ((token - begin) / kTileRows * round_up(linear.n(), kDepth) + row) * kTileRows;
-  }
   // dy [token .. token + kTileRows)[row ..], both where a tile begins.
   Matrix dy_rows(int64_t token, int64_t row) const {
-    return tiled != 0 ? Matrix{tile(token, row), kDepth} : Matrix{matrix(dy).at(token, row), dy.row_stride};
+    if (tiles.tokens != 0) return {tiles.at(token, row, linear.n()), kDepth};
+    return {matrix(dy).at(token, row), dy.row_stride};
   }
 };
 
@@ -81,7 +104,7 @@ void scatter(const Backward& f, const Bf16* parts, int64_t token, Bf16* columns)
 void copy_to_tiles(const Backward& f, int64_t first, int64_t count) {
   for (int64_t t = first; t < first + count; ++t) {
     for (int64_t row = 0; row < f.linear.n(); row += kDepth) {
-      Bf16* to = f.tile(t, row) + (t - f.begin) % kTileRows * kDepth;
+      Bf16* to = f.tiles.at(t, row, f.linear.n()) + (t - f.tiles.begin) % kTileRows * kDepth;
       std::memcpy(to, matrix(f.dy).at(t, row), sizeof(Bf16) * std::min(kDepth, f.linear.n() - row));
     }
   }
@@ -89,8 +112,8 @@ void copy_to_tiles(const Backward& f, int64_t first, int64_t count) {
 
 // One group of tokens: their tiles, g = scaling dy B by token and by rank, and h by rank.
 void take_in_tokens(const Backward& f, int64_t group) {
-  const int64_t first = f.begin + group * kWide, count = std::min<int64_t>(kWide, f.dy.rows - first);
-  if (f.tiled != 0) copy_to_tiles(f, first, count);
+  const int64_t first = f.tiles.begin + group * kWide, count = std::min<int64_t>(kWide, f.dy.rows - first);
+  if (f.tiles.tokens != 0) copy_to_tiles(f, first, count);
   if (f.ranks.rank == 0) return;
   const Ranks& ranks = f.ranks;
   float* values = reinterpret_cast<float*>(job_room());
@@ -160,16 +183,11 @@ void pack_weight(const Backward& f, const Block& at, int64_t row, int64_t rows, 
   pack_along(w.data, w.stride, rows, at.cols, at.panel_stride(), panels);
 }
 
-// dx [token ..][col ..].
-void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
-  const int64_t c_stride = round_up(at.cols, kWide), K = f.linear.k();
-  float* c = reinterpret_cast<float*>(job_room());
-  Pair* panels = reinterpret_cast<Pair*>(c + at.tokens * c_stride);
-  std::memset(c, 0, sizeof(float) * at.tokens * c_stride);
-  add_update(f, at, panels, c, c_stride);
-  if (f.linear.drops()) apply_mask(f, at, reinterpret_cast<float*>(panels), c, c_stride);
-  for (int64_t row = 0; row < f.linear.n(); row += at.depth) {
-    const int64_t rows = std::min(at.depth, f.linear.n() - row);
+// c [tokens][cols] += dy W over rows [row, end) of W.
+void multiply_rows(const Backward& f, const Block& at, int64_t row, int64_t end, Pair* panels, float* c,
+                   int64_t c_stride) {
+  for (; row < end; row += at.depth) {
+    const int64_t rows = std::min(at.depth, end - row);
     pack_weight(f, at, row, rows, panels);
     for (int64_t t = 0; t < at.tokens; t += kTileRows) {
       const Matrix dy = f.dy_rows(at.token + t, row), following = f.dy_rows(at.token + t + kTileRows, row);
@@ -181,6 +199,23 @@ void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
         multiply(panel, at.cols - j, dy.data, some, dy.stride, rows / 2, c + t * c_stride + j, c_stride, next);
       }
     }
+  }
+}
+
+// dx [token ..][col ..].
+FASTLORA_BF16 void multiply_block(const Backward& f, const Block& at, Bf16* dx) {
+  const int64_t c_stride = round_up(at.cols, kWide), size = at.tokens * c_stride, K = f.linear.k(), N = f.linear.n();
+  float* c = reinterpret_cast<float*>(job_room());
+  float* part = c + size;
+  Pair* panels = reinterpret_cast<Pair*>(is_shallow(at.depth) ? part + size : part);
+  std::memset(c, 0, sizeof(float) * size);
+  add_update(f, at, panels, c, c_stride);
+  if (f.linear.drops()) apply_mask(f, at, reinterpret_cast<float*>(panels), c, c_stride);
+  if (!is_shallow(at.depth)) multiply_rows(f, at, 0, N, panels, c, c_stride);
+  for (int64_t row = 0; is_shallow(at.depth) && row < N; row += kSummed) {
+    std::memset(part, 0, sizeof(float) * size);
+    multiply_rows(f, at, row, std::min(row + kSummed, N), panels, part, c_stride);
+    for (int64_t i = 0; i < size; ++i) c[i] += part[i];
   }
   store_rows(c, c_stride, at.tokens, at.cols, 1.0f, dx + at.token * K + at.col, K);
 }
@@ -246,42 +281,34 @@ void outer(const Backward& f, void* da, void* db, int64_t index) {
                               : outer_block(f, b, col, cols, static_cast<Bf16*>(out));
 }
 
-int64_t columns_per_job(int64_t tokens, int64_t cols, int threads) {
-  const int64_t most = tokens > kSomeTokens ? kColumns : tokens > kHandful ? kSomeColumns : kHandfulColumns;
-  return std::max<int64_t>(kWide, std::min(most, round_up(ceil_div(cols, threads), kWide)));
-}
-
-int64_t depth_of_panels(int64_t tokens) {
-  if (tokens > kSomeTokens) return kDepth;
-  return tokens > kHandful ? kSomeDepth : kHandfulDepth;
-}
-
 // A copy that one or two jobs read does not pay.
 int64_t tokens_in_tiles(int64_t M, int64_t N, int64_t K) {
-  if (depth_of_panels(M) != kDepth || K <= 2 * kColumns) return 0;
+  if (cut_for(M).depth != kDepth || K <= 2 * kMany.columns) return 0;
   const int64_t fit = kTileBytes / static_cast<int64_t>(sizeof(Bf16)) / round_up(std::max<int64_t>(N, 1), kDepth);
-  return std::min({fit / kTokenBlock * kTokenBlock, kTiledTokens, round_up(M, kTileRows)});
+  return std::min({fit / kMany.tokens * kMany.tokens, kTiledTokens, round_up(M, kTileRows)});
 }
 
 // dx for as many tokens at a time as there are tiles for, and with the last of them dA and dB.
 void multiply_all(Backward f, Bf16* dx, void* da, void* db, int threads) {
   const int64_t M = f.dy.rows, K = f.linear.k();
-  const int64_t cols = columns_per_job(M, K, threads), across = ceil_div(K, cols);
+  const Cut& cut = cut_for(M);
+  const int64_t cols = std::max<int64_t>(kWide, std::min(cut.columns, round_up(ceil_div(K, threads), kWide)));
+  const int64_t across = ceil_div(K, cols);
+  int64_t& begin = f.tiles.begin;
   do {
-    const int64_t end = f.tiled != 0 ? std::min(f.begin + f.tiled, M) : M, tokens = end - f.begin;
-    if (f.ranks.rank != 0 || f.tiled != 0) {
+    const int64_t end = f.tiles.tokens != 0 ? std::min(begin + f.tiles.tokens, M) : M, tokens = end - begin;
+    if (f.ranks.rank != 0 || f.tiles.tokens != 0) {
       parallel_for(ceil_div(tokens, kWide), threads, [&](int64_t group) { take_in_tokens(f, group); });
     }
-    const int64_t blocks = dx != nullptr ? ceil_div(tokens, kTokenBlock) * across : 0;
+    const int64_t blocks = dx != nullptr ? ceil_div(tokens, cut.tokens) * across : 0;
     const int64_t gradients = end == M ? outer_jobs(da, K) + outer_jobs(db, f.linear.n()) : 0;
     parallel_for(blocks, gradients, threads, [&](int64_t index) {
       if (index >= blocks) return outer(f, da, db, index - blocks);
-      const int64_t token = f.begin + index / across * kTokenBlock, col = index % across * cols;
-      multiply_block(f, {token, std::min(kTokenBlock, end - token), col, std::min(cols, K - col), depth_of_panels(M)},
-                     dx);
+      const int64_t token = begin + index / across * cut.tokens, col = index % across * cols;
+      multiply_block(f, {token, std::min(cut.tokens, end - token), col, std::min(cols, K - col), cut.depth}, dx);
     });
-    f.begin = end;
-  } while (f.begin < M);
+    begin = end;
+  } while (begin < M);
 }
 
 }  // namespace
@@ -301,10 +328,10 @@ bool linear_backward(const LoraLinear& linear, const Activations& dy, const Acti
   const auto sums = layout.add<float>(M_of_g * ranks.stride);
   const auto parts = layout.add<Bf16>(M_of_g * ranks.extended);
   const auto columns = layout.add<Bf16>(2 * columns_size);
-  f.tiled = dx != nullptr ? tokens_in_tiles(M, N, K) : 0;
-  const auto tiles = layout.add<Bf16>(f.tiled * round_up(N, kDepth));
+  f.tiles.tokens = dx != nullptr ? tokens_in_tiles(M, N, K) : 0;
+  const auto tiles = layout.add<Bf16>(f.tiles.tokens * round_up(N, kDepth));
   if (!layout.allocate()) return false;
-  f.tiles = layout.at(tiles);
+  f.tiles.data = layout.at(tiles);
   f.a = {static_cast<const Bf16*>(linear.lora_a), K};
   // The last pair of an odd number of tokens ends in zero.
   std::memset(layout.at(columns), 0, sizeof(Bf16) * 2 * columns_size);

@@ -3,7 +3,7 @@
 // Activations are read once, in their own dtype. A block of them is widened to fp32 and masked in the first-level
 // cache and multiplied from there. Whoever runs a job, and however the result is cut into jobs, each element is
 // summed in the same order: over vectors and short blocks first, over the blocks next, which also keeps fp32 sums
-// over thousands of elements within a few roundings of exact.
+// over any number of elements within a few roundings of exact.
 
 constexpr int kPanelWidth = kVecs * W;
 constexpr int kChunk = kDropoutGroup * W;  // columns that one vector of Philox calls serves
@@ -165,15 +165,15 @@ FASTLORA_TARGET void write_outer(const Outer& o, const Tile& tile, const float* 
   }
 }
 
-// tile: ranks, at most kOuterRanks, and columns of x, at most kOuterColumns.
+// acc [ranks][kOuterColumns] = gᵀ x over rows [begin, end) of x.
 template <class T>
-FASTLORA_TARGET void outer_range(const Outer& o, const T* data, const Tile& tile) {
+FASTLORA_TARGET void outer_stretch(const Outer& o, const T* data, const Tile& tile, int64_t begin, int64_t end,
+                                   float* acc) {
   alignas(64) float wide[kOuterRows * kOuterColumns];
-  alignas(64) float acc[kOuterRanks * kOuterColumns];
   const int64_t ranks = tile.row_end - tile.row_begin, cols = tile.col_end - tile.col_begin;
   std::memset(acc, 0, sizeof(float) * ((ranks + 3) / 4 * 4) * kOuterColumns);
-  for (int64_t row = 0; row < o.x.rows; row += kOuterRows) {
-    const int64_t rows = std::min<int64_t>(kOuterRows, o.x.rows - row);
+  for (int64_t row = begin; row < end; row += kOuterRows) {
+    const int64_t rows = std::min<int64_t>(kOuterRows, end - row);
     for (int64_t t = 0; t < rows; ++t) {
       widen_row(o.x, data, o.dropout, row + t, tile.col_begin, tile.col_end, wide + t * kPanelWidth,
                 kOuterRows * kPanelWidth);
@@ -187,7 +187,19 @@ FASTLORA_TARGET void outer_range(const Outer& o, const T* data, const Tile& tile
       }
     }
   }
-  write_outer(o, tile, acc);
+}
+
+// tile: ranks, at most kOuterRanks, and columns of x, at most kOuterColumns.
+template <class T>
+FASTLORA_TARGET void outer_range(const Outer& o, const T* data, const Tile& tile) {
+  alignas(64) float total[kOuterRanks * kOuterColumns];
+  alignas(64) float part[kOuterRanks * kOuterColumns];
+  outer_stretch(o, data, tile, 0, std::min<int64_t>(kOuterStretch, o.x.rows), total);
+  for (int64_t row = kOuterStretch; row < o.x.rows; row += kOuterStretch) {
+    outer_stretch(o, data, tile, row, std::min(o.x.rows, row + kOuterStretch), part);
+    add_part(part, (tile.row_end - tile.row_begin) * kOuterColumns, total);
+  }
+  write_outer(o, tile, total);
 }
 
 template <class T>
