@@ -19,7 +19,7 @@ Source: arXiv:2402.09353, section 4.
 import torch
 import triton
 import triton.language as tl
-from fastlora.kernels.lora_plan import interpreted
+from fastlora.kernels.lora_plan import LONGEST_SUM, interpreted
 from fastlora.kernels.nf4_tile import aligned, block_scales, lookup, nf4_code, nf4_tile, operands
 from fastlora.kernels.operands import Packed
 from torch import Tensor
@@ -213,7 +213,8 @@ def rescale_backward(
     wanted = 8
     if dy.is_cuda:
         wanted = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
-    per_split = triton.cdiv(steps, max(1, min(steps, wanted // tiles))) * ROWS
+    splits = max(1, triton.cdiv(m, LONGEST_SUM), min(steps, wanted // tiles))
+    per_split = triton.cdiv(steps, splits) * ROWS
     splits = triton.cdiv(m, per_split)
     dz = torch.empty(m, n, dtype=dtype, device=dy.device) if factor is not None else None
     dot = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if z is not None else None

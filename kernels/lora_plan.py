@@ -15,6 +15,7 @@ from torch import Tensor
 PROGRAMS_PER_SM = 2
 STAGES = 3
 MAX_BLOCK_R = 64
+LONGEST_SUM = 1 << 14  # terms that one program adds up, tile after tile; a longer sum is one of several programs' sums
 
 
 class Dropout:
@@ -114,19 +115,22 @@ def plan(
     """How to launch on an activation [m, length]; the splits of its reduction, with the tiles, fill the device.
 
     The shrink sums over `length`, the other two over m; where the rows lie in `segments`, over those of each, which so
-    many parts share that all together fill the device. Remembered, since working it out costs more than a launch.
+    many parts share that all together fill the device. No program's sum is above LONGEST_SUM, for in order its error
+    grows; but where any of many segments may have most of the rows, only so far as writing a sum for each costs less
+    than a sixteenth of reading the rows. Remembered, since working it out costs more than a launch.
     """
     cut = cut or tile_for(op, m, length, r, how, dropout, device)
     parts = block_r(r), triton.cdiv(r, block_r(r))
-    rows, columns = triton.cdiv(m, cut.rows), triton.cdiv(length, cut.columns)
+    rows, columns, wanted = triton.cdiv(m, cut.rows), triton.cdiv(length, cut.columns), programs_wanted(device.index)
     if op == "shrink":
         tiles, total, block = rows + segments, length, cut.columns
     elif segments:
-        shares = max(1, min(rows, programs_wanted(device.index) // (columns * segments)))
+        short = min(triton.cdiv(m, LONGEST_SUM), m // (64 * r * segments))
+        shares = max(1, short, min(rows, wanted // (columns * segments)))
         return Plan(cut, columns, shares * segments, 0, *parts)
     else:
         tiles, total, block = columns, m, cut.rows
-    splits = max(1, min(triton.cdiv(total, block), programs_wanted(device.index) // tiles))
+    splits = max(1, triton.cdiv(total, LONGEST_SUM), min(triton.cdiv(total, block), wanted // tiles))
     per_split = triton.cdiv(triton.cdiv(total, splits), block) * block
     return Plan(cut, tiles, triton.cdiv(total, per_split), per_split, *parts)
 
