@@ -14,6 +14,8 @@ from fastlora import reference
 from fastlora.native import build, cuda
 from fastlora.ops import nf4
 from tests.support.emulation import Emulation, compile_objects, link
+from tests.support.long_sums import check as check_sum
+from tests.support.long_sums import drawn, other
 from tests.support.numerics import assert_as_accurate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -87,6 +89,15 @@ def test_emulated_shapes_and_scales(gpu, m, k, n, blocksize, dtype, nested):
 def test_emulated_ranks(gpu, m, r):
     given = operands(m, 320, 300, r, BF16, bias=FP32)
     check(gpu.decode(given), given)
+
+
+@pytest.mark.parametrize("k", [1_024, 200_000])
+def test_emulated_long_sums(gpu, k):
+    """No warp sums more than a chunk in order: see `long_sums`. x Wᵀ and x Aᵀ in one."""
+    x, weight = drawn("drift", 4, k, dtype=BF16), nf4.quantize(other("drift", 16, k), 64, double_quant=False)
+    a, b = other("drift", 2, k), torch.ones(16, 2)
+    y = gpu.decode((x, *weight.tensors(), 64, 16, a, b, 1.0, None))
+    check_sum("drift", k, y, x, weight.dequantize(FP32) + b @ a)
 
 
 @pytest.mark.parametrize("m", [1, 3, 16])

@@ -9,6 +9,7 @@ import torch
 from fastlora.kernels.operands import BLOCKSIZES
 
 from fastlora.ops import nf4
+from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import NF4Weight, quantize
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -22,7 +23,7 @@ def path(request, monkeypatch):
     """Each backend in turn; Triton through its interpreter where there is no GPU."""
     monkeypatch.setenv("FASTLORA_BACKEND", request.param)
     try:
-        nf4.dispatch.backend("cpu")
+        backend("cpu")
     except ValueError as error:
         pytest.skip(str(error))
     return request.param

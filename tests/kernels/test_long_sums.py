@@ -7,7 +7,7 @@ here are a little longer than what one program may add up; how much that is, is 
 import pytest
 import torch
 
-from fastlora import nf4, reference
+from fastlora.ops import nf4
 
 triton = pytest.importorskip("triton")
 from fastlora.kernels import decode, dora, fused, lora_plan  # noqa: E402
@@ -15,13 +15,12 @@ from fastlora.kernels import lora as kernel  # noqa: E402
 from fastlora.kernels.fused import Config  # noqa: E402
 from fastlora.kernels.segments import by_offsets  # noqa: E402
 
-from tests.kernel_cases import DEVICE, KERNELS  # noqa: E402
-from tests.long_sums import check, drawn, other  # noqa: E402
+from tests.support.kernel_cases import DEVICE, KERNELS  # noqa: E402
+from tests.support.long_sums import check, drawn, other  # noqa: E402
 
 pytestmark = KERNELS
 BF16 = torch.bfloat16
 LENGTHS = [1_024, 20_000]
-CODE = torch.tensor(reference.NF4_CODE, device=DEVICE)
 CUT = Config(block_m=16, block_n=32, block_k=128, splits=1, warps=4, stages=3, tma=False)
 
 
@@ -76,9 +75,9 @@ def test_base_products(n):
     x = drawn("drift", 4, n, dtype=BF16).to(DEVICE)
     weight = nf4.quantize(other("drift", 8, n), 64, double_quant=False).to(DEVICE)
     values = weight.dequantize(BF16)
-    check("drift", n, fused.linear(x, *weight.tensors(), CODE, 64, 8, config=CUT), x, values)
+    check("drift", n, fused.linear(x, weight, config=CUT), x, values)
     for tokens in (1, 2, 4):
-        check("drift", n, decode.decode(x[:tokens], *weight.tensors(), CODE, 64, 8), x[:tokens], values)
+        check("drift", n, decode.decode(x[:tokens], weight), x[:tokens], values)
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -90,5 +89,5 @@ def test_dora(n):
     check(kind, n, total[None], one, x)
     check(kind, n, dot[None], one, x.double() * z.double())
     norms, no_update = torch.empty(4, device=DEVICE), (torch.zeros(1, n), torch.zeros(4, 1))
-    dora.row_norms(torch.ones(1, dtype=torch.int32), x, None, *no_update, 1.0, norms)
+    dora.row_norms(torch.ones(1, dtype=torch.int32), x, *no_update, 1.0, norms)
     check(kind, n, norms[None], one, x.double().square() / x.double().norm(dim=1, keepdim=True))

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.numerics import rms
+from tests.support.numerics import rms
 
 KINDS = ["normal", "positive", "drift"]
 LENGTHS = [128, 1_024, 10_240, 200_000]

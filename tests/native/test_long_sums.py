@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from fastlora.kernels.operands import Lora, Packed
 from torch import Tensor
 
-from fastlora import dora, native, native_linear, native_lora, nf4, reference
-from fastlora.native_linear import Packed, Update
-from tests.long_sums import KINDS, LENGTHS, check, drawn, other
+from fastlora import reference
+from fastlora.native import cpu
+from fastlora.native import linear as native_linear
+from fastlora.native import lora as native_lora
+from fastlora.ops import dora, nf4
+from tests.support.long_sums import KINDS, LENGTHS, check, drawn, other
 
 BF16, FP32 = torch.bfloat16, torch.float32
-FUSED = pytest.mark.skipif(native.isas()[-1:] != ("avx512bf16",), reason="no AVX512_BF16 in this processor or build")
-NATIVE = pytest.mark.skipif(not native.status()[0], reason=native.status()[1])
+AVX512_BF16 = pytest.mark.skipif(cpu.isas()[-1:] != ("avx512bf16",), reason="no AVX512_BF16 in this processor or build")
+NATIVE = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 SEED = 5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,74 +53,76 @@ def test_products_with_packed_codes(isa: str, n: int, kind: str) -> None:
         x = drawn(kind, tokens, n, dtype=BF16)
         weight, values = packed(other(kind, 4, n))
         y = torch.empty(tokens, 4)
-        native.nf4_gemv(x, *weight.tensors(), 64, y)
+        cpu.nf4_gemv(x, weight, y)
         check(kind, n, y, x, values)
         tall, values = packed(other(kind, 4, n).t().contiguous())
         dx = torch.empty(tokens, 4)
-        native.nf4_gemv_t(x, *tall.tensors(), 64, dx)
+        cpu.nf4_gemv_t(x, tall, dx)
         check(kind, n, dx, x, values.t())
 
 
 def base(values: Tensor, kind: str) -> tuple[Tensor | Packed, Tensor]:
-    """A weight of the fused linear, dense or NF4, and its values as that multiplies them."""
+    """A weight of the linear, dense or NF4, and its values as that multiplies them."""
     if kind == "dense":
         return values.to(BF16), values.to(BF16)
     weight = nf4.quantize(values, 64, double_quant=False)
-    return Packed(*weight.tensors(), 64, *values.shape), weight.dequantize(BF16)
+    return weight, weight.dequantize(BF16)
 
 
 TOKENS = [1, 6, 12, 70]  # read one by one, by codes, in panels, in more than one; every cut of the backward
 
 
-@FUSED
+@AVX512_BF16
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP32], ids=str)
-def test_h_and_g_of_the_fused_linear(adapter_dtype: torch.dtype, n: int) -> None:
+def test_h_and_g_of_the_linear(adapter_dtype: torch.dtype, n: int) -> None:
     """x Aᵀ over K, and dy B over N: g comes out as dA of one token whose x is 1."""
     for tokens in TOKENS[:3]:
         for kind in KINDS:
             x, a = drawn(kind, tokens, n, dtype=BF16), other(kind, 4, n, dtype=adapter_dtype)
-            h, y = torch.empty(tokens, 4), torch.empty(tokens, 2, dtype=BF16)
-            native_linear.linear(x, torch.zeros(2, n, dtype=BF16), Update(a, a.new_zeros(2, 4), 1.0), None, y, h)
+            lora = Lora(a, a.new_zeros(2, 4))
+            _, h = native_linear.linear(x, torch.zeros(2, n, dtype=BF16), lora, None, save_h=True)
+            assert h is not None
             check(kind, n, h, x, a)
     for kind in KINDS:
         dy, b = drawn(kind, 1, n, dtype=BF16), other(kind, 4, n, dtype=adapter_dtype)
-        update = Update(b.new_zeros(4, 2), b.t().contiguous(), 1.0)
-        da, one = b.new_empty(4, 2), torch.ones(1, 2, dtype=BF16)
-        native_linear.linear_backward(dy, one, None, torch.zeros(n, 2, dtype=BF16), update, None, da)
+        lora, one = Lora(b.new_zeros(4, 2), b.t().contiguous()), torch.ones(1, 2, dtype=BF16)
+        weight = torch.zeros(n, 2, dtype=BF16)
+        _, da, _ = native_linear.linear_backward(dy, one, None, weight, lora, False, True)
+        assert da is not None
         check(kind, n, da[:, :1].t(), dy, b, 0.0 if adapter_dtype == FP32 or kind == "drift" else 2.0**-8)
 
 
-@FUSED
+@AVX512_BF16
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_base_products_of_the_fused_linear(kind: str, n: int) -> None:
+def test_base_products_of_the_linear(kind: str, n: int) -> None:
     for tokens in TOKENS:
         x = drawn("drift", tokens, n, dtype=BF16)
         weight, values = base(other("drift", 4, n), kind)
-        y = torch.empty(tokens, 4, dtype=BF16)
-        native_linear.linear(x, weight, None, None, y)
+        y, _ = native_linear.linear(x, weight, None, None)
         check("drift", n, y, x, values)
         weight, values = base(other("drift", 32, n).t().contiguous(), kind)
-        dx = torch.empty(tokens, 32, dtype=BF16)
-        native_linear.linear_backward(x, None, None, weight, None, dx)
+        dx, *_ = native_linear.linear_backward(x, None, None, weight, None, True)
+        assert dx is not None
         check("drift", n, dx, x, values.t())
 
 
-@FUSED
+@AVX512_BF16
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", LENGTHS)
-def test_gradients_of_the_fused_linears_adapters(n: int, kind: str) -> None:
+def test_gradients_of_the_linears_adapters(n: int, kind: str) -> None:
     """dA and dB sum over tokens. One row of B is 1 and the rest are 0, so that g is a column of dy."""
     x, dy = drawn(kind, 2, n, dtype=BF16), other(kind, 2, n, dtype=BF16)
     h = drawn(kind, 3, n, seed=2)
     b = torch.zeros(2, 3)
     b[0] = 1
-    da, db = torch.empty(3, 2), torch.empty(2, 3)
-    native_linear.linear_backward(
-        dy.t().contiguous(), x.t().contiguous(), h.t().contiguous(), torch.zeros(2, 2, dtype=BF16),
-        Update(torch.zeros(3, 2), b, 1.0), None, da, db,
-    )  # fmt: skip
+    rows = dy.t().contiguous(), x.t().contiguous(), h.t().contiguous()
+    _, da, db = native_linear.linear_backward(
+        *rows, torch.zeros(2, 2, dtype=BF16), Lora(torch.zeros(3, 2), b), False, True, True
+    )
+    assert da is not None
+    assert db is not None
     check(kind, n, da, dy[:1].expand(3, n), x)
     check(kind, n, db, dy, h)
 
