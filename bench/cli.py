@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-COMMANDS = ("kernels", "experts", "options", "static", "predict", "tune", "plot", "report", "gpu", "readme")
+COMMANDS = ("kernels", "experts", "options", "host", "static", "predict", "tune", "plot", "report", "gpu", "readme")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

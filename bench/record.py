@@ -8,6 +8,7 @@
     error         limit      worst error of the result and the gradients, in units of the error allowed; above 1 is
                              wrong, and such a provider has no other row
     launches      launches   kernels, copies and fills that one call puts on a CUDA device
+    host          us         CPU time of one call by the calling thread's clock, at a size where arithmetic is nothing
     tokens_per_s  tokens/s   tokens of a whole training step
 
 A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: the kernels alone, in order. One called
@@ -33,7 +34,14 @@ HEADER = (
     "device,torch,triton,commit,timestamp"
 )
 COLUMNS = HEADER.split(",")
-UNITS = {"time": "ms", "peak_memory": "MB", "error": "limit", "launches": "launches", "tokens_per_s": "tokens/s"}
+UNITS = {
+    "time": "ms",
+    "peak_memory": "MB",
+    "error": "limit",
+    "launches": "launches",
+    "host": "us",
+    "tokens_per_s": "tokens/s",
+}
 GRAPH = "-graph"
 PREDICTED = "predicted-"
 
