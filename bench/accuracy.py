@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.layers import LoraLayer, Provider
-from bench.operands import DECODE_MAX_M, DEQUANTIZE, SCALING, Operands, error_line
+from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, SCALING, Operands, error_line
 from fastlora import reference
 
 MAX_CHECK_WORK = 1 << 35  # M·K·N of the largest product worth computing in fp64 on a CPU

@@ -1,7 +1,7 @@
 """The command line: `python -m bench SUBCOMMAND`.
 
 A subcommand is a module with three names: `SUMMARY` (a line for the help), `add_arguments(parser)`
-and `run(arguments) -> exit status`. To add one, write the module and enter its name in `COMMANDS`. Only the module
+and `run(arguments) -> exit status`. To add one, write the module and enter it in `COMMANDS`. Only the module
 asked for is imported; the help imports all.
 """
 
@@ -11,7 +11,19 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-COMMANDS = ("kernels", "experts", "options", "host", "static", "predict", "tune", "plot", "report", "gpu", "readme")
+COMMANDS = {  # name -> module
+    "kernels": "bench.kernels",
+    "experts": "bench.experts",
+    "options": "bench.options",
+    "host": "bench.host",
+    "static": "bench.static",
+    "predict": "bench.predict",
+    "tune": "bench.tune",
+    "plot": "bench.plot",
+    "report": "bench.report",
+    "gpu": "bench.gpu",
+    "readme": "bench.readme",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +67,6 @@ def _without_command(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _load(name: str) -> ModuleType | ImportError:
     try:
-        return importlib.import_module(f"bench.{name}")
+        return importlib.import_module(COMMANDS[name])
     except ImportError as error:
         return error

@@ -7,7 +7,7 @@ product has no LoRA in it, which favours it.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from bench.record import GRAPH, Point
+from bench.measure.record import GRAPH, Point
 
 FLOOR = "torch"
 OURS = "fastlora-"

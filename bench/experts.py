@@ -5,9 +5,9 @@
     fastlora-nf4   the same over stacks packed in NF4, which peft cannot compute
     fastlora-torch, fastlora-nf4-torch   on CUDA, where those two run products of our own: torch's grouped_mm instead
 
-bf16, fp32 adapters as peft has them by default. Layers are timed in turn, as `bench.measure` says. In the CSV, kernel
-is experts_E{experts}_top{chosen}, M the tokens, K the hidden and N the intermediate size of an expert. A result that is
-further from peft's than 2% is an error.
+bf16, fp32 adapters as peft has them by default. Layers are timed in turn, as `bench.measure.timing` says. In the CSV,
+kernel is experts_E{experts}_top{chosen}, M the tokens, K the hidden and N the intermediate size of an expert. A result
+that is further from peft's than 2% is an error.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import fastlora
-from bench.measure import device_name, interleave
-from bench.record import Point, Recorder
+from bench.measure.record import Point, Recorder
+from bench.measure.timing import device_name, interleave
 from fastlora.ops import grouped_cuda
 
 SUMMARY = "adapters on stacks of experts against peft"

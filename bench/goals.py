@@ -6,8 +6,8 @@ Every figure is a ratio of medians from one run. Where both adapter dtypes were 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from bench.operands import DEQUANTIZE
-from bench.record import GRAPH, Point
+from bench.measure.operands import DEQUANTIZE
+from bench.measure.record import GRAPH, Point
 
 PRECISIONS = ("fp32", "bf16")
 LARGE_M = 8192

@@ -34,7 +34,7 @@ from typing import IO
 
 import torch
 
-from bench.measure import device_name
+from bench.measure.timing import device_name
 from bench.peers import absent
 from bench.phases import ROOT, Phase, Step, on_gpu, rehearsed
 

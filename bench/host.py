@@ -368,8 +368,8 @@ def _ways(ways: dict[str, list[tuple[str, str]]], in_full: bool) -> str:
 def _record(costs: list[Cost], out: Path | None, device: str) -> str:
     """Append to the CSV; where bench is not there, or is older than this file, say so."""
     try:
-        from bench.measure import device_name
-        from bench.record import UNITS, Point, Recorder
+        from bench.measure.record import UNITS, Point, Recorder
+        from bench.measure.timing import device_name
     except ImportError as error:
         return f"not recorded: {error}"
     if "host" not in UNITS:

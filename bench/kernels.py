@@ -1,10 +1,11 @@
 """Compare one LoRA linear between packages: time, accuracy, peak memory, launches.
 
 Forward (as training runs it, with what backward needs recorded), backward, both, and decode (nothing recorded, at most
-16 tokens), over bf16 and NF4 bases, and the expansion of an NF4 weight alone, against the floors of `bench.floors`. The
-machine's own copy bandwidth and matrix rate are measured first. A provider whose result breaks the tolerance rule is
-reported as wrong and not timed; one that raises is named with its error; the others go on. Rows are printed, and
-appended to --out, as they are measured. After --limit seconds the rest is left out, and named.
+16 tokens), over bf16 and NF4 bases, and the expansion of an NF4 weight alone, against the floors of
+`bench.measure.floors`. The machine's own copy bandwidth and matrix rate are measured first. A provider whose result
+breaks the tolerance rule is reported as wrong and not timed; one that raises is named with its error; the others go
+on. Rows are printed, and appended to --out, as they are measured. After --limit seconds the rest is left out, and
+named.
 
 On a CUDA device (--preset cuda, the default there) the shapes and tokens that matter most come first, in about two and
 a half minutes.
@@ -22,13 +23,13 @@ from typing import NamedTuple
 import torch
 
 from bench import goals, memory, table
-from bench.floors import Rates
 from bench.layers import Provider
-from bench.measure import Machine, device_name, measure_machine
-from bench.models import MODEL_SHAPES, model_shapes, parse_shape
-from bench.operands import DECODE_MAX_M, DEQUANTIZE, KERNELS, MODES, Problem
+from bench.measure.floors import Rates
+from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
+from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, KERNELS, MODES, Problem
+from bench.measure.record import Point, Recorder
+from bench.measure.timing import Machine, device_name, measure_machine
 from bench.providers import find_providers
-from bench.record import Point, Recorder
 from bench.shape import DeviceLostError, Effort, ShapeBench, share_of_floor
 
 SUMMARY = "one LoRA linear: fastlora against peft, bitsandbytes, unsloth, torch.compile and the bare product"

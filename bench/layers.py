@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.operands import DEQUANTIZE, LINEAR_KERNELS, MODES, Operands, Problem, missing
+from bench.measure.operands import DEQUANTIZE, LINEAR_KERNELS, MODES, Operands, Problem, missing
 
 
 class LoraLayer:

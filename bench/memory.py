@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from bench.layers import LoraLayer, Provider
-from bench.operands import Problem, draw_inputs, make_operands, missing
+from bench.measure.operands import Problem, draw_inputs, make_operands, missing
 from bench.providers import find_providers
 
 _PR_SET_THP_DISABLE = 41

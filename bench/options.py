@@ -5,9 +5,9 @@
 
 bf16, r = 16, adapters in fp32 as peft has them by default (in bf16 for DoRA with dropout, which peft otherwise computes
 in fp32, and fastlora leaves to it), over a bf16 and an NF4 base. Layers are timed in turn, as
-`bench.measure` says. In the CSV, kernel is option_{what}_{base}, M the tokens. A layer that steps back to peft has no
-row, nor has one whose result is further from peft's than 2% (options with dropout are compared with dropout off): a
-line says so, the other options are measured, and the command fails in the end.
+`bench.measure.timing` says. In the CSV, kernel is option_{what}_{base}, M the tokens. A layer that steps back to peft
+has no row, nor has one whose result is further from peft's than 2% (options with dropout are compared with dropout
+off): a line says so, the other options are measured, and the command fails in the end.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastlora
-from bench.measure import device_name, interleave
-from bench.operands import missing
-from bench.record import Point, Recorder
+from bench.measure.operands import missing
+from bench.measure.record import Point, Recorder
+from bench.measure.timing import device_name, interleave
 from fastlora.ops import nf4
 
 SUMMARY = "peft's options (DoRA, mixed batches, several adapters, ...) against peft, one layer each"

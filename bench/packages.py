@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.layers import Expansion, LoraLayer, Provider, ServingLayer
-from bench.operands import DEQUANTIZE, SCALING, Operands, Problem, clone, error_line
+from bench.measure.operands import DEQUANTIZE, SCALING, Operands, Problem, clone, error_line
 from fastlora import reference
 from fastlora.ops.nf4 import NF4Weight
 

@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from bench import rows
+from bench.measure import rows
 
 SUMMARY = "pictures of a run, from its CSV: speedup, roofline, share of the floor"
 _RC: dict[Any, Any] = {"svg.hashsalt": "fastlora", "svg.fonttype": "path", "hatch.linewidth": 0.6}

@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import kernels
-from bench.floors import BF16_BYTES, PACKED_BYTES, Rates, dequantize_ms, floor_ms, packed_product_ms
-from bench.models import MODEL_SHAPES, model_shapes, parse_shape
-from bench.operands import DECODE_MAX_M, DEQUANTIZE
-from bench.record import GRAPH, HEADER, PREDICTED, Point, commit, lines, timestamp
+from bench.measure.floors import BF16_BYTES, PACKED_BYTES, Rates, dequantize_ms, floor_ms, packed_product_ms
+from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
+from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE
+from bench.measure.record import GRAPH, HEADER, PREDICTED, Point, commit, lines, timestamp
 from bench.shape import share_of_floor
 
 SUMMARY = "the same cases by the floor model, for GPUs that are not here; marked as predicted"

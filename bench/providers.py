@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.layers import BareProduct, Expansion, LoraLayer, Provider, ServingLayer
-from bench.operands import (
+from bench.measure.operands import (
     DECODE_MAX_M,
     DEQUANTIZE,
     KERNELS,

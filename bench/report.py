@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from bench import compare, goals, plot, rows
+from bench import compare, goals, plot
 from bench.figures import LOOKS
-from bench.operands import KERNELS
-from bench.record import PREDICTED
-from bench.rows import Row
+from bench.measure import rows
+from bench.measure.operands import KERNELS
+from bench.measure.record import PREDICTED
+from bench.measure.rows import Row
 
 SUMMARY = "one self-contained HTML page from the CSV: goals, tables, pictures, where a peer is quicker"
 _RANK = {kernel: i for i, kernel in enumerate(KERNELS)}

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench import cuda, memory
+from bench import memory
 from bench.accuracy import Judge
-from bench.floors import Rates, floor_ms
 from bench.layers import LoraLayer, Provider
-from bench.measure import Spread, copies_past_cache, interleave
-from bench.operands import DECODE_MAX_M, DEQUANTIZE, Operands, Problem, draw_inputs, error_line, make_operands
-from bench.record import GRAPH, Point
+from bench.measure import cuda
+from bench.measure.floors import Rates, floor_ms
+from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, Operands, Problem, draw_inputs, error_line, make_operands
+from bench.measure.record import GRAPH, Point
+from bench.measure.timing import Spread, copies_past_cache, interleave
 
 MEMORY_MODES = ("forward", "both")
 Inputs = list[tuple[Tensor, Tensor]]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from bench.record import GRAPH, Point
+from bench.measure.record import GRAPH, Point
 
 PRECISIONS = ("fp32", "bf16")
 AIM_LARGE_M, AIM_SPEEDUP = 1024, 1.2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import share_of_limit
-from bench.operands import SCALING, Operands, draw_inputs
+from bench.measure.operands import SCALING, Operands, draw_inputs
 from fastlora import reference
 
 _TILES = (  # rows, columns, warps, stages

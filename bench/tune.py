@@ -20,10 +20,10 @@ import torch
 from fastlora.kernels import choice
 from fastlora.kernels.choice import LOW_RANK, PRODUCTS, Row
 
-from bench.cuda import Graph
-from bench.measure import copies_past_cache, interleave
-from bench.models import parse_shape
-from bench.operands import Operands, Problem, error_line, make_operands
+from bench.measure.cuda import Graph
+from bench.measure.models import parse_shape
+from bench.measure.operands import Operands, Problem, error_line, make_operands
+from bench.measure.timing import copies_past_cache, interleave
 from bench.trials import Case, Trial, Truth, low_rank_trials, product_trials
 
 SUMMARY = "time every kernel that could do a product on this GPU and write the table of choices"

@@ -13,8 +13,8 @@ import itertools
 import pytest
 import torch
 
-from bench.floors import Rates
-from bench.operands import DEQUANTIZE, KERNELS, Problem
+from bench.measure.floors import Rates
+from bench.measure.operands import DEQUANTIZE, KERNELS, Problem
 from bench.providers import find_providers
 from bench.shape import Call, Effort, ShapeBench
 

@@ -12,10 +12,10 @@ from bench import kernels, memory, providers, table
 from bench.accuracy import Judge, share_of_limit
 from bench.cli import COMMANDS, main
 from bench.layers import BareProduct, Expansion, LoraLayer, Provider
-from bench.measure import interleave, measure_machine, spread
-from bench.operands import DEQUANTIZE, SCALING, Operands, Problem, draw_inputs, make_operands
+from bench.measure.operands import DEQUANTIZE, SCALING, Operands, Problem, draw_inputs, make_operands
+from bench.measure.record import HEADER, Point, Recorder
+from bench.measure.timing import interleave, measure_machine, spread
 from bench.providers import find_providers
-from bench.record import HEADER, Point, Recorder
 from fastlora import reference
 
 CPU = torch.device("cpu")
@@ -339,7 +339,7 @@ def test_an_unknown_subcommand_lists_those_there_are(capsys):
 
 
 def test_a_subcommand_that_cannot_be_imported_leaves_the_others_alone(capsys, monkeypatch):
-    monkeypatch.setattr("bench.cli.COMMANDS", ("kernels", "absent"))
+    monkeypatch.setattr("bench.cli.COMMANDS", {"kernels": "bench.kernels", "absent": "bench.absent"})
     with pytest.raises(SystemExit) as stopped:
         main(["absent"])
     assert stopped.value.code == 2

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cuda, kernels, measure, packages, providers, shape
+from bench import kernels, packages, providers, shape
 from bench.accuracy import Judge
 from bench.cli import main
-from bench.floors import Rates
-from bench.measure import interleave, measure_machine
-from bench.operands import Problem, draw_inputs, make_operands
+from bench.measure import cuda, timing
+from bench.measure.floors import Rates
+from bench.measure.operands import Problem, draw_inputs, make_operands
+from bench.measure.timing import interleave, measure_machine
 from bench.providers import find_providers
 from bench.shape import DeviceLostError, Effort, ShapeBench
 
@@ -86,7 +87,7 @@ def test_graph_rows_take_the_time_of_a_replay_over_its_calls(monkeypatch):
     calls = bench.calls(4, 0.0, "decode")
     monkeypatch.setattr(cuda, "Graph", FakeGraph)
     monkeypatch.setattr(
-        shape, "interleave", lambda *_: {f"{name}-graph": measure.Spread(8.0, 4.0, 16.0) for name in calls}
+        shape, "interleave", lambda *_: {f"{name}-graph": timing.Spread(8.0, 4.0, 16.0) for name in calls}
     )
     replayed = bench._replay(calls, 4)
     for name, call in calls.items():

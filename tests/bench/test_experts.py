@@ -9,7 +9,7 @@ pytest.importorskip("transformers.models.qwen3_moe")
 experts = pytest.importorskip("bench.experts")
 
 from bench.cli import main  # noqa: E402
-from bench.rows import read  # noqa: E402
+from bench.measure.rows import read  # noqa: E402
 
 
 def test_a_layer_is_measured(tmp_path, capsys):

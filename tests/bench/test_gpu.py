@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu, phases
-from bench.cli import main
+from bench.cli import COMMANDS, main
 from bench.phases import Phase, Step
 
 
@@ -157,7 +157,7 @@ def parse(words: list[str]) -> None:
     import argparse
     import importlib
 
-    module = importlib.import_module(f"bench.{words[0]}")
+    module = importlib.import_module(COMMANDS[words[0]])
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     parser.parse_args(words[1:])

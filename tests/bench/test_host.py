@@ -5,7 +5,8 @@ import torch
 
 from bench import host
 from bench.cli import main
-from bench.rows import read
+from bench.measure import record
+from bench.measure.rows import read
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -29,9 +30,9 @@ def test_every_layer_in_both_modes(tmp_path, capsys):
 
 
 def test_the_bare_function_computes_the_linear():
-    candidate = next(c for c in host.make_candidates() if (c.kernel, c.provider) == ("fp32_linear", "torch-function"))
+    weight = torch.randn(host.N, host.K, dtype=torch.float64)
+    (candidate,) = (c for c in host._functions("fp64", weight) if c.provider == "torch-function")
     x, a, b = candidate.leaves
-    weight = next(c for c in host.make_candidates() if c.kernel == "fp32_linear").call.base_layer.weight
     expected = x @ (weight + 2.0 * b @ a).t()
     torch.testing.assert_close(candidate.call(x), expected)
     got = torch.autograd.grad(candidate.call(x), candidate.leaves, candidate.dy)
@@ -60,5 +61,5 @@ def test_cuda_is_refused(capsys):
 
 
 def test_an_older_bench_is_no_reason_to_fail(monkeypatch, tmp_path):
-    monkeypatch.delitem(__import__("bench.record").record.UNITS, "host")
+    monkeypatch.delitem(record.UNITS, "host")
     assert "not recorded" in host._record([], tmp_path / "host.csv", "cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.cli import main
-from bench.rows import read
+from bench.measure.rows import read
 
 options = pytest.importorskip("bench.options")
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from bench import kernels, providers
 from bench.cli import main
 from bench.layers import LoraLayer, Provider
-from bench.measure import interleave, measure_machine
-from bench.models import MODEL_SHAPES, model_shapes
-from bench.operands import Operands, Problem, make_operands
+from bench.measure.models import MODEL_SHAPES, model_shapes
+from bench.measure.operands import Operands, Problem, make_operands
+from bench.measure.timing import interleave, measure_machine
 from bench.providers import find_providers
 
 CPU = torch.device("cpu")

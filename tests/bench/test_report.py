@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, goals, rows
+from bench import compare, goals
 from bench.cli import main
-from bench.record import HEADER, PREDICTED, Point, lines
+from bench.measure import rows
+from bench.measure.record import HEADER, PREDICTED, Point, lines
 
 pytest.importorskip("matplotlib")
 

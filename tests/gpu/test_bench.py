@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from bench import cuda, kernels
+from bench import kernels
 from bench.accuracy import Judge
 from bench.cli import main
-from bench.measure import interleave, measure_machine
-from bench.operands import KERNELS, Problem, draw_inputs, make_operands
+from bench.measure import cuda
+from bench.measure.operands import KERNELS, Problem, draw_inputs, make_operands
+from bench.measure.timing import interleave, measure_machine
 from bench.providers import PROVIDERS, find_providers
 
 pytestmark = pytest.mark.gpu

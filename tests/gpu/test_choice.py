@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 from fastlora.kernels import choice, search
 
-from bench.operands import Problem, make_operands
+from bench.measure.operands import Problem, make_operands
 from bench.trials import Case, low_rank_trials, product_trials
 from fastlora.native import cuda
 from fastlora.ops import backend, nf4

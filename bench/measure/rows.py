@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.record import COLUMNS, PREDICTED, Point
+from bench.measure.record import COLUMNS, PREDICTED, Point
 
 
 @dataclass(frozen=True)

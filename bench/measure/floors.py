@@ -13,7 +13,7 @@ floor. Forward + backward has two products. Above the balance, and over a bf16 w
 
 from typing import NamedTuple
 
-from bench.operands import DEQUANTIZE
+from bench.measure.operands import DEQUANTIZE
 
 PACKED_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 BF16_BYTES = 2

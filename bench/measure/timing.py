@@ -23,9 +23,9 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from bench.cuda import head_start
-from bench.floors import Rates
-from bench.operands import error_line
+from bench.measure.cuda import head_start
+from bench.measure.floors import Rates
+from bench.measure.operands import error_line
 
 _DEFAULT_CACHE = 32 << 20
 _CACHE_SIZE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")

@@ -14,9 +14,9 @@
 A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: the kernels alone, in order. One called
 predicted-NAME was computed, not measured, and stands in a file of its own.
 
-`share_of_floor` is the floor's time over this row's; `bench.floors` says what the floor is. Rows of `nf4_dequantize`
-have M = 0, and R = 0 where nothing is merged. Rows of kernel `copy` and `matmul` hold the machine's own speed: a copy
-of M x K values (bytes moved: 4 M K) and a bf16 product (FLOP: 2 M N K).
+`share_of_floor` is the floor's time over this row's; `bench.measure.floors` says what the floor is. Rows of
+`nf4_dequantize` have M = 0, and R = 0 where nothing is merged. Rows of kernel `copy` and `matmul` hold the machine's
+own speed: a copy of M x K values (bytes moved: 4 M K) and a bf16 product (FLOP: 2 M N K).
 """
 
 import csv
