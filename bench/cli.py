@@ -16,7 +16,7 @@ COMMANDS = {  # name -> module
     "experts": "bench.experts",
     "options": "bench.options",
     "host": "bench.host",
-    "static": "bench.static",
+    "static": "bench.machine_code.static",
     "predict": "bench.predict",
     "tune": "bench.tune",
     "plot": "bench.plot",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.specimens import ARCHITECTURES
+from bench.machine_code.specimen import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "kernels" / "choice.csv"

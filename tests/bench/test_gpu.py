@@ -140,7 +140,7 @@ def test_a_limit_reaches_the_command_line():
 
 @pytest.mark.parametrize("arch", [80, 90, 103, 121])
 def test_on_a_gpu_every_phase_and_every_option_is_known(tmp_path, arch):
-    from bench.specimens import ARCHITECTURES
+    from bench.machine_code.specimen import ARCHITECTURES
 
     known = phases.on_gpu(tmp_path, arch)
     assert [p.name for p in known if not p.optional] == [p.name for p in phases.rehearsed(tmp_path)]

@@ -7,8 +7,8 @@ from csv import DictReader
 
 import pytest
 
-from bench.specimens import ARCHITECTURES, specimens
-from bench.static import SHARED_LIMIT
+from bench.machine_code.specimen import ARCHITECTURES, SHARED_LIMIT
+from bench.machine_code.specimens import specimens
 
 pytest.importorskip("triton")
 SASS_PER_WEIGHT = {  # at most; a tree of selects takes 26

@@ -16,7 +16,7 @@ from fastlora.kernels import fused, fused_config  # noqa: E402
 from fastlora.kernels.fused_config import Config  # noqa: E402
 from fastlora.kernels.lora_plan import Dropout  # noqa: E402
 
-from bench.static import SHARED_LIMIT  # noqa: E402
+from bench.machine_code.specimen import SHARED_LIMIT  # noqa: E402
 from tests.support.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 
 pytestmark = KERNELS
@@ -220,11 +220,11 @@ def test_a_sum_is_split_until_the_chip_is_full():
 
 
 _COUNT = """
-from bench import specimens, static
+from bench.machine_code import specimens, static
 for specimen in specimens.fused_specimens():
     for arch in (80, 90):
         if arch in specimen.archs and specimen.main_loop:
-            loop = static.main_loop(static._compile(specimen, arch, specimen.constants).asm["cubin"])
+            loop = static.main_loop(static.compiled(specimen, arch, specimen.constants).asm["cubin"])
             threads = 32 * specimen.warps
             lookups = sum(name.startswith("SHFL") for name in loop) * threads / specimen.weights
             wgmma = any(name.startswith("HGMMA") for name in loop)

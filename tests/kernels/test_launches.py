@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.static import SHARED_LIMIT
+from bench.machine_code.specimen import SHARED_LIMIT
 
 pytest.importorskip("triton")
 LOW_RANK = {"_lora_shrink_kernel", "_lora_expand_kernel", "_lora_dy_kernel", "_lora_x_kernel"}
@@ -34,7 +34,7 @@ def test_every_launch_compiles():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 120])  # an architecture of each way to multiply; all six: `bench.static`
+@pytest.mark.parametrize("arch", [80, 90, 120])  # an architecture of each way to multiply; all six: `bench static`
 def test_what_experts_launch_compiles(arch):
     found = compiled(arch, "experts")
     assert {name for name, *_ in found} == STACKS | (LOW_RANK - {"_lora_expand_kernel"})

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fatbin
-from bench.specimens import ARCHITECTURES
-from bench.static import SHARED_LIMIT
+from bench.machine_code import fatbin
+from bench.machine_code.specimen import ARCHITECTURES, SHARED_LIMIT
 from fastlora import reference
 from fastlora.native import build, cuda
 from fastlora.ops import nf4

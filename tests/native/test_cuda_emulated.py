@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from bench.static import SHARED_LIMIT
+from bench.machine_code.specimen import SHARED_LIMIT
 from fastlora import reference
 from fastlora.native import build, cuda
 from fastlora.ops import nf4

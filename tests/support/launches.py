@@ -23,7 +23,7 @@ from fastlora.kernels.operands import Lora
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.static import _cuobjdump
+from bench.machine_code.sass import dump
 from fastlora.ops import backend, dora, grouped, linear_cuda, mixed_cuda, nf4
 from fastlora.ops.operands import Base, Needs
 
@@ -60,7 +60,7 @@ def pretend(arch: int) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if id(kernel) not in seen:
             seen.add(id(kernel))
-            usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
+            usage = dump(kernel.asm["cubin"], "-res-usage")
             local = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
             print(self.fn.__name__, kernel.metadata.shared, local, flush=True)
         return kernel

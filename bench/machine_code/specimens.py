@@ -1,29 +1,14 @@
-"""Typical launches of the Triton kernels, as `bench.static` compiles them: types of arguments, constants, tiles."""
+"""Typical launches of the Triton kernels, as `bench static` compiles them: types of arguments, constants, tiles."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+from bench.machine_code import grouped_specimens
+from bench.machine_code.specimen import Specimen
+
 RANKS = (16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """One kernel with the arguments of a typical launch."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]  # arguments that are neither constexpr nor known constants
-    constants: dict[str, Any]
-    warps: int
-    options: dict[str, Any] = field(default_factory=dict)
-    weights: int = 0  # NF4 weights a program expands; 0 where it expands none
-    twin: dict[str, Any] = field(default_factory=dict)  # constants of the larger tile that the marginal count needs
-    uses_tensor_cores: bool = True
-    main_loop: bool = False  # count the loop around the product instead of the difference to a twin
-    archs: tuple[int, ...] = ARCHITECTURES  # where launches use it
 
 
 def _nf4_specimens() -> Iterator[Specimen]:
@@ -35,7 +20,6 @@ def _nf4_specimens() -> Iterator[Specimen]:
     for out in ("fp16", "fp32"):
         yield _nf4_specimen(f"nf4_dequantize_to_{out}", nf4.FLAT, types={"out_ptr": f"*{out}"})
     yield _nf4_specimen("nf4_dequantize_any", nf4.SMALL, {"ALIGNED": False, "EVEN": False})
-    yield _nf4_specimen("nf4_dequantize_extend", nf4.tile("none", 16, True), {"EXTEND": True})
     fp32 = {"lora_a_ptr": "*fp32", "lora_b_ptr": "*fp32"}
     for r, how, counted in ((16, "narrow", True), (32, "narrow", False), (16, "split", True), (64, "split", False)):
         cut = nf4.tile(how, r, True)
@@ -44,8 +28,7 @@ def _nf4_specimens() -> Iterator[Specimen]:
         merged = _nf4_specimen(name, cut, flags, fp32 if how == "split" else {}, counted)
         yield merged
         if name == "nf4_dequantize_merge_r16":
-            for suffix, change in (("gather", {"LOOKUP": "gather"}), ("row_scale", {"ROW_SCALE": True})):
-                yield replace(merged, name=f"{name}_{suffix}", constants=merged.constants | change, weights=0)
+            yield replace(merged, name=f"{name}_gather", constants=merged.constants | {"LOOKUP": "gather"}, weights=0)
 
 
 def _nf4_specimen(
@@ -257,7 +240,5 @@ def _dora_specimens() -> Iterator[Specimen]:
 
 def specimens() -> list[Specimen]:
     """Every Triton kernel of the package, in the variants that launches use."""
-    from bench import grouped_specimens
-
     found = [*_nf4_specimens(), *fused_specimens(), *_lora_specimens(), *_decode_specimens()]
     return [*found, *_dora_specimens(), *grouped_specimens.specimens()]

@@ -1,9 +1,9 @@
-"""The grouped products for `bench.static`: few rows an expert and many, both directions, adapters of both widths."""
+"""The grouped products for `bench static`: few rows an expert and many, both directions, adapters of both widths."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from bench.specimens import Specimen
+from bench.machine_code.specimen import Specimen
 
 N, K, EXPERTS = 2048, 2048, 128
 
