@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from types import ModuleType
 
 COMMANDS = {  # name -> module
-    "kernels": "bench.kernels",
-    "experts": "bench.experts",
-    "options": "bench.options",
-    "host": "bench.host",
+    "kernels": "bench.compare.linear",
+    "experts": "bench.compare.experts",
+    "options": "bench.compare.options",
+    "host": "bench.compare.host",
     "static": "bench.machine_code.static",
-    "predict": "bench.predict",
-    "tune": "bench.tune",
-    "plot": "bench.plot",
-    "report": "bench.report",
-    "gpu": "bench.gpu",
-    "readme": "bench.readme",
+    "predict": "bench.compare.predict",
+    "tune": "bench.tune.tune",
+    "plot": "bench.report.plot",
+    "report": "bench.report.page",
+    "gpu": "bench.gpu.gpu",
+    "readme": "bench.report.readme",
 }
 
 

@@ -43,6 +43,8 @@ UNITS = {
     "tokens_per_s": "tokens/s",
 }
 GRAPH = "-graph"
+ROOT = Path(__file__).parents[2]  # of the checkout
+RESULTS = ROOT / "bench" / "results"
 PREDICTED = "predicted-"
 
 
@@ -138,11 +140,10 @@ def triton_version() -> str:
 
 def commit() -> str:
     """Short hash of the source measured, with `-dirty` where files differ from it; `unknown` outside a repository."""
-    root = Path(__file__).parent
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=root,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,

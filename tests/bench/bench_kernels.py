@@ -13,10 +13,10 @@ import itertools
 import pytest
 import torch
 
+from bench.compare.providers import find_providers
+from bench.compare.shape import Call, Effort, ShapeBench
 from bench.measure.floors import Rates
 from bench.measure.operands import DEQUANTIZE, KERNELS, Problem
-from bench.providers import find_providers
-from bench.shape import Call, Effort, ShapeBench
 
 pytest.importorskip("pytest_benchmark")
 

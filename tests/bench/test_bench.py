@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels, memory, providers, table
-from bench.accuracy import Judge, share_of_limit
 from bench.cli import COMMANDS, main
-from bench.layers import BareProduct, Expansion, LoraLayer, Provider
+from bench.compare import linear, memory, providers
+from bench.compare.accuracy import Judge, share_of_limit
+from bench.compare.layers import BareProduct, Expansion, LoraLayer, Provider
+from bench.compare.providers import find_providers
 from bench.measure.operands import DEQUANTIZE, SCALING, Operands, Problem, draw_inputs, make_operands
 from bench.measure.record import HEADER, Point, Recorder
 from bench.measure.timing import interleave, measure_machine, spread
-from bench.providers import find_providers
+from bench.report import table
 from fastlora import reference
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ TINY = ["--shapes", "256x192", "--m", "1", "5", "--r", "4", "--repeats", "2", "-
 
 @pytest.fixture(autouse=True)
 def small_machine_check(monkeypatch):
-    monkeypatch.setattr(kernels, "measure_machine", functools.partial(measure_machine, size=64))
+    monkeypatch.setattr(linear, "measure_machine", functools.partial(measure_machine, size=64))
 
 
 def run_bench(path: Path, *options: str) -> list[dict[str, str]]:
@@ -61,11 +62,11 @@ def test_every_provider_mode_and_metric_has_its_row(tmp_path, capsys):
     rows = run_bench(tmp_path / "new" / "kernels.csv", "--m", "16", "--no-memory")
     found = {(r["kernel"], r["provider"], r["mode"], r["metric"], r["M"], r["R"]) for r in rows}
     expected = {("copy", "torch", "forward", "time", "256", "0"), ("matmul", "torch", "forward", "time", "16", "0")}
-    linear, expansion = ("nf4_linear", "bf16_linear"), DEQUANTIZE
+    linears, expansion = ("nf4_linear", "bf16_linear"), DEQUANTIZE
     for name in ("torch", "peft-fp32", "peft-bf16", "peft-eval", "fastlora-fp32", "fastlora-bf16"):
         modes = {"torch": ("forward", "both", "decode"), "peft-eval": ("forward", "decode")}.get(name)
         modes = modes or ("forward", "both", *(["decode"] if name.startswith("fastlora") else []))
-        for kernel in linear:
+        for kernel in linears:
             expected |= {(kernel, name, mode, "time", "16", "4") for mode in modes}
             if name != "torch":
                 expected.add((kernel, name, "both" if "both" in modes else "forward", "error", "16", "4"))
@@ -120,8 +121,8 @@ def test_share_of_floor_is_the_floors_time_over_ones_own(tmp_path):
         expected = float(timed["torch", mode, m]["p50"]) / float(row["p50"])
         assert float(row["share_of_floor"]) == pytest.approx(expected, rel=1e-4)
         assert provider != "torch" or expected == 1
-    assert kernels.share_of_floor(3.0, 4.0) == 0.75
-    assert kernels.share_of_floor(None, 4.0) is None
+    assert linear.share_of_floor(3.0, 4.0) == 0.75
+    assert linear.share_of_floor(None, 4.0) is None
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_an_unknown_subcommand_lists_those_there_are(capsys):
 
 
 def test_a_subcommand_that_cannot_be_imported_leaves_the_others_alone(capsys, monkeypatch):
-    monkeypatch.setattr("bench.cli.COMMANDS", {"kernels": "bench.kernels", "absent": "bench.absent"})
+    monkeypatch.setattr("bench.cli.COMMANDS", {"kernels": "bench.compare.linear", "absent": "bench.absent"})
     with pytest.raises(SystemExit) as stopped:
         main(["absent"])
     assert stopped.value.code == 2
@@ -348,7 +349,7 @@ def test_a_subcommand_that_cannot_be_imported_leaves_the_others_alone(capsys, mo
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert kernels.SUMMARY.split(":")[0] in shown
+    assert linear.SUMMARY.split(":")[0] in shown
     assert "not here" in shown
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels, packages, providers, shape
-from bench.accuracy import Judge
 from bench.cli import main
+from bench.compare import linear, packages, providers, shape
+from bench.compare.accuracy import Judge
+from bench.compare.providers import find_providers
+from bench.compare.shape import DeviceLostError, Effort, ShapeBench
 from bench.measure import cuda, timing
 from bench.measure.floors import Rates
 from bench.measure.operands import Problem, draw_inputs, make_operands
 from bench.measure.timing import interleave, measure_machine
-from bench.providers import find_providers
-from bench.shape import DeviceLostError, Effort, ShapeBench
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda")
@@ -105,7 +105,7 @@ def test_a_graph_that_cannot_be_captured_is_left_out(capsys):
 
 
 def test_a_lost_device_ends_the_run_with_what_it_has(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "measure_machine", functools.partial(measure_machine, size=64))
+    monkeypatch.setattr(linear, "measure_machine", functools.partial(measure_machine, size=64))
 
     def lose(self, m, dropout, mode):
         raise DeviceLostError("after unsloth the CUDA device answers no more: illegal memory access")

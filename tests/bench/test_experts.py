@@ -6,7 +6,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers.models.qwen3_moe")
-experts = pytest.importorskip("bench.experts")
+experts = pytest.importorskip("bench.compare.experts")
 
 from bench.cli import main  # noqa: E402
 from bench.measure.rows import read  # noqa: E402

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, phases
 from bench.cli import COMMANDS, main
-from bench.phases import Phase, Step
+from bench.gpu import gpu, phases
+from bench.gpu.phases import Phase, Step
+from bench.measure.record import ROOT
 
 
 def python(code: str, **options) -> Step:
@@ -85,11 +86,11 @@ def test_a_process_that_is_left_behind_ends_with_its_phase(tmp_path):
 def test_ending_the_whole_ends_the_process_at_work(tmp_path):
     sleeper = Phase("long", 1.0, (python("import os, time; print(os.getpid(), flush=True); time.sleep(600)"),))
     code = (
-        "import sys; from bench import gpu; from bench.cli import main; from bench.phases import Phase, Step\n"
+        "import sys; from bench.gpu import gpu; from bench.cli import main; from bench.gpu.phases import Phase, Step\n"
         f"gpu.rehearsed = lambda out: [{sleeper!r}]\n"
         f"sys.exit(main(['gpu', '--dry-run', '--out', {str(tmp_path)!r}]))"
     ).replace(repr(sleeper.skip), "lambda: ''")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=phases.ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     log = tmp_path / "long.log"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (log.exists() and len(log.read_text().split("\n")) > 2):

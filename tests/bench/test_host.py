@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench import host
 from bench.cli import main
+from bench.compare import host
 from bench.measure import record
 from bench.measure.rows import read
 

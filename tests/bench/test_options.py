@@ -6,7 +6,7 @@ import torch
 from bench.cli import main
 from bench.measure.rows import read
 
-options = pytest.importorskip("bench.options")
+options = pytest.importorskip("bench.compare.options")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import kernels, providers
 from bench.cli import main
-from bench.layers import LoraLayer, Provider
+from bench.compare import linear, providers
+from bench.compare.layers import LoraLayer, Provider
+from bench.compare.providers import find_providers
 from bench.measure.models import MODEL_SHAPES, model_shapes
 from bench.measure.operands import Operands, Problem, make_operands
 from bench.measure.timing import interleave, measure_machine
-from bench.providers import find_providers
 
 CPU = torch.device("cpu")
 TINY = ["--shapes", "128x96", "--m", "16", "--r", "4", "--repeats", "2", "--budget", "0.01", "--no-memory"]
@@ -23,7 +23,7 @@ TINY = ["--shapes", "128x96", "--m", "16", "--r", "4", "--repeats", "2", "--budg
 
 @pytest.fixture(autouse=True)
 def small_machine_check(monkeypatch):
-    monkeypatch.setattr(kernels, "measure_machine", functools.partial(measure_machine, size=64))
+    monkeypatch.setattr(linear, "measure_machine", functools.partial(measure_machine, size=64))
 
 
 def run_bench(path: Path, *options: str) -> list[dict[str, str]]:
@@ -32,12 +32,12 @@ def run_bench(path: Path, *options: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def plan_of(*options: str) -> kernels.Plan:
+def plan_of(*options: str) -> linear.Plan:
     import argparse
 
     parser = argparse.ArgumentParser()
-    kernels.add_arguments(parser)
-    return kernels.make_plan(parser.parse_args(list(options)))
+    linear.add_arguments(parser)
+    return linear.make_plan(parser.parse_args(list(options)))
 
 
 def fake_cuda(monkeypatch) -> None:
@@ -103,13 +103,13 @@ def test_the_limit_ends_a_run_with_what_it_has_and_names_the_rest(tmp_path, caps
 def test_rows_are_printed_and_written_as_they_are_measured(tmp_path, capsys, monkeypatch):
     path = tmp_path / "k.csv"
     seen = []
-    say = kernels.say
+    say = linear.say
 
     def watch(points, elapsed):
         seen.append(len(path.read_text().splitlines()))
         say(points, elapsed)
 
-    monkeypatch.setattr(kernels, "say", watch)
+    monkeypatch.setattr(linear, "say", watch)
     run_bench(path, "--kernels", "bf16_linear", "--providers", "torch", "--modes", "forward", "both", "decode")
     assert seen == [3, 4, 5]  # the header and the machine's two rows, then one more each time
     assert "bf16_linear 128x96 M=16 r=4 p=0 forward: torch" in capsys.readouterr().out

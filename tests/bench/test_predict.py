@@ -4,11 +4,11 @@ import csv
 
 import pytest
 
-from bench import predict
 from bench.cli import main
+from bench.compare import predict
+from bench.compare.predict import GPUS, Layer, fastlora_ms, peft_ms, torch_ms
 from bench.measure.floors import PACKED_BYTES, Rates, dequantize_ms, floor_ms, packed_product_ms
 from bench.measure.record import HEADER, PREDICTED
-from bench.predict import GPUS, Layer, fastlora_ms, peft_ms, torch_ms
 
 H200 = Rates(4.3e12, 780e12)
 

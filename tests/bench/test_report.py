@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, goals
 from bench.cli import main
 from bench.measure import rows
 from bench.measure.record import HEADER, PREDICTED, Point, lines
+from bench.report import cases, goals
 
 pytest.importorskip("matplotlib")
 
@@ -227,13 +227,13 @@ def test_the_newest_row_of_a_case_counts(tmp_path):
 
 def test_each_peer_is_compared_with_its_like():
     names = ["fastlora-fp32", "fastlora-bf16", "fastlora-bf16-graph"]
-    assert compare.match("peft-fp32", names) == "fastlora-fp32"
-    assert compare.match("peft-bf16", names) == "fastlora-bf16"
-    assert compare.match("unsloth", names) == "fastlora-bf16"
-    assert compare.match("peft-eval-graph", names) == "fastlora-bf16-graph"
+    assert cases.match("peft-fp32", names) == "fastlora-fp32"
+    assert cases.match("peft-bf16", names) == "fastlora-bf16"
+    assert cases.match("unsloth", names) == "fastlora-bf16"
+    assert cases.match("peft-eval-graph", names) == "fastlora-bf16-graph"
     for name in ("torch", "torch-graph", "fastlora-fp32"):
-        assert compare.match(name, names) is None
-    assert compare.match("peft-fp32", ["fastlora-bf16"]) is None
+        assert cases.match(name, names) is None
+    assert cases.match("peft-fp32", ["fastlora-bf16"]) is None
 
 
 def verdict_of(points: list[Point], beginning: str) -> str:

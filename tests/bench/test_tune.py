@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 from fastlora.kernels import choice
 
-from bench import trials, tune
 from bench.cli import main
-from bench.trials import Case, Trial, Truth
+from bench.tune import trials, tune
+from bench.tune.trials import Case, Trial, Truth
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run needs Triton's interpreter")
 LINEAR = Case("linear", 24, 128, 192, 16)

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from bench import kernels
-from bench.accuracy import Judge
 from bench.cli import main
+from bench.compare import linear
+from bench.compare.accuracy import Judge
+from bench.compare.providers import PROVIDERS, find_providers
 from bench.measure import cuda
 from bench.measure.operands import KERNELS, Problem, draw_inputs, make_operands
 from bench.measure.timing import interleave, measure_machine
-from bench.providers import PROVIDERS, find_providers
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -21,7 +21,7 @@ GPU = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def small_machine_check(monkeypatch):
-    monkeypatch.setattr(kernels, "measure_machine", functools.partial(measure_machine, size=1024))
+    monkeypatch.setattr(linear, "measure_machine", functools.partial(measure_machine, size=1024))
 
 
 def run_bench(path, *options):

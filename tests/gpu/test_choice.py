@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from fastlora.kernels import choice, search
 
 from bench.measure.operands import Problem, make_operands
-from bench.trials import Case, low_rank_trials, product_trials
+from bench.tune.trials import Case, low_rank_trials, product_trials
 from fastlora.native import cuda
 from fastlora.ops import backend, nf4
 from fastlora.ops.linear import lora_linear

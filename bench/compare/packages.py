@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.layers import Expansion, LoraLayer, Provider, ServingLayer
+from bench.compare.layers import Expansion, LoraLayer, Provider, ServingLayer
 from bench.measure.operands import DEQUANTIZE, SCALING, Operands, Problem, clone, error_line
 from fastlora import reference
 from fastlora.ops.nf4 import NF4Weight

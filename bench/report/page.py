@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from bench import compare, goals, plot
-from bench.figures import LOOKS
 from bench.measure import rows
 from bench.measure.operands import KERNELS
 from bench.measure.record import PREDICTED
 from bench.measure.rows import Row
+from bench.report import cases as compare
+from bench.report import goals, plot
+from bench.report.figures import LOOKS
 
 SUMMARY = "one self-contained HTML page from the CSV: goals, tables, pictures, where a peer is quicker"
 _RANK = {kernel: i for i, kernel in enumerate(KERNELS)}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fastlora
 from bench.measure.operands import missing
-from bench.measure.record import Point, Recorder
+from bench.measure.record import RESULTS, Point, Recorder
 from bench.measure.timing import device_name, interleave
 from fastlora.ops import nf4
 
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and append to the CSV; returns the exit status."""
     device = torch.device(arguments.device)
-    out = arguments.out or Path(__file__).parent / "results" / arguments.device / "options.csv"
+    out = arguments.out or RESULTS / arguments.device / "options.csv"
     recorder = Recorder(out, device_name(device))
     table = Table(title="milliseconds (median), one layer, forward + backward", title_justify="left")
     for name in ("option", "base", "tokens", *PROVIDERS, "x peft"):

@@ -13,7 +13,7 @@ added. So the memory of native code counts, which torch's allocator does not see
 between calls. Two runs agree to `resolution()`: the kernel counts a process's pages on each processor by itself and
 adds them up in batches (0.13 to 0.2 MB seen over 24 runs on two processors).
 
-    parent  --{"kernel": ..., "M": ...}-->  python -m bench.memory  --fork-->  child: build, reset, call, print
+    parent  --{"kernel": ..., "M": ...}-->  python -m bench.compare.memory  --fork-->  child: build, reset, call, print
 """
 
 import ctypes
@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.layers import LoraLayer, Provider
+from bench.compare.layers import LoraLayer, Provider
+from bench.compare.providers import find_providers
 from bench.measure.operands import Problem, draw_inputs, make_operands, missing
-from bench.providers import find_providers
+from bench.measure.record import ROOT
 
 _PR_SET_THP_DISABLE = 41
 CALLS = 7  # a call needs the same each time; the least leaves out pages that threads and allocator took once
@@ -80,8 +81,8 @@ class CpuMemory:
     def __enter__(self) -> "CpuMemory":
         environment = os.environ | _MALLOC | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "bench.memory"],
-            cwd=Path(__file__).parents[1],
+            [sys.executable, "-m", "bench.compare.memory"],
+            cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

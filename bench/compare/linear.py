@@ -22,15 +22,16 @@ from typing import NamedTuple
 
 import torch
 
-from bench import goals, memory, table
-from bench.layers import Provider
+from bench.compare import memory
+from bench.compare.layers import Provider
+from bench.compare.providers import find_providers
+from bench.compare.shape import DeviceLostError, Effort, ShapeBench, share_of_floor
 from bench.measure.floors import Rates
 from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, KERNELS, MODES, Problem
 from bench.measure.record import Point, Recorder
 from bench.measure.timing import Machine, device_name, measure_machine
-from bench.providers import find_providers
-from bench.shape import DeviceLostError, Effort, ShapeBench, share_of_floor
+from bench.report import goals, table
 
 SUMMARY = "one LoRA linear: fastlora against peft, bitsandbytes, unsloth, torch.compile and the bare product"
 LAUNCHES_S = 12.0  # the most that counting launches may take, at the end of a run

@@ -64,7 +64,7 @@ def draw(found: list[rows.Row], formats: tuple[str, ...] = ("png", "svg")) -> di
         import matplotlib
     except ImportError as error:
         raise ValueError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
-    from bench.figures import all_figures
+    from bench.report.figures import all_figures
 
     pictures = {}
     with matplotlib.rc_context(_RC):

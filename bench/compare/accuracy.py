@@ -7,15 +7,15 @@ which is what bitsandbytes gives. The rule itself has one home, `tests/support/n
 
 import importlib.util
 import math
-from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.layers import LoraLayer, Provider
+from bench.compare.layers import LoraLayer, Provider
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, SCALING, Operands, error_line
+from bench.measure.record import ROOT
 from fastlora import reference
 
 MAX_CHECK_WORK = 1 << 35  # M·K·N of the largest product worth computing in fp64 on a CPU
@@ -24,7 +24,7 @@ OUTPUTS = ("y", "dx", "d_lora_a", "d_lora_b")
 
 
 def _load_rule() -> ModuleType:
-    path = Path(__file__).parents[1] / "tests" / "support" / "numerics.py"
+    path = ROOT / "tests" / "support" / "numerics.py"
     spec = importlib.util.spec_from_file_location("bench_tolerance_rule", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"the tolerance rule is read from {path}, which cannot be loaded")

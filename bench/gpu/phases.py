@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.machine_code.specimen import ARCHITECTURES
+from bench.measure.record import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "kernels" / "choice.csv"
 _COUNTERS = (
     "gpu__time_duration.sum",
@@ -73,8 +73,8 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
     experts = Step(("bench", "experts", "--device", "cuda", "--out", str(out / "experts.csv")))
     options = Step(("bench", "options", "--device", "cuda", "--out", str(out / "options.csv")))
     return [
-        Phase("install", 0.5, (Step(("bench.peers", "--install")),)),
-        Phase("build", 1.5, (Step(("fastlora.native.cpu",), {"FASTLORA_CUDA_ARCHS": str(max(known))}), _STATUS)),
+        Phase("install", 0.5, (Step(("bench.compare.peers", "--install")),)),
+        Phase("build", 1.5, (Step(("fastlora.native",), {"FASTLORA_CUDA_ARCHS": str(max(known))}), _STATUS)),
         Phase("tests", 3.0, (tests,), _no_pytest),
         Phase("kernels", 3.0, (_kernels(out, "cuda", "--limit", SECONDS),)),
         Phase("tune", 2.0, (tune,), keep=(TABLE,)),
@@ -90,15 +90,14 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
 def rehearsed(out: Path) -> list[Phase]:
     """The same phases without a GPU: the interpreter, one architecture, tiny shapes; nothing is installed."""
     interpreted, compiled = {"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}
-    gpu_tests = map(str, sorted((ROOT / "tests").glob("test_gpu*.py")))
-    tests = Step((*_TESTS, *gpu_tests), interpreted)
+    tests = Step((*_TESTS, str(ROOT / "tests" / "gpu")), interpreted)
     tiny: tuple[str, ...] = ("--shapes", "256x192", "--m", "1", "5", "--r", "4", "--kernels", "nf4_linear")
     tiny += ("--repeats", "2", "--budget", "0.01", "--no-memory")
     tiny += ("--providers", "torch", "fastlora-fp32", "fastlora-bf16")
     tune = Step(("bench", "tune", "--dry-run", "--out", str(out / "choice.csv")), interpreted)
     static = ("bench", "static", "--arch", "90", "--kernel", "lora_x_r16", "--out", str(out / "static.csv"))
     return [
-        Phase("install", 0.5, (Step(("bench.peers",)),)),
+        Phase("install", 0.5, (Step(("bench.compare.peers",)),)),
         Phase("build", 0.5, (_STATUS,)),
         Phase("tests", 1.0, (tests,), _no_pytest),
         Phase("kernels", 1.0, (_kernels(out, "cpu", *tiny),)),

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench import memory
-from bench.accuracy import Judge
-from bench.layers import LoraLayer, Provider
+from bench.compare import memory
+from bench.compare.accuracy import Judge
+from bench.compare.layers import LoraLayer, Provider
 from bench.measure import cuda
 from bench.measure.floors import Rates, floor_ms
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, Operands, Problem, draw_inputs, error_line, make_operands

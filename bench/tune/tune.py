@@ -24,7 +24,7 @@ from bench.measure.cuda import Graph
 from bench.measure.models import parse_shape
 from bench.measure.operands import Operands, Problem, error_line, make_operands
 from bench.measure.timing import copies_past_cache, interleave
-from bench.trials import Case, Trial, Truth, low_rank_trials, product_trials
+from bench.tune.trials import Case, Trial, Truth, low_rank_trials, product_trials
 
 SUMMARY = "time every kernel that could do a product on this GPU and write the table of choices"
 _COMPILERS = 8  # threads: the compiler's passes and ptxas run beside one another

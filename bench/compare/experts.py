@@ -27,7 +27,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import fastlora
-from bench.measure.record import Point, Recorder
+from bench.measure.record import RESULTS, Point, Recorder
 from bench.measure.timing import device_name, interleave
 from fastlora.ops import grouped_cuda
 
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and append to the CSV; returns the exit status."""
     device = torch.device(arguments.device)
-    out = arguments.out or Path(__file__).parent / "results" / arguments.device / "experts.csv"
+    out = arguments.out or RESULTS / arguments.device / "experts.csv"
     recorder = Recorder(out, device_name(device))
     table = Table(title="milliseconds (median), a layer of experts, forward + backward", title_justify="left")
     shown = [*PROVIDERS, *(f"{name}{BY_TORCH}" for name in PROVIDERS[1:] if device.type == "cuda")]

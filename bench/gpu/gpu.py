@@ -34,9 +34,10 @@ from typing import IO
 
 import torch
 
+from bench.compare.peers import absent
+from bench.gpu.phases import Phase, Step, on_gpu, rehearsed
+from bench.measure.record import RESULTS, ROOT
 from bench.measure.timing import device_name
-from bench.peers import absent
-from bench.phases import ROOT, Phase, Step, on_gpu, rehearsed
 
 SUMMARY = "everything a CUDA machine is asked for: build, test, measure, tune, plot; bounded and resumable"
 WHOLE_S = 530.0
@@ -88,11 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         major, minor = torch.cuda.get_device_capability()
         place = device_name(device).lower().replace(" ", "-")
-        out = (arguments.out or ROOT / "bench" / "results" / place).resolve()
+        out = (arguments.out or RESULTS / place).resolve()
         known = on_gpu(out, 10 * major + minor)
     chosen = choose_phases(known, arguments.phases)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{device_name(device)}, torch {torch.__version__}, absent: {', '.join(absent()) or 'nobody'}")
+    print(f"{device_name(device)}, torch {torch.__version__}, absent: {', '.join(absent()) or 'none'}")
     print(f"results and logs: {out}", flush=True)
     outcomes = []
     before = signal.signal(signal.SIGTERM, _stop)

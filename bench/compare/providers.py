@@ -1,4 +1,4 @@
-"""Who is compared: the bare product, fastlora, and the packages of `bench.packages`.
+"""Who is compared: the bare product, fastlora, and the packages of `bench.compare.packages`.
 
 torch           the bare bf16 product, x Wᵀ and dy W, no LoRA at all: the floor
 fastlora-fp32   ours, fp32 adapters
@@ -10,7 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-from bench.layers import BareProduct, Expansion, LoraLayer, Provider, ServingLayer
+from bench.compare.layers import BareProduct, Expansion, LoraLayer, Provider, ServingLayer
+from bench.compare.packages import BF16, FP32, PEERS, adapters, dense_linear, with_adapters
 from bench.measure.operands import (
     DECODE_MAX_M,
     DEQUANTIZE,
@@ -23,7 +24,6 @@ from bench.measure.operands import (
     draw_inputs,
     make_operands,
 )
-from bench.packages import BF16, FP32, PEERS, adapters, dense_linear, with_adapters
 from fastlora.ops.nf4 import NF4Weight
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.accuracy import share_of_limit
+from bench.compare.accuracy import share_of_limit
 from bench.measure.operands import SCALING, Operands, draw_inputs
 from fastlora import reference
 

@@ -368,13 +368,13 @@ def _ways(ways: dict[str, list[tuple[str, str]]], in_full: bool) -> str:
 def _record(costs: list[Cost], out: Path | None, device: str) -> str:
     """Append to the CSV; where bench is not there, or is older than this file, say so."""
     try:
-        from bench.measure.record import UNITS, Point, Recorder
+        from bench.measure.record import RESULTS, UNITS, Point, Recorder
         from bench.measure.timing import device_name
     except ImportError as error:
         return f"not recorded: {error}"
     if "host" not in UNITS:
         return "not recorded: this checkout's CSV has no metric called host"
-    out = out or Path(__file__).parent / "results" / device / "host.csv"
+    out = out or RESULTS / device / "host.csv"
     sizes = (M, K, N, RANK)
     Recorder(out, device_name(torch.device(device))).write(
         Point(c.kernel, c.provider, c.mode, "host", *sizes, c.p50, c.p20, c.p80, dtype=c.dtype) for c in costs

@@ -1,7 +1,7 @@
-"""Which packages the comparison needs are here, and, with `--install`, an attempt to get the rest.
+"""Which of the packages to compare with are installed; `--install` tries to get the others.
 
-`python -m bench.peers`. Nothing is installed but into a virtual environment, and torch, triton and numpy stay as they
-are. Without network pip says so at once, and the bench goes on with what there is.
+`python -m bench.compare.peers`. Packages are only installed into a virtual environment, and torch, triton and numpy
+stay as they are. Without a network pip says so at once, and the bench goes on with what there is.
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ KEPT = ("torch", "triton", "numpy")
 
 
 def absent() -> list[str]:
-    """The packages of the comparison that cannot be found here."""
+    """The packages of the comparison that are not installed."""
     return [name for name in PEERS if importlib.util.find_spec(name) is None]
 
 
@@ -33,14 +33,14 @@ def install(names: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Say what is absent, and try to get it where asked to; 0 whatever comes of it."""
+    """Print what is absent, and try to install it where asked to; the exit status is 0 either way."""
     wanted = [name for name in absent() if name in INSTALLABLE]
     if "--install" in arguments and wanted:
         if sys.prefix == sys.base_prefix:
             print("not in a virtual environment: nothing is installed")
         else:
             install(wanted)
-    print(f"absent: {', '.join(absent()) or 'nobody'}")
+    print(f"absent: {', '.join(absent()) or 'none'}")
     return 0
 
 

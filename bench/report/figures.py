@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from bench.compare import FLOOR, OURS, Case, by_case, comparisons, in_order
 from bench.measure.floors import BF16_BYTES, EXPAND_BYTES, PACKED_BYTES
 from bench.measure.operands import DEQUANTIZE
 from bench.measure.record import GRAPH, Point
 from bench.measure.rows import gb_per_s, tflop_per_s
+from bench.report.cases import FLOOR, OURS, Case, by_case, comparisons, in_order
 
 
 class Look(NamedTuple):

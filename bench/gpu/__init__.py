@@ -1,0 +1,1 @@
+"""Everything a CUDA machine is asked for, in bounded phases."""

@@ -1,0 +1,1 @@
+"""What the CSV says: the goals, the table, the pictures, the page, the README's figures."""

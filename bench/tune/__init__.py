@@ -1,0 +1,1 @@
+"""Finding the quickest kernel for each product on a GPU."""
