@@ -25,7 +25,7 @@ import torch
 from bench.compare import memory
 from bench.compare.layers import Provider
 from bench.compare.providers import find_providers
-from bench.compare.shape import DeviceLostError, Effort, ShapeBench, share_of_floor
+from bench.compare.shape import DeviceLostError, Effort, ShapeBench
 from bench.measure.floors import Rates
 from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, KERNELS, MODES, Problem
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
         status = 1
     table.show(points)
     print(f"{len(points)} rows appended to {recorder.path}")
-    for line in table.verdict(points) + goals.verdict(points, name):
+    for line in goals.verdict(points, name):
         print(line)
     return status
 
@@ -288,6 +288,3 @@ def _figure(point: Point) -> str:
         return f"{point.provider} {point.p50:g}"
     share = "" if point.share_of_floor is None else f" ({point.share_of_floor:.2f})"
     return f"{point.provider} {point.p50:.4g} ms{share}"
-
-
-__all__ = ["PRESETS", "SUMMARY", "Plan", "add_arguments", "make_plan", "measure", "run", "share_of_floor"]

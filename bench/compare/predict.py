@@ -32,9 +32,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.compare import linear
-from bench.compare.shape import share_of_floor
-from bench.measure.floors import BF16_BYTES, PACKED_BYTES, Rates, dequantize_ms, floor_ms, packed_product_ms
+from bench.compare.linear import PRESETS
+from bench.measure.floors import (
+    BF16_BYTES,
+    PACKED_BYTES,
+    Rates,
+    dequantize_ms,
+    floor_ms,
+    packed_product_ms,
+    share_of_floor,
+)
 from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE
 from bench.measure.record import GRAPH, HEADER, PREDICTED, Point, commit, lines, timestamp
@@ -154,7 +161,7 @@ def predict(gpu: Gpu, shape: tuple[int, int], tokens: list[int], ranks: list[int
                 for mode, dropouts in (("forward", (0.0, 0.1)), ("both", (0.0, 0.1)), ("decode", (0.0,))):
                     if mode == "decode" and m > DECODE_MAX_M:
                         continue
-                    for p in dropouts if m >= linear.PRESETS["cuda"].dropout_from_m else (0.0,):
+                    for p in dropouts if m >= PRESETS["cuda"].dropout_from_m else (0.0,):
                         layer = Layer(kernel, m, k, n, r, p, gpu.rates)
                         for name in MODELS:
                             yield _point(gpu, layer, name, mode)
@@ -178,7 +185,7 @@ def _point(gpu: Gpu, layer: Layer, name: str, mode: str, suffix: str = "") -> Po
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench predict`."""
-    preset = linear.PRESETS["cuda"]
+    preset = PRESETS["cuda"]
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), metavar="GPU", help=", ".join(GPUS))
     parser.add_argument("--shapes", nargs="+", metavar="KxN", help="in_features x out_features")
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"their linear layers: {', '.join(MODEL_SHAPES)}")
@@ -197,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--m and --r must be at least 1")
     shapes = model_shapes(arguments.models or [])
     if arguments.shapes or not shapes:
-        shapes += tuple(parse_shape(text) for text in arguments.shapes or linear.PRESETS["cuda"].shapes)
+        shapes += tuple(parse_shape(text) for text in arguments.shapes or PRESETS["cuda"].shapes)
     out: Path = arguments.out
     if out.exists() and any(f",{PREDICTED}" not in line for line in out.read_text().splitlines()[1:]):
         raise ValueError(f"{out} holds rows that were not predicted: name another file")

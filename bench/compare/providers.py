@@ -10,19 +10,13 @@ import functools
 import torch
 from torch import Tensor
 
-from bench.compare.layers import BareProduct, Expansion, LoraLayer, Provider, ServingLayer
+from bench.compare.layers import BareProduct, Expansion, LoraLayer, Provider
 from bench.compare.packages import BF16, FP32, PEERS, adapters, dense_linear, with_adapters
 from bench.measure.operands import (
-    DECODE_MAX_M,
     DEQUANTIZE,
     KERNELS,
-    LINEAR_KERNELS,
-    MODES,
     SCALING,
     Operands,
-    Problem,
-    draw_inputs,
-    make_operands,
 )
 from fastlora.ops.nf4 import NF4Weight
 
@@ -81,23 +75,3 @@ def find_providers(names: list[str] | None = None) -> tuple[Provider, ...]:
     if unknown:
         raise ValueError(f"no provider called {unknown[0]!r}; there are {', '.join(known)}")
     return tuple(known[name] for name in names) if names else PROVIDERS
-
-
-__all__ = [
-    "DECODE_MAX_M",
-    "DEQUANTIZE",
-    "KERNELS",
-    "LINEAR_KERNELS",
-    "MODES",
-    "PROVIDERS",
-    "SCALING",
-    "BareProduct",
-    "LoraLayer",
-    "Operands",
-    "Problem",
-    "Provider",
-    "ServingLayer",
-    "draw_inputs",
-    "find_providers",
-    "make_operands",
-]

@@ -16,7 +16,7 @@ from bench.compare import memory
 from bench.compare.accuracy import Judge
 from bench.compare.layers import LoraLayer, Provider
 from bench.measure import cuda
-from bench.measure.floors import Rates, floor_ms
+from bench.measure.floors import Rates, floor_ms, share_of_floor
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, Operands, Problem, draw_inputs, error_line, make_operands
 from bench.measure.record import GRAPH, Point
 from bench.measure.timing import Spread, copies_past_cache, interleave
@@ -300,8 +300,3 @@ class ShapeBench:
     ) -> Point:
         p = self.problem
         return Point(p.kernel, provider, mode, metric, m, p.K, p.N, p.R, p50, p20, p80, share, dropout=dropout)
-
-
-def share_of_floor(floor: float | None, p50: float) -> float | None:
-    """The floor's time over a provider's: 1 is the floor's speed. None where the floor was not measured."""
-    return None if floor is None else floor / p50

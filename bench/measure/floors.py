@@ -60,3 +60,8 @@ def floor_ms(kernel: str, mode: str, m: int, k: int, n: int, rates: Rates, bare_
     if kernel == "nf4_linear" and m < rates.balance:
         return products(mode) * packed_product_ms(m, k, n, rates)
     return bare_ms
+
+
+def share_of_floor(floor: float | None, p50: float) -> float | None:
+    """The floor's time over a provider's: 1 is the floor's speed. None where the floor was not measured."""
+    return None if floor is None else floor / p50

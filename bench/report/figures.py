@@ -1,11 +1,11 @@
-"""The pictures of a run, from its rows alone: speedup bars, the roofline, the share of the floor.
+"""The pictures of a run, from its rows and nothing else: speedup bars, the roofline, the share of the floor.
 
-Colours are those of Okabe and Ito, told apart by the colour-blind; each provider has a marker too. Lines and bars are
-named where they stand.
+Colours are those of Okabe and Ito, which the colour-blind can tell apart; each provider has a marker too. Lines and
+bars carry their names, so there is no legend to look up.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ from bench.measure.floors import BF16_BYTES, EXPAND_BYTES, PACKED_BYTES
 from bench.measure.operands import DEQUANTIZE
 from bench.measure.record import GRAPH, Point
 from bench.measure.rows import gb_per_s, tflop_per_s
-from bench.report.cases import FLOOR, OURS, Case, by_case, comparisons, in_order
+from bench.report.cases import MODES, OURS, Case, Comparison, Run, comparisons, in_order
 
 
 class Look(NamedTuple):
@@ -37,20 +37,24 @@ LOOKS = {
     "compile": Look("#7F7F7F", "h"),
 }
 _OTHER = Look("#444444", ".")
-_LABEL_GAP = 0.065  # of an axis' height: the least between two names beside it
+_LABEL_GAP = 0.065  # of an axis' height: the least between two names next to it
 _TITLES = {"nf4_linear": "NF4", "bf16_linear": "bf16", DEQUANTIZE: "NF4 expanded"}
-_MODES = {
-    "both": "forward + backward",
-    "forward": "forward",
-    "backward": "backward",
-    "decode": "decode, nothing recorded",
-}
-Panel = tuple[str, int, int]  # kernel, K, N
 
 
 def look(provider: str) -> Look:
     """Colour and marker of a provider; a replayed graph has its provider's."""
     return LOOKS.get(provider.removesuffix(GRAPH), _OTHER)
+
+
+def _dress(axes: Any, x: str, y: str = "", title: str = "", grid: bool = False) -> None:
+    """Labels, small ticks, no frame on the right and on top."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(alpha=0.25, linewidth=0.6)
 
 
 def all_figures(points: Sequence[Point]) -> dict[str, Figure]:
@@ -84,23 +88,24 @@ def speedup(points: Iterable[Point], mode: str) -> Figure | None:
     grid = figure.subplots(len(rows), len(shapes), squeeze=False, height_ratios=heights)
     for i, row in enumerate(rows):
         for j, shape in enumerate(shapes):
-            _speedup_panel(grid[i][j], panels[row, shape])
             kernel, dropout, r = row
             p = f", p={dropout:g}" if dropout else ""
-            grid[i][j].set_title(f"{_TITLES[kernel]} {shape[0]} → {shape[1]}, r={r}{p}", fontsize=10, loc="left")
-    figure.suptitle(f"How many times as fast as each peer: {_MODES[mode]}", fontsize=12)
+            _speedup_panel(grid[i][j], panels[row, shape], f"{_TITLES[kernel]} {shape[0]} → {shape[1]}, r={r}{p}")
+    figure.suptitle(f"How many times as fast as each peer: {MODES[mode]}", fontsize=12)
     return figure
 
 
-def _slots(found: Sequence[Any]) -> int:
+def _slots(found: Sequence[Comparison]) -> int:
     """Lines of text that a panel's bars take: one a bar, one a heading."""
     return len(found) + len({c.case.M for c in found})
 
 
-def _speedup_panel(axes: Any, found: Sequence[Any]) -> None:
+def _speedup_panel(axes: Any, found: Sequence[Comparison], title: str) -> None:
     if not found:
         axes.set_axis_off()
+        axes.set_title(title, fontsize=10, loc="left")
         return
+    _dress(axes, "peer's time over fastlora's; hatched: the peer is faster", title=title)
     y, ticks, names = 0.0, [], []
     for m in sorted({c.case.M for c in found}):
         ticks.append(y)
@@ -122,51 +127,22 @@ def _speedup_panel(axes: Any, found: Sequence[Any]) -> None:
         if label.get_text().startswith("M ="):
             label.set_fontweight("bold")
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=8)
     axes.set_ylim(y - 0.4, -0.6)
     axes.set_xlim(0, max(1.2, *(c.speedup for c in found)) * 1.18)
-    axes.set_xlabel("peer's time over fastlora's; hatched: the peer is quicker", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def share_of_floor(points: Iterable[Point], mode: str) -> Figure | None:
-    """Lines: the floor's time over each provider's against M, at dropout 0; None without such rows."""
+    """Lines: the floor's time over each provider's against M, at dropout 0; None without such rows.
+
+    A panel a kernel, shape and rank.
+    """
     cases = {
         case: timed
-        for case, timed in by_case(points).items()
+        for case, timed in Run(points).cases().items()
         if case.mode == mode and case.kernel != DEQUANTIZE and not case.dropout and _has_share(timed)
     }
     if not cases:
         return None
-    return _line_panels(
-        cases,
-        lambda point: (point.M, point.share_of_floor),
-        f"Share of the floor: {_MODES[mode]}, no dropout",
-        ("tokens, M", "floor's time over the provider's"),
-        _finish_share,
-    )
-
-
-def _has_share(timed: dict[str, Point]) -> bool:
-    return any(point.share_of_floor is not None for point in timed.values())
-
-
-def _finish_share(axes: Any, ms: list[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ms, [str(m) for m in ms], fontsize=8)
-    axes.minorticks_off()
-    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_ylim(0, max(1.05, axes.get_ylim()[1]))
-
-
-def _line_panels(
-    cases: dict[Case, dict[str, Point]],
-    place: Callable[[Point], tuple[float, float | None]],
-    title: str,
-    labels: tuple[str, str],
-    finish: Callable[[Any, list[int]], None],
-) -> Figure:
-    """A panel a kernel, shape and rank; in each a line a provider, named at its right end."""
     rows = sorted({(c.kernel, c.R) for c in cases}, key=lambda row: (row[0] != "nf4_linear", row))
     shapes = sorted({(c.K, c.N) for c in cases})
     figure = Figure(figsize=(4.8 * len(shapes) + 0.4, 3.7 * len(rows) + 0.5), layout="constrained")
@@ -176,26 +152,22 @@ def _line_panels(
         if not timed:
             axes.set_axis_off()
             continue
-        ends = _draw_lines(axes, timed, place)
-        finish(axes, sorted({int(point.M) for points in timed for point in points.values()}))
-        _name_ends(axes, ends)
-        axes.set_title(f"{_TITLES[kernel]} {k} → {n}, r={r}", fontsize=10, loc="left")
-        axes.set_xlabel(labels[0], fontsize=9)
-        axes.set_ylabel(labels[1], fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-    figure.suptitle(title, fontsize=12)
+        _dress(axes, "tokens, M", "floor's time over the provider's", f"{_TITLES[kernel]} {k} → {n}, r={r}", grid=True)
+        _share_panel(axes, timed)
+    figure.suptitle(f"Share of the floor: {MODES[mode]}, no dropout", fontsize=12)
     return figure
 
 
-def _draw_lines(
-    axes: Any, timed: Sequence[dict[str, Point]], place: Callable[[Point], tuple[float, float | None]]
-) -> list[tuple[str, float, float]]:
-    ends = []
+def _has_share(timed: dict[str, Point]) -> bool:
+    return any(point.share_of_floor is not None for point in timed.values())
+
+
+def _share_panel(axes: Any, timed: Sequence[dict[str, Point]]) -> None:
+    """A line a provider, named at its right end."""
+    ends: list[tuple[str, float, float]] = []
     for provider in in_order((name for points in timed for name in points), list(LOOKS)):
-        placed = sorted(place(points[provider]) for points in timed if provider in points)
-        xy = [(x, y) for x, y in placed if y is not None]
+        shares = ((points[provider].M, points[provider].share_of_floor) for points in timed if provider in points)
+        xy = sorted((m, share) for m, share in shares if share is not None)
         if not xy:
             continue
         shown, replayed = look(provider), provider.endswith(GRAPH)
@@ -209,11 +181,17 @@ def _draw_lines(
             markerfacecolor="white" if replayed else shown.color,
         )
         ends.append((provider, *xy[-1]))
-    return ends
+    ms = sorted({point.M for points in timed for point in points.values()})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ms, [str(m) for m in ms], fontsize=8)
+    axes.minorticks_off()
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, max(1.05, axes.get_ylim()[1]))
+    _name_ends(axes, ends)
 
 
 def _name_ends(axes: Any, ends: list[tuple[str, float, float]]) -> None:
-    """Write each line's name beside its end, moved apart where two would overlap."""
+    """Write each line's name next to its end, moved apart where two would overlap."""
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
     above = 1.0 + _LABEL_GAP
@@ -234,7 +212,7 @@ def _name_ends(axes: Any, ends: list[tuple[str, float, float]]) -> None:
 
 def dequantize(points: Iterable[Point]) -> Figure | None:
     """Bars: what share of the copy bandwidth the expansion of a weight reaches; None without such rows."""
-    cases = {case: timed for case, timed in by_case(points).items() if case.kernel == DEQUANTIZE}
+    cases = {case: timed for case, timed in Run(points).cases().items() if case.kernel == DEQUANTIZE}
     bars = []
     for case in sorted(cases):
         how = f"merged, r={case.R}" if case.R else "plain"
@@ -254,8 +232,7 @@ def dequantize(points: Iterable[Point]) -> Figure | None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlim(0, max(1.1, *shares) * 1.05)
-    axes.set_xlabel(f"share of the floor: {EXPAND_BYTES:.3f} bytes a weight at the measured copy bandwidth", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    _dress(axes, f"share of the floor: {EXPAND_BYTES:.3f} bytes a weight at the measured copy bandwidth")
     figure.suptitle("Expanding an NF4 weight to bf16", fontsize=12)
     return figure
 
@@ -265,7 +242,7 @@ def roofline(points: Sequence[Point]) -> Figure | None:
     copies, products = ([p for p in points if p.kernel == kernel] for kernel in ("copy", "matmul"))
     cases = {
         case: timed
-        for case, timed in by_case(points).items()
+        for case, timed in Run(points).cases().items()
         if case.mode in ("both", "decode") and case.kernel != DEQUANTIZE and not case.dropout
     }
     if not copies or not products or not cases:
@@ -275,8 +252,9 @@ def roofline(points: Sequence[Point]) -> Figure | None:
     figure = Figure(figsize=(6.2 * len(kernels) + 0.4, 5.0), layout="constrained")
     for axes, kernel in zip(figure.subplots(1, len(kernels), squeeze=False)[0], kernels, strict=True):
         of_kernel = {case: timed for case, timed in cases.items() if case.kernel == kernel}
+        labels = "FLOP per byte that must be moved", "TFLOP/s of the products"
+        _dress(axes, *labels, f"{_TITLES[kernel]} base", grid=True)
         _roofline_panel(axes, of_kernel, bytes_per_s, flop_per_s)
-        axes.set_title(f"{_TITLES[kernel]} base", fontsize=10, loc="left")
     figure.suptitle("Roofline: forward + backward, and decode (hollow: replayed from a CUDA graph)", fontsize=12)
     return figure
 
@@ -310,12 +288,22 @@ def _roofline_panel(axes: Any, cases: dict[Case, dict[str, Point]], bytes_per_s:
         0.98, 0.03, f"roof: {bytes_per_s / 1e9:.0f} GB/s, {flop_per_s / 1e12:.3g} TFLOP/s, measured",
         transform=axes.transAxes, fontsize=8, ha="right",
     )  # fmt: skip
-    axes.set_xlabel("FLOP per byte that must be moved", fontsize=9)
-    axes.set_ylabel("TFLOP/s of the products", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
     _name_ends(axes, [(name, *end) for name, end in ends.items()])
 
 
-__all__ = ["FLOOR", "LOOKS", "all_figures", "dequantize", "look", "roofline", "share_of_floor", "speedup"]
+def training_bars(timed: dict[Case, dict[str, float]], names: dict[str, str], title: str) -> Figure:
+    """Bars of milliseconds for the README: a group a case, a bar for each of `names` (provider -> label)."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    _dress(axes, "", "milliseconds, log scale", title)
+    width = 0.81 / len(names)
+    for i, (provider, label) in enumerate(names.items()):
+        heights = [found[provider] for found in timed.values()]
+        places = [group + (i - (len(names) - 1) / 2) * width for group in range(len(heights))]
+        bars = axes.bar(places, heights, width * 0.92, label=label, color=look(provider).color)
+        axes.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=8, padding=2)
+    axes.set_yscale("log")
+    axes.margins(y=0.15)
+    axes.set_xticks(range(len(timed)), [f"M = {case.M}" for case in timed])
+    axes.legend(frameon=False, fontsize=9)
+    return figure

@@ -1,39 +1,24 @@
 """What fastlora set out to reach, and whether a run shows it: met, missed, or not measured.
 
-Every figure is a ratio of medians from one run. Where both adapter dtypes were measured, both must reach the goal.
+Every figure is a ratio of medians from one run, except that of memory. Where both adapter dtypes were measured, both
+must reach the goal. Some goals hold on every machine, in every case that a run has; others are for one case on a GPU,
+or on a CPU.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from bench.measure.operands import DEQUANTIZE
+from bench.measure.operands import DEQUANTIZE, KERNELS, LINEAR_KERNELS, MODES
 from bench.measure.record import GRAPH, Point
+from bench.report.cases import OURS, PRECISIONS, Case, Run
 
-PRECISIONS = ("fp32", "bf16")
 LARGE_M = 8192
-Found = list[tuple[str, float]]  # what was compared, and the ratio
-
-
-class Index:
-    """Medians by what was measured."""
-
-    def __init__(self, points: Iterable[Point]) -> None:
-        self.points = list(points)
-        self._times = {
-            (p.kernel, p.provider, p.mode, p.M, p.K, p.N, p.R, p.dropout): p for p in self.points if p.metric == "time"
-        }
-
-    def ms(
-        self, kernel: str, provider: str, mode: str, m: int, k: int, n: int, dropout: float = 0.0, r: int = 16
-    ) -> float | None:
-        """The median time of one row; None where it was not measured."""
-        found = self._times.get((kernel, provider, mode, m, k, n, r, dropout))
-        return found.p50 if found else None
-
-    def share(self, kernel: str, provider: str, mode: str, m: int, k: int, n: int) -> float | None:
-        """Its share of the floor."""
-        found = self._times.get((kernel, provider, mode, m, k, n, 16, 0.0))
-        return found.share_of_floor if found else None
+LEAST_M, LEAST_SPEEDUP = 1024, 1.2
+MEMORY_GRAIN_MB, MEMORY_GRAIN_SHARE = 0.5, 0.01  # what two runs of the same call differ by
+_FEW = 3  # ratios that are all shown
+Found: TypeAlias = list[tuple[str, float]]  # what was compared, and the ratio
+Find: TypeAlias = Callable[[Run[Point]], Found]
 
 
 @dataclass(frozen=True)
@@ -43,68 +28,114 @@ class Goal:
     what: str
     bound: float
     at_most: bool
-    find: Callable[[Index], Found]
+    find: Find
 
-    def met(self, found: Found) -> bool:
-        """Whether every ratio found is on the right side of the bound."""
-        return all((value <= self.bound) if self.at_most else (value >= self.bound) for _, value in found)
+    def is_met(self, value: float) -> bool:
+        """Whether a ratio is on the right side of the bound."""
+        return value <= self.bound if self.at_most else value >= self.bound
 
-    def verdict(self, index: Index) -> tuple[str, str, str]:
+    def verdict(self, run: Run[Point]) -> tuple[str, str, str]:
         """(goal, what was found, "met", "missed" or "not measured")."""
-        found = self.find(index)
-        bound = f"at {'most' if self.at_most else 'least'} {self.bound:g}"
+        found = self.find(run)
+        bound = f"{self.what}: at {'most' if self.at_most else 'least'} {self.bound:g}"
         if not found:
-            return f"{self.what}: {bound}", "", "not measured"
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in found)
-        return f"{self.what}: {bound}", shown, "met" if self.met(found) else "missed"
+            return bound, "", "not measured"
+        return bound, self._shown(found), "met" if all(self.is_met(value) for _, value in found) else "missed"
+
+    def _shown(self, found: Found) -> str:
+        """All ratios where they are few; of many those that miss the bound, or the worst."""
+        if len(found) <= _FEW:
+            return ", ".join(f"{name} {value:.2f}" for name, value in found)
+        worst_first = sorted(found, key=lambda pair: pair[1], reverse=self.at_most)
+        missed = [f"{value:.2f} {name}" for name, value in worst_first if not self.is_met(value)]
+        if missed:
+            return f"{len(missed)} of {len(found)}: " + "; ".join(missed)
+        return f"worst of {len(found)}: {worst_first[0][1]:.2f} {worst_first[0][0]}"
+
+
+def _nf4(mode: str, m: int, k: int, n: int, dropout: float = 0.0) -> Case:
+    return Case("nf4_linear", mode, k, n, m, 16, dropout)
+
+
+def _ms(run: Run[Point], case: Case, provider: str) -> float | None:
+    found = run.find(case, provider)
+    return found.p50 if found else None
 
 
 def _ratio(above: float | None, below: float | None, name: str) -> Found:
     return [(name, above / below)] if above and below else []
 
 
-def _over_bare(m: int, k: int, n: int, dropout: float) -> Callable[[Index], Found]:
-    def find(index: Index) -> Found:
+def _over_bare(m: int, k: int, n: int, dropout: float) -> Find:
+    case = _nf4("both", m, k, n, dropout)
+
+    def find(run: Run[Point]) -> Found:
         found: Found = []
         for precision in PRECISIONS:
-            ours = index.ms("nf4_linear", f"fastlora-{precision}", "both", m, k, n, dropout)
-            found += _ratio(ours, index.ms("nf4_linear", "torch", "both", m, k, n, dropout), precision)
+            found += _ratio(_ms(run, case, OURS + precision), _ms(run, case, "torch"), precision)
         return found
 
     return find
 
 
-def _against(peer: str, ours: str, mode: str, m: int, k: int, n: int) -> Callable[[Index], Found]:
-    def find(index: Index) -> Found:
+def _against(peer: str, ours: str, mode: str, m: int, k: int, n: int) -> Find:
+    case = _nf4(mode, m, k, n)
+
+    def find(run: Run[Point]) -> Found:
         found: Found = []
         for suffix, name in ((GRAPH, "replayed"), ("", "eager")) if mode == "decode" else (("", ours),):
-            theirs = index.ms("nf4_linear", peer + suffix, mode, m, k, n)
-            found += _ratio(theirs, index.ms("nf4_linear", ours + suffix, mode, m, k, n), name)
+            found += _ratio(_ms(run, case, peer + suffix), _ms(run, case, ours + suffix), name)
         return found
 
     return find
 
 
-def _over_decode_floor(index: Index) -> Found:
-    shares = ((p, index.share("nf4_linear", f"fastlora-{p}{GRAPH}", "decode", 1, 4096, 14336)) for p in PRECISIONS)
-    return [(precision, 1 / share) for precision, share in shares if share]
+def _over_decode_floor(run: Run[Point]) -> Found:
+    points = {p: run.find(_nf4("decode", 1, 4096, 14336), f"{OURS}{p}{GRAPH}") for p in PRECISIONS}
+    return [(p, 1 / point.share_of_floor) for p, point in points.items() if point and point.share_of_floor]
 
 
-def _against_expanding(index: Index) -> Found:
-    shape = (4096, 14336)
-    expanding = index.ms(DEQUANTIZE, "fastlora-bf16", "forward", 0, *shape, r=0)
-    bare = index.ms("nf4_linear", "torch", "forward", 256, *shape)
+def _against_expanding(run: Run[Point]) -> Found:
+    case = _nf4("forward", 256, 4096, 14336)
+    expanding = _ms(run, case._replace(kernel=DEQUANTIZE, M=0, R=0), "fastlora-bf16")
+    bare = _ms(run, case, "torch")
     if expanding is None or bare is None:
         return []
     found: Found = []
     for precision in PRECISIONS:
-        ours = index.ms("nf4_linear", f"fastlora-{precision}", "forward", 256, *shape)
-        found += _ratio(expanding + bare, ours, precision)
+        found += _ratio(expanding + bare, _ms(run, case, OURS + precision), precision)
     return found
 
 
-def _error(index: Index) -> Found:
-    errors = [p.p50 for p in index.points if p.metric == "error" and p.provider.startswith("fastlora")]
+def _against_peft(kernels: tuple[str, ...] = KERNELS, modes: tuple[str, ...] = MODES, least_m: int = 0) -> Find:
+    def find(run: Run[Point]) -> Found:
+        return [
+            (f"{case}, {precision} adapters", peft.p50 / ours.p50)
+            for case, precision, ours, peft in run.beside_peft("time")
+            if case.kernel in kernels and case.mode in modes and least_m <= case.M
+        ]
+
+    return find
+
+
+def _memory_above_peft(run: Run[Point]) -> Found:
+    return [
+        (
+            f"at {case}, {precision} adapters: {ours.p50:.1f} MB against {peft.p50:.1f}",
+            ours.p50 - peft.p50 * (1 + MEMORY_GRAIN_SHARE) - MEMORY_GRAIN_MB,
+        )
+        for case, precision, ours, peft in run.beside_peft("peak_memory")
+    ]
+
+
+def _errors(run: Run[Point]) -> Found:
+    return [
+        (f"{name}, {case}", point.p50) for case, found in run.cases("error").items() for name, point in found.items()
+    ]
+
+
+def _our_worst_error(run: Run[Point]) -> Found:
+    errors = [value for name, value in _errors(run) if name.startswith("fastlora")]
     return [("worst error over the error allowed", max(errors))] if errors else []
 
 
@@ -121,7 +152,21 @@ def _against_goal(what: str, bound: float, peer: str, ours: str, mode: str, m: i
     return Goal(f"{what}, {k}x{n}, M={m}, {mode}", bound, False, _against(peer, ours, mode, m, k, n))
 
 
-ACCURACY = Goal("never less accurate than the bf16 reference by the tests' rule", 1.0, True, _error)
+EVERYWHERE = (
+    Goal("peft's time over ours, every case", 1.0, False, _against_peft()),
+    *(
+        Goal(
+            f"peft's time over ours, {kernel}, forward+backward, M from {LEAST_M}",
+            LEAST_SPEEDUP,
+            False,
+            _against_peft((kernel,), ("both",), LEAST_M),
+        )
+        for kernel in LINEAR_KERNELS
+    ),
+    Goal("MB of peak memory above peft's, beyond what two runs differ by", 0.0, True, _memory_above_peft),
+    Goal("error over the error allowed, every provider", 1.0, True, _errors),
+    Goal("never less accurate than the bf16 reference by the tests' rule", 1.0, True, _our_worst_error),
+)
 GPU_GOALS = (
     *_over_bare_goals(),
     _against_goal("times as fast as peft", 1.3, "peft-bf16", "fastlora-bf16", "both", LARGE_M, 4096, 4096),
@@ -130,7 +175,7 @@ GPU_GOALS = (
     Goal("decode over its floor, 4096x14336, M=1, replayed", 1.6, True, _over_decode_floor),
     _against_goal("times as fast as peft + bitsandbytes", 2.0, "peft-eval", "fastlora-bf16", "decode", 1, 4096, 14336),
     Goal("times as fast as expanding and a product, 4096x14336, M=256, forward", 1.5, False, _against_expanding),
-    ACCURACY,
+    *EVERYWHERE,
 )
 CPU_GOALS = (
     _against_goal("times as fast as peft", 5.0, "peft-fp32", "fastlora-fp32", "forward", 1, 4096, 4096),
@@ -139,14 +184,14 @@ CPU_GOALS = (
     Goal(
         "forward+backward over two bare products, 4096x4096, M=1024", 1.15, True, _over_bare(1024, 4096, 4096, 0.0)
     ),
-    ACCURACY,
+    *EVERYWHERE,
 )  # fmt: skip
 
 
 def verdicts(points: Iterable[Point], device: str) -> list[tuple[str, str, str]]:
     """(goal, what was found, "met", "missed" or "not measured") of the goals that a machine of this name has."""
-    index = Index(points)
-    return [goal.verdict(index) for goal in (CPU_GOALS if device.endswith("threads)") else GPU_GOALS)]
+    run = Run(points)
+    return [goal.verdict(run) for goal in (CPU_GOALS if device.endswith("threads)") else GPU_GOALS)]
 
 
 def verdict(points: Iterable[Point], device: str) -> list[str]:

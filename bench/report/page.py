@@ -1,6 +1,6 @@
-"""One page with everything a run found: machine, goals, where a peer is quicker, every time, pictures.
+"""One page with everything a run found: machine, goals, where a peer is faster, every time, pictures.
 
-The page stands alone: styles and pictures are inside it, and it asks the network for nothing. Predicted rows come from
+The page is one file: styles and pictures are inside it, and it loads nothing from the network. Predicted rows come from
 files of their own and have a section of their own, with no picture and no comparison.
 """
 
@@ -14,11 +14,11 @@ from bench.measure import rows
 from bench.measure.operands import KERNELS
 from bench.measure.record import PREDICTED
 from bench.measure.rows import Row
-from bench.report import cases as compare
 from bench.report import goals, plot
+from bench.report.cases import FLOOR, MODES, Case, Run, case_of, comparisons, in_order
 from bench.report.figures import LOOKS
 
-SUMMARY = "one self-contained HTML page from the CSV: goals, tables, pictures, where a peer is quicker"
+SUMMARY = "one self-contained HTML page from the CSV: goals, tables, pictures, where a peer is faster"
 _RANK = {kernel: i for i, kernel in enumerate(KERNELS)}
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # headings, and rows of cells as HTML
 
@@ -41,12 +41,6 @@ _METRICS = {
     "peak_memory": "Peak memory of a call, MB above what was held before",
     "error": "Accuracy: worst error over the error allowed (above 1 is wrong)",
 }
-_MODES = {
-    "both": "forward + backward",
-    "forward": "forward",
-    "backward": "backward",
-    "decode": "decode: nothing recorded; -graph: replayed from a CUDA graph",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("csv", nargs="*", type=Path, metavar="CSV", help="the newest kernels.csv under bench/results")
     parser.add_argument("--csv", dest="csv_option", nargs="+", type=Path, metavar="CSV", help="the same, as an option")
     parser.add_argument("--predicted", type=Path, metavar="CSV", help="predicted rows, in a section of their own")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html beside the first CSV)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html next to the first CSV)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,11 +96,11 @@ def _device(device: str, found: list[Row]) -> str:
         _table(_facts(found), "facts"),
         "<h3>Goals</h3>",
         _table(_goals(found, device), "facts"),
-        "<h3>Where a peer is quicker</h3>",
+        "<h3>Where a peer is faster</h3>",
         _slower(found),
         _wrong(found),
-        "<h3>Times</h3><p>Milliseconds, median; small: share of the floor; bold: the quickest but for the bare product."
-        "</p>",
+        "<h3>Times</h3><p>Milliseconds, median; small: share of the floor; bold: the fastest except the bare product; "
+        "-graph: replayed from a CUDA graph.</p>",
         *_times(found),
         *_others(found),
         "<h3>Pictures</h3>",
@@ -141,8 +135,9 @@ def _goals(found: list[Row], device: str) -> Table:
 
 
 def _slower(found: list[Row]) -> str:
-    quicker = compare.slower(found)
-    if not quicker:
+    compared = comparisons(found)
+    faster = sorted((c for c in compared if c.speedup < 1), key=lambda c: c.speedup)  # the worst first
+    if not faster:
         return "<p>Nowhere, among what was measured.</p>"
     cells = [
         (
@@ -153,51 +148,50 @@ def _slower(found: list[Row]) -> str:
             f"{c.peer_ms:.4g}",
             f"{c.speedup:.2f}",
         )
-        for c in quicker
+        for c in faster
     ]
-    compared = len(compare.comparisons(found))
     headings = (*_CASE_HEADINGS, "ours", "ms", "peer", "ms", "peer's time over ours")
-    return f"<p>{len(quicker)} of {compared} comparisons.</p>" + _table((headings, cells))
+    return f"<p>{len(faster)} of {len(compared)} comparisons.</p>" + _table((headings, cells))
 
 
 def _wrong(found: list[Row]) -> str:
-    refused = compare.wrong(found)
+    refused = Run(found).wrong()
     if not refused:
         return ""
-    cells = [(*_case_cells(compare.case_of(p)), escape(p.provider), f"{p.p50:.3g}") for p in refused]
+    cells = [(*_case_cells(case_of(p)), escape(p.provider), f"{p.p50:.3g}") for p in refused]
     return "<h3>Wrong, and so not timed</h3>" + _table(((*_CASE_HEADINGS, "provider", "error over allowed"), cells))
 
 
 _CASE_HEADINGS = ("kernel", "mode", "K → N", "M", "r", "p")
 
 
-def _case_cells(case: compare.Case) -> tuple[str, ...]:
+def _case_cells(case: Case) -> tuple[str, ...]:
     return (case.kernel, case.mode, case.shape, str(case.M), str(case.R), f"{case.dropout:g}")
 
 
 def _times(found: list[Row]) -> Iterable[str]:
-    cases = compare.by_case(found)
+    cases = Run(found).cases()
     kinds = dict.fromkeys((case.kernel, case.mode) for case in sorted(cases, key=lambda c: (_RANK[c.kernel], c)))
     for kernel, mode in kinds:
         of_kind = {case: timed for case, timed in cases.items() if (case.kernel, case.mode) == (kernel, mode)}
-        yield f"<h4>{kernel}, {_MODES.get(mode, mode)}</h4>"
+        yield f"<h4>{kernel}, {MODES.get(mode, mode)}</h4>"
         yield _table(_grid(of_kind, _CASE_HEADINGS[2:], times=True))
 
 
 def _others(found: list[Row]) -> Iterable[str]:
     for metric, title in _METRICS.items():
-        cases = compare.by_case(found, metric)
+        cases = Run(found).cases(metric)
         if cases:
             yield f"<details><summary>{title}</summary>{_table(_grid(cases, _CASE_HEADINGS))}</details>"
 
 
-def _grid(cases: Mapping[compare.Case, Mapping[str, Row]], headings: Sequence[str], times: bool = False) -> Table:
+def _grid(cases: Mapping[Case, Mapping[str, Row]], headings: Sequence[str], times: bool = False) -> Table:
     """A line a case, a column a provider; `headings` are the last of a case's columns that are shown."""
-    providers = compare.in_order((name for timed in cases.values() for name in timed), list(LOOKS))
+    providers = in_order((name for timed in cases.values() for name in timed), list(LOOKS))
     cells = []
     for case in sorted(cases):
         timed = cases[case]
-        contest = {name: point.p50 for name, point in timed.items() if not name.startswith(compare.FLOOR)}
+        contest = {name: point.p50 for name, point in timed.items() if not name.startswith(FLOOR)}
         best = min(contest, key=lambda name: contest[name]) if times and contest else ""
         line = list(_case_cells(case)[-len(headings) :])
         for name in providers:
@@ -229,7 +223,7 @@ def _predicted(found: list[Row]) -> str:
     ]
     for device in dict.fromkeys(row.device for row in found):
         of_device = [row for row in found if row.device == device]
-        cases = compare.by_case(of_device)
+        cases = Run(of_device).cases()
         bare = {case: {n.removeprefix(PREDICTED): p for n, p in timed.items()} for case, timed in cases.items()}
         headings, cells = _grid(bare, _CASE_HEADINGS)
         marked = [f"predicted {name}" if name not in _CASE_HEADINGS else name for name in headings]

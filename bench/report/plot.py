@@ -1,4 +1,4 @@
-"""Draw a run from its CSV, and from nothing else: speedup bars, the roofline, the share of the floor against M.
+"""Draw a run from its CSV and nothing else: speedup bars, the roofline, the share of the floor against M.
 
 Each picture is written as PNG and SVG. Predicted rows are refused: pictures show what was measured.
 """
@@ -8,7 +8,10 @@ import io
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from bench.measure import rows
+from bench.report.figures import all_figures
 
 SUMMARY = "pictures of a run, from its CSV: speedup, roofline, share of the floor"
 _RC: dict[Any, Any] = {"svg.hashsalt": "fastlora", "svg.fonttype": "path", "hatch.linewidth": 0.6}
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench plot`."""
     parser.add_argument("csv", nargs="?", type=Path, metavar="CSV", help="the newest kernels.csv under bench/results")
     parser.add_argument("--csv", dest="csv_option", type=Path, metavar="CSV", help="the same, as an option")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (plots/ beside the CSV)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (plots/ next to the CSV)")
     parser.add_argument("--device", metavar="NAME", help="which machine's rows, where a CSV has several (the last)")
 
 
@@ -55,17 +58,7 @@ def newest_csv(folder: Path = Path("bench/results")) -> Path:
 
 
 def draw(found: list[rows.Row], formats: tuple[str, ...] = ("png", "svg")) -> dict[str, dict[str, bytes]]:
-    """Name -> format -> file of every picture that the rows have something for; the same bytes for the same rows.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
-    from bench.report.figures import all_figures
-
+    """Name -> format -> file of every picture that the rows have something for; the same bytes for the same rows."""
     pictures = {}
     with matplotlib.rc_context(_RC):
         for name, figure in all_figures(found).items():

@@ -13,10 +13,11 @@ from bench.compare import linear, memory, providers
 from bench.compare.accuracy import Judge, share_of_limit
 from bench.compare.layers import BareProduct, Expansion, LoraLayer, Provider
 from bench.compare.providers import find_providers
+from bench.measure.floors import share_of_floor
 from bench.measure.operands import DEQUANTIZE, SCALING, Operands, Problem, draw_inputs, make_operands
 from bench.measure.record import HEADER, Point, Recorder
 from bench.measure.timing import interleave, measure_machine, spread
-from bench.report import table
+from bench.report import goals
 from fastlora import reference
 
 CPU = torch.device("cpu")
@@ -83,8 +84,8 @@ def test_every_provider_mode_and_metric_has_its_row(tmp_path, capsys):
             assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
     shown = capsys.readouterr().out
     assert "GB/s" in shown
-    assert "every provider within tolerance: yes" in shown
-    assert "no shape slower than peft + bitsandbytes: not measured" not in shown
+    assert "met: error over the error allowed, every provider: at most 1 (worst of" in shown
+    assert "not measured: peft's time over ours, every case" not in shown
 
 
 @pytest.mark.slow
@@ -121,8 +122,8 @@ def test_share_of_floor_is_the_floors_time_over_ones_own(tmp_path):
         expected = float(timed["torch", mode, m]["p50"]) / float(row["p50"])
         assert float(row["share_of_floor"]) == pytest.approx(expected, rel=1e-4)
         assert provider != "torch" or expected == 1
-    assert linear.share_of_floor(3.0, 4.0) == 0.75
-    assert linear.share_of_floor(None, 4.0) is None
+    assert share_of_floor(3.0, 4.0) == 0.75
+    assert share_of_floor(None, 4.0) is None
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_a_wrong_provider_is_reported_and_not_timed(tmp_path, capsys, monkeypatc
     shown = capsys.readouterr()
     assert f"WRONG, not timed: {wrong.name}" in shown.err
     assert says in shown.err
-    assert f"every provider within tolerance: no, wrong: {wrong.name}" in shown.out
+    assert f"missed: error over the error allowed, every provider: at most 1 ({wrong.name}" in shown.out
 
 
 def test_a_right_provider_passes_the_check_that_a_wrong_one_fails():
@@ -309,25 +310,34 @@ def point(provider: str, p50: float, m: int = 1024, metric: str = "time", mode: 
     return Point("nf4_linear", provider, mode, metric, m, 4096, 4096, 16, p50)
 
 
-def test_the_verdict_tells_the_truth():
+def verdict_of(points: list[Point], beginning: str) -> str:
+    """The one verdict on a goal whose text begins so."""
+    (found,) = [line for line in goals.verdict(points, "a CPU") if line.split(": ", 1)[1].startswith(beginning)]
+    return found
+
+
+def test_goals_for_every_case_name_those_that_miss_or_the_worst():
     slow = [point("peft-fp32", 10), point("fastlora-fp32", 9), point("peft-bf16", 10), point("fastlora-bf16", 20)]
-    slower, large, held, right = table.verdict(slow)
-    assert slower.startswith(
-        "no shape slower than peft + bitsandbytes: no, 1 of 2: 0.50 at nf4_linear 4096x4096 M=1024 r=16 both, bf16"
+    assert verdict_of(slow, "peft's time over ours, every case").startswith("missed")
+    assert "nf4_linear 4096x4096 M=1024 r=16 both, bf16 adapters 0.50" in verdict_of(slow, "peft's time over ours, e")
+    assert verdict_of(slow, "peft's time over ours, nf4_linear").startswith("missed")
+    assert verdict_of(slow, "peft's time over ours, bf16_linear").startswith("not measured")
+    assert verdict_of(slow, "MB of peak memory").startswith("not measured")
+    assert verdict_of(slow, "error over").startswith("not measured")
+    many = [*slow, *(point(name, 1, m=m) for m in (1, 16) for name in ("peft-fp32", "fastlora-fp32"))]
+    assert "(1 of 4: 0.50 nf4_linear" in verdict_of(many, "peft's time over ours, every case")
+    assert verdict_of(many[4:] + slow[:2], "peft's time over ours, every case").startswith("met")
+    assert "worst of 4: 1.00" in verdict_of(
+        [*many[4:], *slow[:2], point("peft-bf16", 3), point("fastlora-bf16", 2)], "peft's time over ours, every case"
     )
-    assert "no, 2 of 2" in large
-    assert "not measured" in held
-    assert right.endswith("yes")
 
     fast = [point("peft-fp32", 13), point("fastlora-fp32", 10), point("peft-fp32", 50, metric="peak_memory")]
-    slower, large, held, _ = table.verdict([*fast, point("fastlora-fp32", 50.1, metric="peak_memory")])
-    assert "yes (least 1.30" in slower
-    assert "yes (least 1.30" in large
-    assert held.endswith("yes")
-    assert (
-        "no, 1 of 1: 60.0 MB against 50.0"
-        in table.verdict([*fast, point("fastlora-fp32", 60, metric="peak_memory")])[2]
-    )
+    met = [*fast, point("fastlora-fp32", 50.1, metric="peak_memory")]
+    assert "both, fp32 adapters 1.30" in verdict_of(met, "peft's time over ours, nf4_linear")
+    assert verdict_of(met, "MB of peak memory").startswith("met")
+    above = verdict_of([*fast, point("fastlora-fp32", 60, metric="peak_memory")], "MB of peak memory")
+    assert above.startswith("missed")
+    assert "60.0 MB against 50.0" in above
 
 
 def test_an_unknown_subcommand_lists_those_there_are(capsys):

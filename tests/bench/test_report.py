@@ -114,7 +114,7 @@ def test_the_page_hides_nothing(report):
     measured, predicted = text.split('<section id="predicted">')
     assert "NVIDIA Test" in measured
     assert "4295.0 GB/s" in measured
-    slower = measured.split("Where a peer is quicker")[1].split("<h3>")[0]
+    slower = measured.split("Where a peer is faster")[1].split("<h3>")[0]
     assert "1 of 7 comparisons" in slower
     assert "<td>256</td>" in slower
     assert "peft-bf16" in slower
