@@ -13,8 +13,6 @@ that is further from peft's than 2% is an error.
 import argparse
 import contextlib
 import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -27,8 +25,9 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import fastlora
-from bench.measure.record import RESULTS, Point, Recorder
-from bench.measure.timing import device_name, interleave
+from bench.compare.whole_layers import add_layer_arguments, forward_and_backward, open_recorder, require_close
+from bench.measure.record import Point
+from bench.measure.timing import interleave
 from fastlora.ops import grouped_cuda
 
 SUMMARY = "adapters on stacks of experts against peft"
@@ -36,7 +35,6 @@ RANK = 16
 PARAMETERS = ("gate_up_proj", "down_proj")
 PROVIDERS = ("peft", "fastlora", "fastlora-nf4")
 BY_TORCH = "-torch"
-CLOSE = 0.02
 
 
 class Stack(NamedTuple):
@@ -62,17 +60,13 @@ STACKS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench experts`."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="one toy layer")
-    parser.add_argument("--budget", type=float, default=8.0, metavar="S", help="seconds for each layer and M (8)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV to append to (bench/results/DEVICE/experts.csv)")
+    add_layer_arguments(parser, "experts", 8.0, "layer and M")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and append to the CSV; returns the exit status."""
     device = torch.device(arguments.device)
-    out = arguments.out or RESULTS / arguments.device / "experts.csv"
-    recorder = Recorder(out, device_name(device))
+    recorder = open_recorder(arguments, "experts")
     table = Table(title="milliseconds (median), a layer of experts, forward + backward", title_justify="left")
     shown = [*PROVIDERS, *(f"{name}{BY_TORCH}" for name in PROVIDERS[1:] if device.type == "cuda")]
     for name in ("layer", "tokens", *shown, "x peft"):
@@ -87,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             figures = [f"{ms[provider]:.4g}" if provider in ms else "-" for provider in shown]
             table.add_row(layer, str(m), *figures, f"{ms['peft'] / ms['fastlora']:.2f}")
     Console(width=120).print(table)
-    print(f"appended to {out}")
+    print(f"appended to {recorder.path}")
     return 0
 
 
@@ -143,28 +137,19 @@ def measure(stack: Stack, layers: dict[str, Any], m: int, device: torch.device, 
     x.requires_grad_()
     weights, chosen = torch.rand(m, stack.experts, device=device, generator=generator).topk(stack.chosen)
     weights = weights.bfloat16()
-    _check(layers, x, chosen, weights)
+    _require_same_results(layers, x, chosen, weights)
 
-    def call(layer: Any) -> Callable[[int], object]:
-        def both(serial: int) -> None:
-            layer(x, chosen, weights).backward(dy)
-            x.grad = None
-            layer.zero_grad()
-
-        return both
-
-    times = interleave({name: call(layer) for name, layer in layers.items()}, device, budget_s, min_rounds=5)
+    calls = {name: forward_and_backward(layer, x, dy, chosen, weights) for name, layer in layers.items()}
+    times = interleave(calls, device, budget_s, min_rounds=5)
     sizes = (m, stack.hidden, stack.intermediate, RANK)
     return [Point(stack.kernel, name, "both", "time", *sizes, *times[name]) for name in layers]
 
 
-def _check(layers: dict[str, Any], x: Tensor, chosen: Tensor, weights: Tensor) -> None:
+def _require_same_results(layers: dict[str, Any], x: Tensor, chosen: Tensor, weights: Tensor) -> None:
     """The stacks that stand for the same values must give the same result."""
     same = [("peft", "fastlora"), ("fastlora", f"fastlora{BY_TORCH}"), ("fastlora-nf4", f"fastlora-nf4{BY_TORCH}")]
     with torch.no_grad():
-        found = {name: layer(x, chosen, weights).float() for name, layer in layers.items()}
+        found = {name: layer(x, chosen, weights) for name, layer in layers.items()}
     for theirs, ours in same:
         if ours in found:
-            off = ((found[ours] - found[theirs]).norm() / found[theirs].norm()).item()
-            if not off < CLOSE:
-                raise ValueError(f"{ours}'s result is {off:.2%} off {theirs}'s; nothing is timed")
+            require_close(ours, found[ours], theirs, found[theirs])

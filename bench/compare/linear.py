@@ -35,7 +35,7 @@ from bench.report import goals, table
 
 SUMMARY = "one LoRA linear: fastlora against peft, bitsandbytes, unsloth, torch.compile and the bare product"
 LAUNCHES_S = 12.0  # the most that counting launches may take, at the end of a run
-Case = tuple[str, int, float, str]  # kernel, M, dropout, mode
+Timed = dict[tuple[str, int, float, str], tuple[Problem, set[str]]]  # kernel, M, dropout, mode -> problem, providers
 
 
 class Preset(NamedTuple):
@@ -184,7 +184,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         raise ValueError("--m, --r and --repeats must be at least 1")
     for p in dropouts:
         if not 0 <= p < 1:
-            raise ValueError(f"--dropout must lie in [0, 1), not {p}")
+            raise ValueError(f"--dropout must be in [0, 1), not {p}")
     shapes = model_shapes(arguments.models or [])
     if arguments.shapes or not shapes:
         shapes += tuple(parse_shape(text) for text in arguments.shapes or preset.shapes)
@@ -225,7 +225,7 @@ def measure(plan: Plan, rates: Rates) -> Iterator[list[Point]]:
     server = memory.CpuMemory() if not reason and plan.device.type == "cpu" else nullcontext()
     began = time.monotonic()
     said: set[str] = set()
-    timed: dict[Case, tuple[Problem, set[str]]] = {}
+    timed: Timed = {}
     skipped = []
     reserve = min(LAUNCHES_S, plan.left_s() / 10) if plan.with_launches else 0.0
     with server as cpu_memory:
@@ -239,8 +239,8 @@ def measure(plan: Plan, rates: Rates) -> Iterator[list[Point]]:
                 if plan.left_s() <= reserve:
                     skipped.append(f"{problem.kernel} {problem.K}x{problem.N} r={problem.R} M={m} p={p:g}")
                     continue
-                if modes and not bench.is_checked(m):
-                    yield bench.check(m)
+                if modes and not bench.is_judged(m):
+                    yield bench.judge(m)
                 for mode in modes:
                     found = bench.time(m, p, mode)
                     say(found, time.monotonic() - began)
@@ -255,7 +255,7 @@ def measure(plan: Plan, rates: Rates) -> Iterator[list[Point]]:
         print(f"stopped at the limit; not measured: {', '.join(skipped)}")
 
 
-def count_launches(plan: Plan, rates: Rates, timed: dict[Case, tuple[Problem, set[str]]]) -> Iterator[list[Point]]:
+def count_launches(plan: Plan, rates: Rates, timed: Timed) -> Iterator[list[Point]]:
     """Launches a call, for the first shape of every case that was timed, while `LAUNCHES_S` lasts.
 
     They come last, for a profiler that has once been on slows what follows.

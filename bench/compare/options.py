@@ -12,9 +12,8 @@ off): a line says so, the other options are measured, and the command fails in t
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -24,9 +23,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastlora
+from bench.compare.whole_layers import (
+    RefusedError,
+    add_layer_arguments,
+    forward_and_backward,
+    open_recorder,
+    require_close,
+)
 from bench.measure.operands import missing
-from bench.measure.record import RESULTS, Point, Recorder
-from bench.measure.timing import device_name, interleave
+from bench.measure.record import Point
+from bench.measure.timing import interleave
 from fastlora.ops import nf4
 
 SUMMARY = "peft's options (DoRA, mixed batches, several adapters, ...) against peft, one layer each"
@@ -34,11 +40,6 @@ RANK, SAMPLES = 16, 8
 PROVIDERS = ("peft", "fastlora")
 BASES = ("bf16", "nf4")
 SIZES = {"cpu": (2048, 2048, (256, 1024)), "cuda": (4096, 14336, (256, 8192)), "quick": (64, 96, (8,))}  # K, N, tokens
-CLOSE = 0.02
-
-
-class RefusedError(Exception):
-    """A layer that is not to be timed: its result is wrong, or peft computes it."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,14 @@ OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench options`."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_layer_arguments(parser, "options", 3.0, "option, base and M")
     parser.add_argument("--option", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="which to measure (all)")
-    parser.add_argument("--quick", action="store_true", help="a toy layer")
-    parser.add_argument(
-        "--budget", type=float, default=3.0, metavar="S", help="seconds for each option, base and M (3)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV to append to (bench/results/DEVICE/options.csv)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and append to the CSV; returns the exit status."""
     device = torch.device(arguments.device)
-    out = arguments.out or RESULTS / arguments.device / "options.csv"
-    recorder = Recorder(out, device_name(device))
+    recorder = open_recorder(arguments, "options")
     table = Table(title="milliseconds (median), one layer, forward + backward", title_justify="left")
     for name in ("option", "base", "tokens", *PROVIDERS, "x peft"):
         table.add_column(name, justify="left" if name in ("option", "base") else "right")
@@ -101,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
                 ms = [point.p50 for point in points]
                 table.add_row(what, base, str(m), *(f"{each:.4g}" for each in ms), f"{ms[0] / ms[1]:.2f}")
     Console(width=120).print(table)
-    print("\n".join([*refused, f"appended to {out}"]))
+    print("\n".join([*refused, f"appended to {recorder.path}"]))
     return 1 if refused else 0
 
 
@@ -146,37 +141,27 @@ def measure(
     x.requires_grad_()
     names = list(layers["peft"].lora_A)
     samples = {"adapter_names": [names[place % len(names)] for place in range(SAMPLES)]} if OPTIONS[what].mixed else {}
-    _check(layers, x, samples)
+    _require_same_results(layers, x, samples)
 
-    def call(layer: Any) -> Callable[[int], object]:
-        def both(serial: int) -> None:
-            y = layer(x, **samples)
-            y.backward(dy.to(y.dtype))
-            x.grad = None
-            layer.zero_grad()
-
-        return both
-
-    times = interleave({name: call(layer) for name, layer in layers.items()}, device, budget_s, min_rounds=5)
+    calls = {name: forward_and_backward(layer, x, dy, **samples) for name, layer in layers.items()}
+    times = interleave(calls, device, budget_s, min_rounds=5)
     dropout = OPTIONS[what].config.get("lora_dropout", 0.0)
     sizes = (m, k, n, RANK)
     kernel = f"option_{what}_{base}"
     return [Point(kernel, name, "both", "time", *sizes, *times[name], dropout=dropout) for name in layers]
 
 
-def _check(layers: Mapping[str, Any], x: Tensor, samples: dict[str, Any]) -> None:
+def _require_same_results(layers: Mapping[str, Any], x: Tensor, samples: dict[str, Any]) -> None:
     """Raise RefusedError where the results differ, or where the layer would be peft's own."""
     with torch.no_grad():
         drops = [part for layer in layers.values() for part in layer.lora_dropout.values()]
         for part in drops:
             part.eval()
-        theirs, ours = (layers[name](x, **samples).float() for name in PROVIDERS)
+        theirs, ours = (layers[name](x, **samples) for name in PROVIDERS)
         for part in drops:
             part.train()
         layers["fastlora"](x, **samples)
     calls = layers["fastlora"].fastlora_calls
     if calls.stepped_back:
         raise RefusedError(f"the layer steps back to peft: {calls.last_reason}")
-    off = ((ours - theirs).norm() / theirs.norm()).item()
-    if not off < CLOSE:
-        raise RefusedError(f"fastlora's result is {off:.2%} off peft's; nothing is timed")
+    require_close("fastlora", ours, "peft", theirs)

@@ -105,11 +105,11 @@ class ShapeBench:
         self._right: dict[int, tuple[Provider, ...]] = {}
         self._inputs_of: tuple[int, Inputs] = (-1, [])
 
-    def is_checked(self, m: int) -> bool:
+    def is_judged(self, m: int) -> bool:
         """Whether it is known who is right at m tokens."""
         return m in self._right
 
-    def check(self, m: int) -> list[Point]:
+    def judge(self, m: int) -> list[Point]:
         """An error row for everyone but the floor, at m tokens; only those who were right are measured."""
         judge = Judge(self.operands, *self._inputs(m)[0])
         points, right = [], []
@@ -196,7 +196,7 @@ class ShapeBench:
     def calls(self, m: int, dropout: float, mode: str) -> dict[str, Call]:
         """Name -> call, of everyone who was right at m tokens and takes part in the mode."""
         if m not in self._right:
-            self.check(m)
+            self.judge(m)
         calls = {}
         for provider in self._right[m]:
             layers = self._layers(provider, dropout) if mode in self._modes(provider, m) else None

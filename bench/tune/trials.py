@@ -23,7 +23,7 @@ _TILES = (  # rows, columns, warps, stages
 )  # fmt: skip
 
 
-class Case(NamedTuple):
+class TuneCase(NamedTuple):
     """A point of the table: an operation at M tokens over a weight [N, K] with rank R.
 
     A low-rank kernel reads [M, k] (shrink, x) or [M, n] (dy), the other being 0, and has a mode: "narrow" with 16-bit
@@ -76,7 +76,7 @@ class Truth:
         return "" if share <= 1 else f"error {share:.3g} times what is allowed"
 
 
-def product_trials(case: Case, operands: Operands) -> tuple[list[Trial], Truth]:
+def product_trials(case: TuneCase, operands: Operands) -> tuple[list[Trial], Truth]:
     """The ways to do a product on these operands, and the truth about it."""
     from fastlora.kernels import choice, lora, search
     from fastlora.kernels.operands import Lora
@@ -107,7 +107,7 @@ def product_trials(case: Case, operands: Operands) -> tuple[list[Trial], Truth]:
     return found, _truth_of_product(case, operands, x if case.op == "linear" else dy)
 
 
-def _truth_of_product(case: Case, operands: Operands, rows: Tensor) -> Truth:
+def _truth_of_product(case: TuneCase, operands: Operands, rows: Tensor) -> Truth:
     """y by the reference, or dx, which is the same function of dy with the weight and the adapters transposed."""
 
     def result(dtype: torch.dtype, adapter_dtype: torch.dtype, weight: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _truth_of_product(case: Case, operands: Operands, rows: Tensor) -> Truth:
     return Truth(oracle.flatten(), result(rows.dtype, torch.float32, operands.dense[0]).flatten())
 
 
-def low_rank_trials(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[list[Trial], Truth]:
+def low_rank_trials(case: TuneCase, device: torch.device, dtype: torch.dtype) -> tuple[list[Trial], Truth]:
     """The tiles of a low-rank kernel, the built-in one first, and the truth about it."""
     from fastlora.kernels import lora, lora_plan
     from fastlora.kernels.choice import Tile
@@ -136,7 +136,6 @@ def low_rank_trials(case: Case, device: torch.device, dtype: torch.dtype) -> tup
     adapter = draw(case.r, length, torch.float32 if case.mode == "split" else dtype)  # A, or B transposed
     low = draw(case.m, case.r, torch.float32)  # h, or g
     none = lora.Dropout()
-    low = torch.randn(case.m, case.r, device=x.device)  # h, or g
 
     def call(cut: Tile, serial: int) -> tuple[Tensor, ...]:
         rows = copies[serial % len(copies)]

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 from fastlora.kernels import choice
-from fastlora.kernels.choice import LOW_RANK, PRODUCTS, Row
+from fastlora.kernels.choice import LOW_RANK, PRODUCTS
 
 from bench.measure.cuda import Graph
 from bench.measure.models import parse_shape
 from bench.measure.operands import Operands, Problem, error_line, make_operands
 from bench.measure.timing import copies_past_cache, interleave
-from bench.tune.trials import Case, Trial, Truth, low_rank_trials, product_trials
+from bench.tune.trials import Trial, Truth, TuneCase, low_rank_trials, product_trials
 
 SUMMARY = "time every kernel that could do a product on this GPU and write the table of choices"
 _COMPILERS = 8  # threads: the compiler's passes and ptxas run beside one another
@@ -41,17 +41,17 @@ class Grid(NamedTuple):
     modes: tuple[str, ...]
     most_trials: int | None = None  # of a case
 
-    def cases(self, r: int) -> list[Case]:
+    def cases(self, r: int) -> list[TuneCase]:
         """All cases at rank r, by falling worth: the first of each list first, then the next of one of them."""
-        worth: dict[Case, int] = {}
+        worth: dict[TuneCase, int] = {}
         for i, m in enumerate(self.tokens):
             for j, (k, n) in enumerate(map(parse_shape, self.shapes)):
-                worth |= {Case(op, m, k, n, r): i + j for op in PRODUCTS}
+                worth |= {TuneCase(op, m, k, n, r): i + j for op in PRODUCTS}
         for i, m in enumerate(self.low_rank_tokens):
             for j, length in enumerate(self.lengths):
                 for mode in self.modes:
-                    worth |= {Case(op, m, length, 0, r, mode): 2 * i + j + 1 for op in ("shrink", "x")}
-                    worth[Case("dy", m, 0, length, r, mode)] = 2 * i + j + 1
+                    worth |= {TuneCase(op, m, length, 0, r, mode): 2 * i + j + 1 for op in ("shrink", "x")}
+                    worth[TuneCase("dy", m, 0, length, r, mode)] = 2 * i + j + 1
         return sorted(worth, key=worth.__getitem__)
 
 
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    cases: list[Case]
+    cases: list[TuneCase]
     most_trials: int | None  # of a case
     again: bool
     budget_s: float
@@ -148,9 +148,9 @@ def _interpret() -> None:
         raise ValueError("--dry-run needs Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
 
 
-def _case_of(row: Row) -> Case:
+def _case_of(row: choice.Row) -> TuneCase:
     mode = row.kernel if row.op in LOW_RANK else ""
-    return Case(row.op, row.m or 0, row.k or 0, row.n or 0, row.r or 0, mode)
+    return TuneCase(row.op, row.m or 0, row.k or 0, row.n or 0, row.r or 0, mode)
 
 
 class _Bench:
@@ -160,7 +160,7 @@ class _Bench:
         self.plan = plan
         self._drawn: dict[tuple[int, int, int], Operands] = {}
 
-    def quickest(self, case: Case, gpu: str) -> Row | None:
+    def quickest(self, case: TuneCase, gpu: str) -> choice.Row | None:
         """The row of the best candidate that is right; None where none is."""
         if case.op in LOW_RANK:
             found, truth = low_rank_trials(case, self.plan.device, self.plan.dtype)
@@ -176,9 +176,9 @@ class _Bench:
         best = ranking[0]
         dropout = False if best.kernel.startswith("decode") else None
         sides = case.m, case.k or None, case.n or None, case.r
-        return Row(gpu, case.op, *sides, dropout, best.kernel, best.config, times[best], "measured")
+        return choice.Row(gpu, case.op, *sides, dropout, best.kernel, best.config, times[best], "measured")
 
-    def _operands(self, case: Case) -> Operands:
+    def _operands(self, case: TuneCase) -> Operands:
         key = case.k, case.n, case.r
         if key not in self._drawn:
             problem = Problem("nf4_linear", case.k, case.n, case.r, self.plan.device, dtype=self.plan.dtype)
@@ -227,14 +227,14 @@ def _captured(trial: Trial, calls: int) -> Graph | None:
         return None
 
 
-def _is_right(case: Case, trial: Trial, truth: Truth) -> bool:
+def _is_right(case: TuneCase, trial: Trial, truth: Truth) -> bool:
     fault = truth.fault(trial.result())
     if fault:
         print(f"WRONG, not timed: {case}, {trial}: {fault}", file=sys.stderr)
     return not fault
 
 
-def crossovers(rows: list[Row]) -> Iterator[str]:
+def crossovers(rows: list[choice.Row]) -> Iterator[str]:
     """A line for each product and shape: the largest M measured at which dequantizing was not the quickest."""
     shapes = dict.fromkeys((row.op, row.k, row.n) for row in rows if row.op in PRODUCTS)
     for op, k, n in shapes:

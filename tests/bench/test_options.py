@@ -36,14 +36,14 @@ def test_a_layer_that_steps_back_is_not_timed():
 
 
 def test_the_others_are_measured_beside_one_that_is_refused(tmp_path, monkeypatch, capsys):
-    real = options._check
+    real = options._require_same_results
 
     def check(layers, x, samples):
         if samples:
             raise options.RefusedError("no")
         real(layers, x, samples)
 
-    monkeypatch.setattr(options, "_check", check)
+    monkeypatch.setattr(options, "_require_same_results", check)
     monkeypatch.setattr(options, "BASES", ("bf16",))
     out = tmp_path / "options.csv"
     words = ["options", "--device", "cpu", "--quick", "--budget", "0.05", "--option", "mixed_2", "plain"]

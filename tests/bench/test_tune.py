@@ -10,10 +10,10 @@ from fastlora.kernels import choice
 
 from bench.cli import main
 from bench.tune import trials, tune
-from bench.tune.trials import Case, Trial, Truth
+from bench.tune.trials import Trial, Truth, TuneCase
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the dry run needs Triton's interpreter")
-LINEAR = Case("linear", 24, 128, 192, 16)
+LINEAR = TuneCase("linear", 24, 128, 192, 16)
 
 
 def run(path, *options: str) -> int:
@@ -115,7 +115,7 @@ def test_a_decode_kernel_is_a_row_without_dropout(tmp_path, monkeypatch, three_k
 @pytest.mark.parametrize("mode", ["narrow", "split"])
 @pytest.mark.parametrize("op", choice.LOW_RANK)
 def test_the_truth_about_low_rank_kernels(op, mode):
-    case = Case(op, 24, 0 if op == "dy" else 128, 128 if op == "dy" else 0, 8, mode)
+    case = TuneCase(op, 24, 0 if op == "dy" else 128, 128 if op == "dy" else 0, 8, mode)
     found, truth = trials.low_rank_trials(case, torch.device("cpu"), torch.float16)
     assert len(found) == len(set(map(str, found))) > 8
     result = found[1].result()
@@ -126,10 +126,10 @@ def test_the_truth_about_low_rank_kernels(op, mode):
 def test_cases_come_in_the_order_of_their_worth():
     cases = tune._FULL.cases(16)
     assert len(cases) == len(set(cases)) == 2 * 8 * 11 + 3 * 2 * 3 * 2
-    assert cases[:2] == [Case(op, 1, 4096, 14336, 16) for op in choice.PRODUCTS]
+    assert cases[:2] == [TuneCase(op, 1, 4096, 14336, 16) for op in choice.PRODUCTS]
     tokens = [case.m for case in cases if (case.op, case.k, case.n) == ("linear", 4096, 14336)]
     assert tokens == list(tune._FULL.tokens)
-    assert cases.index(Case("x", 8192, 4096, 0, 16, "split")) < cases.index(Case("linear", 64, 4096, 14336, 16))
+    assert cases.index(TuneCase("x", 8192, 4096, 0, 16, "split")) < cases.index(TuneCase("linear", 64, 4096, 14336, 16))
 
 
 def test_the_crossover_is_the_largest_m_where_dequantizing_was_not_the_quickest():

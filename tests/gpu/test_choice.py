@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from fastlora.kernels import choice, search
 
 from bench.measure.operands import Problem, make_operands
-from bench.tune.trials import Case, low_rank_trials, product_trials
+from bench.tune.trials import TuneCase, low_rank_trials, product_trials
 from fastlora.native import cuda
 from fastlora.ops import backend, nf4
 from fastlora.ops.linear import lora_linear
@@ -42,7 +42,7 @@ def test_the_gpu_is_known_by_its_name():
 @pytest.mark.parametrize("m", [1, 16, 64, 300])
 @pytest.mark.parametrize("op", choice.PRODUCTS)
 def test_the_first_candidates_are_right(operands, op, m):
-    found, truth = product_trials(Case(op, m, 1024, 2048, 16), operands)
+    found, truth = product_trials(TuneCase(op, m, 1024, 2048, 16), operands)
     assert len(found) > 1
     kernels = set()
     for trial in found[:MOST]:
@@ -55,7 +55,7 @@ def test_the_first_candidates_are_right(operands, op, m):
 @pytest.mark.parametrize("mode", ["narrow", "split"])
 @pytest.mark.parametrize("op", choice.LOW_RANK)
 def test_tiles_of_the_low_rank_kernels_are_right(op, mode):
-    case = Case(op, 1024, 0 if op == "dy" else 4096, 4096 if op == "dy" else 0, 16, mode)
+    case = TuneCase(op, 1024, 0 if op == "dy" else 4096, 4096 if op == "dy" else 0, 16, mode)
     found, truth = low_rank_trials(case, torch.device("cuda", 0), torch.bfloat16)
     for trial in found[:MOST]:
         assert truth.fault(trial.result()) == "", str(trial)
