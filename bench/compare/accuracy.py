@@ -1,8 +1,8 @@
 """Whether a provider computes the right thing: the tests' tolerance rule, before anything is timed.
 
 The oracle is `fastlora.reference` in fp64 on the same rounded inputs and the same NF4 codes; the baseline is the same
-function in bf16 with the provider's adapter dtype. For an expanded weight the baseline is the exact one rounded once,
-which is what bitsandbytes gives. The rule itself has one home, `tests/support/numerics.py`.
+function in bf16 with the provider's adapter dtype. For an expanded weight the baseline is the exact weight rounded
+once, which is what bitsandbytes gives. The rule itself is in `tests/support/numerics.py` and only there.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ _rule = _load_rule()
 def max_check_work(device: torch.device) -> int:
     """M·K·N of the largest product worth computing in fp64 on a device: M = 8192 over 8192 x 28672 on an H200.
 
-    Which kernel runs depends on M, so as many rows are judged as are timed, wherever time allows.
+    Which kernel runs depends on M, so as many rows are judged as are timed where that does not take too long.
     """
     if device.type != "cuda":
         return MAX_CHECK_WORK
@@ -51,7 +51,7 @@ class Judge:
 
     Args:
         operands: of a problem without dropout (masks differ between packages, so p = 0 is what can be compared).
-        x: [M, K]. dy: [M, N]. Only so many rows are judged as `max_check_work` allows; none with `nf4_dequantize`.
+        x: [M, K]. dy: [M, N]. As many rows are judged as `max_check_work` allows; none with `nf4_dequantize`.
     """
 
     def __init__(self, operands: Operands, x: Tensor, dy: Tensor) -> None:
@@ -70,7 +70,7 @@ class Judge:
         expected = self._expected(provider)
         try:
             results = self._results(provider, layer)
-        except Exception as error:  # whatever a package under test does wrong is a finding, not our failure
+        except Exception as error:  # an error of a package under test is a result, not a failure of the bench
             return math.inf, error_line(error)
         worst, wrong = 0.0, []
         for ours, (what, baseline, oracle) in zip(results, expected, strict=True):
@@ -127,7 +127,7 @@ class Judge:
 
 
 def share_of_limit(ours: Tensor, baseline: Tensor, oracle: Tensor) -> float:
-    """Error over the error that the rule allows, rms or largest, whichever is nearer its limit; above 1 is wrong."""
+    """Error over the error that the rule allows: rms or largest, whichever is nearer its limit; above 1 is wrong."""
     if ours.shape != oracle.shape or not torch.isfinite(ours).all():
         return math.inf
     error, allowed = ours.double() - oracle, baseline.double() - oracle

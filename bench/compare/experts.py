@@ -1,13 +1,13 @@
 """Compare adapters on a stack of experts between packages: one mixture-of-experts layer, forward and backward.
 
-    peft       its ParamWrapper, with the experts' forward that transformers takes by itself
-    fastlora   the same layer after replace_linear
+    peft           its ParamWrapper, with the experts' forward that transformers chooses
+    fastlora       the same layer after replace_linear
     fastlora-nf4   the same over stacks packed in NF4, which peft cannot compute
     fastlora-torch, fastlora-nf4-torch   on CUDA, where those two run products of our own: torch's grouped_mm instead
 
-bf16, fp32 adapters as peft has them by default. Layers are timed in turn, as `bench.measure.timing` says. In the CSV,
+bf16, fp32 adapters as peft has them by default. Layers are timed in turn; `bench.measure.timing` says how. In the CSV,
 kernel is experts_E{experts}_top{chosen}, M the tokens, K the hidden and N the intermediate size of an expert. A result
-that is further from peft's than 2% is an error.
+that differs from peft's by more than 2% is an error.
 """
 
 import argparse
@@ -38,7 +38,7 @@ BY_TORCH = "-torch"
 
 
 class Stack(NamedTuple):
-    """A layer: so many experts, of which each token takes `chosen`."""
+    """A layer of `experts` experts; each token goes to `chosen` of them."""
 
     experts: int
     chosen: int
@@ -117,14 +117,14 @@ def build(stack: Stack, device: torch.device) -> dict[str, Any]:
 
 
 class ByTorch(nn.Module):
-    """A layer whose stacks go the way that the Triton kernels do not take; the same parameters."""
+    """A layer whose stacks are multiplied by torch, not by the Triton kernels; the same parameters."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, *args: Tensor) -> Tensor:
-        """What the layer gives; its backward goes the same way."""
+        """What the layer gives; its backward is by torch too."""
         with mock.patch.object(grouped_cuda, "refusal", return_value="torch's grouped_mm is asked for"):
             result: Tensor = self.layer(*args)
         return result
@@ -146,7 +146,7 @@ def measure(stack: Stack, layers: dict[str, Any], m: int, device: torch.device, 
 
 
 def _require_same_results(layers: dict[str, Any], x: Tensor, chosen: Tensor, weights: Tensor) -> None:
-    """The stacks that stand for the same values must give the same result."""
+    """Raise RefusedError unless stacks of the same values give the same result."""
     same = [("peft", "fastlora"), ("fastlora", f"fastlora{BY_TORCH}"), ("fastlora-nf4", f"fastlora-nf4{BY_TORCH}")]
     with torch.no_grad():
         found = {name: layer(x, chosen, weights) for name, layer in layers.items()}

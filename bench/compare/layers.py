@@ -2,7 +2,7 @@
 
 forward     y with what backward needs recorded, as training runs it
 backward    dx, dA and dB from a recorded y
-both        the two after one another
+both        one after the other
 decode      y with nothing recorded, for a few tokens
 """
 
@@ -44,7 +44,7 @@ class LoraLayer:
 
 
 class ServingLayer(LoraLayer):
-    """Forward alone, nothing recorded."""
+    """Only forward, nothing recorded."""
 
     grad = False
 
@@ -54,14 +54,14 @@ class ServingLayer(LoraLayer):
 
 
 class Expansion(ServingLayer):
-    """A weight [N, K] made dense, with or without the update: `call` is given an x that it ignores."""
+    """A weight [N, K] made dense, with or without the update; the x that `call` gets is ignored."""
 
     def __init__(self, expand: Callable[[], Tensor], lora_a: Tensor, lora_b: Tensor) -> None:
         super().__init__(lambda _: expand(), lora_a, lora_b)
 
 
 class BareProduct(LoraLayer):
-    """The floor: the products with W that no LoRA linear can do without."""
+    """The floor: the products with W that every LoRA linear needs."""
 
     grad = False
 
@@ -88,12 +88,12 @@ class Provider:
     Args:
         build: operands -> one layer for each copy of the weight.
         adapter_dtype: dtype of A and B; None where there are none.
-        modes: which of MODES it takes part in, for a linear kernel; `nf4_dequantize` has forward alone.
-        needs: packages it cannot do without, for a kernel.
+        modes: which of MODES it takes part in, for a linear kernel; `nf4_dequantize` has only forward.
+        needs: packages that it needs for a kernel.
         fits: a further condition: problem -> "" or why it cannot take part.
         checked: whether its result is judged before it is timed; the floor is the baseline itself.
         least_m: fewest tokens it is timed at.
-        ranks: whether it takes part with an update (R > 0), without (R = 0), or both; of `nf4_dequantize` alone.
+        ranks: whether it takes part with an update (R > 0), without (R = 0), or both; only for `nf4_dequantize`.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Provider:
         return ("forward",) if kernel == DEQUANTIZE else self.modes
 
     def takes_part(self, problem: Problem) -> bool:
-        """Whether there is anything to compare; that it cannot run is another matter."""
+        """Whether there is anything to compare; whether it can run here is what `unavailable` says."""
         if problem.kernel == DEQUANTIZE and self.ranks != "both" and (self.ranks == "update") != (problem.R > 0):
             return False
         return problem.kernel in self.kernels

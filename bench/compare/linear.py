@@ -1,7 +1,7 @@
 """Compare one LoRA linear between packages: time, accuracy, peak memory, launches.
 
 Forward (as training runs it, with what backward needs recorded), backward, both, and decode (nothing recorded, at most
-16 tokens), over bf16 and NF4 bases, and the expansion of an NF4 weight alone, against the floors of
+16 tokens), over bf16 and NF4 bases, and the bare expansion of an NF4 weight, against the floors of
 `bench.measure.floors`. The machine's own copy bandwidth and matrix rate are measured first. A provider whose result
 breaks the tolerance rule is reported as wrong and not timed; one that raises is named with its error; the others go
 on. Rows are printed, and appended to --out, as they are measured. After --limit seconds the rest is left out, and
@@ -89,7 +89,7 @@ class Plan:
     deadline: float
 
     def cases(self, kernel: str) -> Iterator[tuple[int, float]]:
-        """(M, dropout) in order; the expansion of a weight knows neither."""
+        """(M, dropout) in order; the expansion of a weight has neither."""
         if kernel == DEQUANTIZE:
             yield 0, 0.0
             return
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
             recorder.write(group)
             points += group
     except DeviceLostError as error:
-        print(f"{error}; what was measured before it stands", file=sys.stderr)
+        print(f"{error}; what was measured before it is kept", file=sys.stderr)
         status = 1
     table.show(points)
     print(f"{len(points)} rows appended to {recorder.path}")
@@ -218,7 +218,7 @@ def machine_points(machine: Machine) -> list[Point]:
 
 
 def measure(plan: Plan, rates: Rates) -> Iterator[list[Point]]:
-    """Rows, as soon as they are there: of each (kernel, shape, rank, M, dropout, mode)."""
+    """Rows of each (kernel, shape, rank, M, dropout, mode), as soon as they are measured."""
     reason = memory.unavailable(plan.device) if plan.with_memory else "left out on request"
     if reason:
         print(f"no peak memory: {reason}")
@@ -258,7 +258,7 @@ def measure(plan: Plan, rates: Rates) -> Iterator[list[Point]]:
 def count_launches(plan: Plan, rates: Rates, timed: Timed) -> Iterator[list[Point]]:
     """Launches a call, for the first shape of every case that was timed, while `LAUNCHES_S` lasts.
 
-    They come last, for a profiler that has once been on slows what follows.
+    They come last, because a profiler that has been on slows what follows.
     """
     until = time.monotonic() + min(LAUNCHES_S, max(plan.left_s(), 0.0))
     bench: ShapeBench | None = None

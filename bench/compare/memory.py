@@ -1,17 +1,17 @@
-"""Peak memory of one call: what is held at the worst moment above what was held before it.
+"""Peak memory of one call: the most that is held at once, above what was held before it.
 
-On CUDA the caching allocator counts: `max_memory_allocated` less what was allocated at the start.
+On CUDA the caching allocator keeps count: `max_memory_allocated` less what was allocated at the start.
 
-On a CPU nothing counts but the kernel, and a process that has run other things holds freed memory that the next call
-would use unseen. So each measurement has a process of its own, forked from a server that has imported everything and
-run nothing. The server's malloc is told to map every block above 64 KB separately and to give it back at once
+On a CPU only the operating system keeps count, and a process that has run other things holds freed memory that the next
+call would use unseen. So each measurement has a process of its own, forked from a server that has imported everything
+and run nothing. The server's malloc maps every block above 64 KB separately and gives it back at once
 (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), so resident memory follows what is allocated; transparent huge pages
 are off, so it follows by the page. The first call starts threads and has oneDNN compile code for the shapes (0.6 MB a
-product, once in a process, whoever asks); tensors it leaves behind, such as scratch kept for later calls, are counted.
-Then the peak (VmHWM) is reset by writing 5 to /proc/self/clear_refs, the call runs again, and the peak's growth is
-added. So the memory of native code counts, which torch's allocator does not see, except what such code keeps
-between calls. Two runs agree to `resolution()`: the kernel counts a process's pages on each processor by itself and
-adds them up in batches (0.13 to 0.2 MB seen over 24 runs on two processors).
+product, once in a process, for any caller); tensors that it leaves behind, such as scratch kept for later calls, are
+counted. Then the peak (VmHWM) is reset by writing 5 to /proc/self/clear_refs, the call runs again, and the peak's
+growth is added. This includes the memory of native code, which torch's allocator does not see, except what such code
+keeps between calls. Two runs agree to `resolution()`: the system counts a process's pages on each processor separately
+and adds them up in batches (0.13 to 0.2 MB seen over 24 runs on two processors).
 
     parent  --{"kernel": ..., "M": ...}-->  python -m bench.compare.memory  --fork-->  child: build, reset, call, print
 """
@@ -36,14 +36,14 @@ from bench.measure.operands import Problem, draw_inputs, make_operands, missing
 from bench.measure.record import ROOT
 
 _PR_SET_THP_DISABLE = 41
-CALLS = 7  # a call needs the same each time; the least leaves out pages that threads and allocator took once
+CALLS = 7  # a call needs the same each time; the minimum leaves out pages that threads and allocator took once
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 def resolution() -> int:
-    """Bytes that two CPU readings of the same call may differ by.
+    """How many bytes two CPU readings of the same call may differ by.
 
-    Each processor keeps up to a batch of pages to itself: `percpu_counter_batch` of Linux's lib/percpu_counter.c.
+    Each processor keeps a batch of pages to itself: `percpu_counter_batch` of Linux's lib/percpu_counter.c.
     """
     processors = os.cpu_count() or 1
     return max(32, 2 * processors) * processors * os.sysconf("SC_PAGE_SIZE")
@@ -57,7 +57,7 @@ def unavailable(device: torch.device) -> str | None:
         _reset_peak()
         _peak()
     except (OSError, StopIteration) as error:
-        return f"peak memory on a CPU is read from Linux's /proc, which does not serve here ({error})"
+        return f"peak memory on a CPU is read from Linux's /proc, which does not work here ({error})"
     return None
 
 
@@ -136,15 +136,15 @@ def _measure(provider: Provider, request: dict[str, Any]) -> dict[str, float]:
 
 
 def _growth(layer: LoraLayer, mode: str, x: Tensor, dy: Tensor) -> int:
-    """Bytes that one call made resident beyond what was so before."""
+    """Bytes that one call made resident beyond what was resident before."""
     _reset_peak()
     before = _peak()
     _call(layer, mode, x, dy)
-    return max(0, _peak() - before)  # the kernel counts pages in batches: a call that needs none may read as -2
+    return max(0, _peak() - before)  # pages are counted in batches: a call that needs none may read as -2
 
 
 def _held_by_tensors() -> int:
-    """Bytes of the storages of all tensors that Python knows, each storage once."""
+    """Bytes of the storages of all tensors that Python knows of, each storage once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():

@@ -3,11 +3,11 @@
     peft       the layer as peft computes it
     fastlora   the same layer after replace_linear
 
-bf16, r = 16, adapters in fp32 as peft has them by default (in bf16 for DoRA with dropout, which peft otherwise computes
-in fp32, and fastlora leaves to it), over a bf16 and an NF4 base. Layers are timed in turn, as
-`bench.measure.timing` says. In the CSV, kernel is option_{what}_{base}, M the tokens. A layer that steps back to peft
-has no row, nor has one whose result is further from peft's than 2% (options with dropout are compared with dropout
-off): a line says so, the other options are measured, and the command fails in the end.
+bf16, r = 16, over a bf16 and an NF4 base. Adapters are in fp32 as peft has them by default; for DoRA with dropout they
+are in bf16, because peft otherwise computes it in fp32, and fastlora leaves that to peft. Layers are timed in turn;
+`bench.measure.timing` says how. In the CSV, kernel is option_{what}_{base}, M the tokens. A layer that steps back to
+peft has no row. Neither has one whose result differs from peft's by more than 2% (options with dropout are compared
+with dropout off): a line says so, the other options are measured, and the command fails in the end.
 """
 
 import argparse

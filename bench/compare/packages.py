@@ -3,14 +3,14 @@
     peft-fp32      peft with fp32 adapters (its default), base nn.Linear or bitsandbytes' Linear4bit, in train mode
     peft-bf16      the same with bf16 adapters
     peft-eval      peft as it serves: eval mode, no gradients, bf16 adapters. On a CPU with AVX512_BF16 bitsandbytes
-                   then repacks the weight into another, lossier format: a different kernel from the one that trains
-    bitsandbytes   the base product alone, without LoRA, as its fused 4-bit product computes it (`decode`), and its
-                   dequantization (`nf4_dequantize`)
+                   then repacks the weight into another, lossier format, and training and serving use different kernels
+    bitsandbytes   only the base product, without LoRA, by its own 4-bit kernel (`decode`), and its dequantization
+                   (`nf4_dequantize`)
     unsloth        its autograd function `LoRA_W`, as its attention output projection applies it, bf16 adapters
     lorafusion     `fused_linear_lora` over a dense weight, bf16 adapters
     compile        `fastlora.reference` through torch.compile, dynamic shapes, bf16 adapters
 
-All work on the same tensors; the 4-bit codes are shared, not quantized anew.
+All work on the same tensors; the 4-bit codes are shared, not quantized again.
 """
 
 import functools
@@ -33,7 +33,7 @@ from fastlora.ops.nf4 import NF4Weight
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TRAINING_MODES = ("forward", "backward", "both")
-COMPILE_FROM_M = 32  # below, launches are all there is to it, and M = 1 would be compiled anew
+COMPILE_FROM_M = 32  # below, only launches would be timed, and M = 1 would be compiled separately
 
 
 def dense_linear(weight: Tensor) -> nn.Module:
@@ -44,7 +44,7 @@ def dense_linear(weight: Tensor) -> nn.Module:
 
 
 def with_adapters(module: Any, operands: Operands, kind: type[LoraLayer]) -> LoraLayer:
-    """Set A and B of a LoRA module, which peft and fastlora call by the same names."""
+    """Set A and B of a LoRA module; peft and fastlora use the same names for them."""
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
     with torch.no_grad():
         a.copy_(operands.lora_a)
@@ -125,7 +125,7 @@ def _unsloth() -> tuple[Any, str]:
         os.environ["UNSLOTH_IS_PRESENT"] = "1"
         sys.modules.setdefault("unsloth", importlib.util.module_from_spec(spec))
         return importlib.import_module("unsloth.kernels"), ""
-    except Exception as error:  # it probes device, driver and a dozen packages: whatever fails is the reason
+    except Exception as error:  # it probes device, driver and a dozen packages: what fails is the reason
         if not loaded:
             sys.modules.pop("unsloth", None)
         return None, f"unsloth cannot be imported ({error_line(error)})"

@@ -1,19 +1,19 @@
 """What the floor model expects of GPUs that were not measured: bytes over bandwidth, FLOP over rate, launches.
 
 Every row is called predicted-NAME and goes to a file of its own; nothing here was measured. A pass of a layer takes the
-sum of its kernels' times, or its launches' where they are more. With X = 2 M K and Y = 2 M N bytes, an activation read
-or written once:
+sum of its kernels' times, or that of its launches where it is larger. X = 2 M K and Y = 2 M N bytes are an activation
+read or written once:
 
     torch               the products, each max(2 M N K / rate, (2 N K + X + Y) / bandwidth)
     fastlora, merged    + expanding W each way, X in forward (shrink), X + Y in backward (dA, dB): NF4 without dropout
     fastlora, p > 0     + Y in forward, X in backward: the update is written, and the product added to it
-    fastlora, small M   one kernel that reads the packed weight, where that is quicker than expanding it: at a share
+    fastlora, small M   one kernel that reads the packed weight, where that is faster than expanding it: at a share
                         FUSED of the matrix rate, in decoding up to the rate itself
     peft-bf16           + expanding W each way, and with dropout 11 X + 10 Y: forward 3.5 X + 6 Y (dropout, the two
                         low-rank products, scale, add), backward 7.5 X + 4 Y; without dropout 6 X + 10 Y
 
-GPU data sheets give peaks. What is reached of them is taken from the one GPU measured, an H200: 4.3 of 4.8 TB/s, 780 of
-989 TFLOP/s. Peaks (memory bandwidth; dense bf16 with fp32 accumulation), NVIDIA's figures:
+GPU data sheets give peaks. The share of them that is reached is taken from the one GPU measured, an H200: 4.3 of
+4.8 TB/s, 780 of 989 TFLOP/s. Peaks (memory bandwidth; dense bf16 with fp32 accumulation), NVIDIA's figures:
 
     A100 SXM 80 GB   2.039 TB/s   312 TFLOP/s     data sheet, June 2021
     H100 SXM         3.35 TB/s    989 TFLOP/s     data sheet, 2023 (1979 with sparsity)
@@ -22,8 +22,8 @@ GPU data sheets give peaks. What is reached of them is taken from the one GPU me
     RTX 4090         1.008 TB/s   165.2 TFLOP/s   Ada white paper, appendix A
     RTX 5090         1.792 TB/s   209.5 TFLOP/s   RTX Blackwell white paper, appendix A
 
-Decoding is given twice: issued call by call, and replayed from a CUDA graph, where launches cost nothing here.
-A launch costs the CPU 3.8 us at the least (NVIDIA, "Getting Started with CUDA Graphs", 2019, back-to-back launches of a
+Decoding is given twice: issued call by call, and replayed from a CUDA graph, whose launches are taken to cost nothing.
+A launch costs the CPU at least 3.8 us (NVIDIA, "Getting Started with CUDA Graphs", 2019, back-to-back launches of a
 2.9 us kernel). FUSED = 0.6 is an assumption, the one that `kernels/choice.csv` starts from.
 """
 
@@ -46,7 +46,7 @@ from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE
 from bench.measure.record import GRAPH, HEADER, PREDICTED, Point, commit, lines, timestamp
 
-SUMMARY = "the same cases by the floor model, for GPUs that are not here; marked as predicted"
+SUMMARY = "the same cases by the floor model, for GPUs that were not measured; marked as predicted"
 COPY_SHARE, MATRIX_SHARE = 4.3 / 4.8, 780 / 989
 FUSED = 0.6
 LAUNCH_MS = 3.8e-3
@@ -66,7 +66,7 @@ class Gpu(NamedTuple):
 
     @property
     def rates(self) -> Rates:
-        """What of the peaks a copy and a product reach."""
+        """What a copy and a product reach of the peaks."""
         return Rates(self.peak_bytes_per_s * COPY_SHARE, self.peak_flop_per_s * MATRIX_SHARE)
 
 
@@ -124,7 +124,7 @@ def torch_ms(layer: Layer, mode: str) -> float:
 
 
 def fastlora_ms(layer: Layer, mode: str) -> float:
-    """Ours, by the quickest of its ways."""
+    """Ours, by the fastest of its ways."""
     nf4 = layer.kernel == "nf4_linear"
     if mode == "decode" and nf4:
         return layer.fused_ms(1.0)
@@ -191,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME", help=f"their linear layers: {', '.join(MODEL_SHAPES)}")
     parser.add_argument("--m", nargs="+", type=int, metavar="M", default=sorted(preset.tokens), help="tokens")
     parser.add_argument("--r", nargs="+", type=int, metavar="R", default=[16], help="ranks (16)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/predicted.csv"), help="CSV to write anew")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/predicted.csv"), help="CSV to overwrite")
 
 
 def run(arguments: argparse.Namespace) -> int:

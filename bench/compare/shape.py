@@ -1,6 +1,6 @@
 """One kernel and weight shape, measured: every provider built once, judged at each M, then timed.
 
-A provider that raises, in whatever it does, is reported with its error and left out of that case; the others go on.
+A provider that raises, wherever it does, is reported with its error and left out of that case; the others go on.
 Only a CUDA device that no longer answers ends the run.
 """
 
@@ -26,7 +26,7 @@ Inputs = list[tuple[Tensor, Tensor]]
 
 
 class DeviceLostError(RuntimeError):
-    """The CUDA device answers no more; what was measured before is written."""
+    """The CUDA device no longer answers; what was measured before is written."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Call:
         self._y: Tensor | None = None
 
     def before(self, serial: int) -> None:
-        """What the mode takes for granted: for backward, a recorded y."""
+        """What the mode needs beforehand: for backward, a recorded y."""
         if self.mode == "backward":
             self._y = self._layer(serial).forward(self._inputs(serial)[0])
 
@@ -86,7 +86,7 @@ class ShapeBench:
         problem: kernel, shape and rank, without dropout.
         providers: those to compare; which of them can take part is found here.
         rates: the machine's own, for the floors.
-        said: names already reported as absent, so that each is told once.
+        said: lines already printed about absent providers, so that each is printed once.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class ShapeBench:
         self._inputs_of: tuple[int, Inputs] = (-1, [])
 
     def is_judged(self, m: int) -> bool:
-        """Whether it is known who is right at m tokens."""
+        """Whether the providers have been judged at m tokens."""
         return m in self._right
 
     def judge(self, m: int) -> list[Point]:
-        """An error row for everyone but the floor, at m tokens; only those who were right are measured."""
+        """An error row for every provider except the floor, at m tokens; only those that were right are measured."""
         judge = Judge(self.operands, *self._inputs(m)[0])
         points, right = [], []
         self._right[m] = ()
@@ -121,21 +121,21 @@ class ShapeBench:
             if provider.checked:
                 try:
                     worst, wrong = judge.judge(provider, layers[0])
-                except torch.OutOfMemoryError as error:  # of the fp64 oracle; a provider's own is its error
+                except torch.OutOfMemoryError as error:  # the fp64 oracle's; a provider's own is an error of its own
                     self._left_out(provider.name, m, "cannot be judged", error_line(error))
                     continue
                 modes = provider.modes_for(self.problem.kernel)
                 points.append(self._point(provider.name, "both" if "both" in modes else modes[0], "error", m, worst))
                 if wrong:
                     print(f"WRONG, not timed: {provider.name}, {self.problem} M={m}: {wrong}", file=sys.stderr)
-                    self._still_there(provider.name)
+                    self._require_device(provider.name)
                     continue
             right.append(provider)
         self._right[m] = tuple(right)
         return points
 
     def time(self, m: int, dropout: float, mode: str) -> list[Point]:
-        """A time row for everyone who was right at m tokens and takes part in the mode."""
+        """A time row for every provider that was right at m tokens and takes part in the mode."""
         calls = self.calls(m, dropout, mode)
         if not calls:
             return []
@@ -155,7 +155,7 @@ class ShapeBench:
     def peak_memory(
         self, m: int, dropout: float, modes: Iterable[str], cpu_memory: memory.CpuMemory | None
     ) -> list[Point]:
-        """Peak memory of everyone who was right at m tokens."""
+        """Peak memory of every provider that was right at m tokens."""
         points = []
         for provider in self._right[m]:
             taken = tuple(mode for mode in modes if mode in MEMORY_MODES and mode in self._modes(provider, m))
@@ -178,7 +178,7 @@ class ShapeBench:
         return points
 
     def launches(self, m: int, dropout: float, mode: str, names: set[str]) -> list[Point]:
-        """How many kernels a call of these providers launches; CUDA alone. They are not judged anew."""
+        """How many kernels a call of these providers launches, on CUDA only. They are not judged again."""
         self._right[m] = tuple(provider for provider in self.providers if provider.name in names)
         points = []
         for name, call in self.calls(m, dropout, mode).items():
@@ -194,7 +194,7 @@ class ShapeBench:
         return points
 
     def calls(self, m: int, dropout: float, mode: str) -> dict[str, Call]:
-        """Name -> call, of everyone who was right at m tokens and takes part in the mode."""
+        """Name -> call, of every provider that was right at m tokens and takes part in the mode."""
         if m not in self._right:
             self.judge(m)
         calls = {}
@@ -253,7 +253,7 @@ class ShapeBench:
             return provider.build(operands)
         except Exception as error:
             print(f"LEFT OUT: {provider.name}, {operands.problem}: {error_line(error)}", file=sys.stderr, flush=True)
-            self._still_there(provider.name)
+            self._require_device(provider.name)
             return None
 
     def _inputs(self, m: int) -> Inputs:
@@ -269,17 +269,17 @@ class ShapeBench:
 
     def _left_out(self, name: str, m: int, what: str, error: str) -> None:
         print(f"LEFT OUT: {name}, {self.problem} M={m} {what}: {error}", file=sys.stderr, flush=True)
-        self._still_there(name)
+        self._require_device(name)
 
-    def _still_there(self, name: str) -> None:
-        """Raise where an error has taken the CUDA device with it, as a wild write does."""
+    def _require_device(self, name: str) -> None:
+        """Raise where an error has broken the CUDA device, as a wild write does."""
         if self.problem.device.type != "cuda":
             return
         try:
             torch.cuda.synchronize(self.problem.device)
             torch.cuda.empty_cache()
         except Exception as error:
-            raise DeviceLostError(f"after {name} the CUDA device answers no more: {error_line(error)}") from error
+            raise DeviceLostError(f"after {name} the CUDA device no longer answers: {error_line(error)}") from error
 
     def _say(self, line: str) -> None:
         if line not in self._said:

@@ -1,1 +1,1 @@
-"""Everything a CUDA machine is asked for, in bounded phases."""
+"""Everything to be done on a CUDA machine, in phases with time limits."""

@@ -1,20 +1,22 @@
-"""Everything a CUDA machine is asked for, in one command: `make gpu`, or `python -m bench gpu`.
+"""Everything to be done on a CUDA machine, in one command: `make gpu`, or `python -m bench gpu`.
 
-    install   peers that are absent, where pip has a network and a virtual environment; else it says which are absent
+    install   peers that are absent, where pip has a network and a virtual environment; else says which are absent
     build     the compiled libraries, CPU and CUDA
     tests     pytest -m gpu
     kernels   bench kernels: training shapes, decode and M = 256, dropout, a dense base
-    tune      bench tune: the table of choices for this GPU, in kernels/choice.csv; a copy lies with the results
-    tuned     bench kernels again for small M, now that the table knows this GPU
+    tune      bench tune: the table of choices for this GPU, in kernels/choice.csv; a copy is kept with the results
+    tuned     bench kernels again for small M, now that the table has rows for this GPU
     static    registers, spills, shared memory, instructions a weight, for this architecture
     report    plots and the page
     profile   hardware counters by ncu; only where asked for by name
     experts   stacks of experts against peft; only where asked for by name
+    options   peft's options against peft; only where asked for by name
 
-A phase is a process or a few, with a log and a time limit: its share of what is left of --seconds, so that what one
-leaves over goes to the others. What it wrote before its time ran out is kept. One that fails does not stop the next.
-One that has succeeded is not run again unless --again says so. The last thing printed is a table of phases; the exit
-status is 1 where one failed. `--dry-run` walks them without a GPU: kernels in Triton's interpreter, tiny shapes.
+A phase is one or a few processes, with a log and a time limit: its share of what is left of --seconds, so that what one
+leaves over goes to the others. What it wrote before its time ran out is kept. A phase that fails does not stop the
+next. One that has succeeded is not run again unless --again says so. The last thing printed is a table of phases; the
+exit status is 1 where one failed. `--dry-run` goes through them without a GPU: kernels in Triton's interpreter, tiny
+shapes.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from bench.gpu.phases import Phase, Step, on_gpu, rehearsed
 from bench.measure.record import RESULTS, ROOT
 from bench.measure.timing import device_name
 
-SUMMARY = "everything a CUDA machine is asked for: build, test, measure, tune, plot; bounded and resumable"
+SUMMARY = "everything to be done on a CUDA machine: build, test, measure, tune, plot; bounded and resumable"
 WHOLE_S = 530.0
 _GRACE_S = 5.0
 _STATE = "phases.json"
@@ -48,7 +50,7 @@ _NOTE_WIDTH = 90
 
 @dataclass
 class Outcome:
-    """What became of a phase; `status` is one of ok, failed, out of time, skipped."""
+    """How a phase ended; `status` is one of ok, failed, out of time, skipped."""
 
     phase: str
     status: str
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="results (bench/results/GPU; rehearsed: build/gpu-dry-run)"
     )
     parser.add_argument("--phases", nargs="+", metavar="NAME", help="only these, in their usual order")
-    parser.add_argument("--again", action="store_true", help="run phases too that have succeeded before")
+    parser.add_argument("--again", action="store_true", help="also run phases that have succeeded before")
     parser.add_argument("--seconds", type=float, default=WHOLE_S, help=f"for all phases together ({WHOLE_S:g})")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: the interpreter and tiny shapes")
 
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: no CUDA device and no --dry-run, an unknown phase, no time.
     """
     if not arguments.dry_run and not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here; --dry-run walks the phases without one")
+        raise ValueError("torch finds no CUDA device here; --dry-run goes through the phases without one")
     if arguments.seconds <= 0:
         raise ValueError(f"--seconds must be above 0, not {arguments.seconds:g}")
     device = torch.device("cpu" if arguments.dry_run else "cuda")
@@ -108,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """End by the usual way out, on which the process at work is ended too."""
+    """Leave by an exception, which ends the running process too."""
     raise SystemExit(128 + number)
 
 
@@ -126,28 +128,28 @@ def choose_phases(known: list[Phase], names: list[str] | None) -> list[Phase]:
 
 
 def walk(phases: list[Phase], out: Path, seconds: float, again: bool) -> Iterator[Outcome]:
-    """Run phases in order, each with its share of the time left, and keep the score in `out`/phases.json."""
-    score = _read_score(out)
+    """Run phases in order, each with its share of the time left, and keep their outcomes in `out`/phases.json."""
+    score = _read_outcomes(out)
     done = {name for name, outcome in score.items() if outcome.status == "ok" and not again}
     to_do = [phase for phase in phases if phase.name not in done]
     deadline = time.monotonic() + seconds
     for phase in phases:
         if phase.name in done:
-            yield replace(score[phase.name], note="done before; --again runs it anew")
+            yield replace(score[phase.name], note="done before; --again repeats it")
             continue
         shares = sum(other.share for other in to_do[to_do.index(phase) :])
         score[phase.name] = perform(phase, out, (deadline - time.monotonic()) * phase.share / shares)
         for kept in phase.keep:
             if kept.is_file():
                 shutil.copy2(kept, out / kept.name)
-        _write_score(out, score)
+        _write_outcomes(out, score)
         yield score[phase.name]
 
 
 def perform(phase: Phase, out: Path, limit_s: float) -> Outcome:
-    """Run a phase's processes, one after the other, within a time; what they say goes to `out`/NAME.log.
+    """Run a phase's processes one after the other within a time limit; their output goes to `out`/NAME.log.
 
-    A process that fails does not stop the next one; time that runs out stops them all.
+    A process that fails does not stop the next; when the time is up, all are stopped.
     """
     if reason := phase.skip():
         return Outcome(phase.name, "skipped", note=reason)
@@ -164,7 +166,7 @@ def perform(phase: Phase, out: Path, limit_s: float) -> Outcome:
 
 
 def _execute(step: Step, log: IO[str], limit_s: float) -> str:
-    """Run one process in a group of its own and end the whole group when its time is over."""
+    """Run one process in a group of its own, and end the whole group when its time is up."""
     if limit_s <= 0:
         return "out of time"
     command = step.command(limit_s)
@@ -187,7 +189,7 @@ def _execute(step: Step, log: IO[str], limit_s: float) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask what is left of a process's group to stop, then make it."""
+    """Ask what is left of a process's group to stop, then kill it."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, how)
@@ -205,12 +207,12 @@ def line(outcome: Outcome) -> str:
     return f"{outcome.phase:<10} {outcome.status:<12} {outcome.seconds:>5.0f}  {outcome.note[:_NOTE_WIDTH]}"
 
 
-def _read_score(out: Path) -> dict[str, Outcome]:
+def _read_outcomes(out: Path) -> dict[str, Outcome]:
     path = out / _STATE
     return {name: Outcome(**found) for name, found in json.loads(path.read_text()).items()} if path.exists() else {}
 
 
-def _write_score(out: Path, score: dict[str, Outcome]) -> None:
+def _write_outcomes(out: Path, score: dict[str, Outcome]) -> None:
     text = json.dumps({name: asdict(outcome) for name, outcome in score.items()}, indent=2) + "\n"
     staged = out / f".{_STATE}"
     staged.write_text(text)

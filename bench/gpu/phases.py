@@ -1,4 +1,4 @@
-"""What `python -m bench gpu` runs: each phase's processes on a CUDA machine, and their small likenesses without one."""
+"""What `python -m bench gpu` runs: the processes of each phase on a CUDA machine, and toy versions without a GPU."""
 
 import importlib.util
 import shutil
@@ -19,20 +19,20 @@ _COUNTERS = (
     "launch__registers_per_thread",
 )
 _TESTS = ("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-_MARGIN_S = 12.0  # what a process that keeps to a limit of its own may take beyond it
-SECONDS = "{seconds}"  # stands in a command line for the time it has
+_MARGIN_S = 12.0  # a process that has its own limit may take so much longer
+SECONDS = "{seconds}"  # replaced in a command line by the time it has
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process: the words after `python -m`, or after `program` where that is set; `env` adds to the environment."""
+    """One process: the words after `python -m`, or after `program` where given; `env` adds to the environment."""
 
     words: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     program: str = ""
 
     def command(self, seconds: float) -> list[str]:
-        """The command line for a process that may take so long."""
+        """The command line of a process that may take so many seconds."""
         own_limit = f"{max(1.0, seconds - _MARGIN_S):.0f}"
         words = [own_limit if word == SECONDS else word for word in self.words]
         return [self.program, *words] if self.program else [sys.executable, "-m", *words]
@@ -43,9 +43,9 @@ class Phase:
     """Processes run one after the other.
 
     Args:
-        share: how much of the time it may take, against the other phases' shares.
+        share: how much of the time it may take, relative to the other phases.
         skip: says why it cannot run; "" where it can.
-        keep: files copied beside the results when it ends, however it ends.
+        keep: files copied to the results when it ends, even if it fails.
         optional: runs only where asked for by name.
     """
 
@@ -64,9 +64,9 @@ _STATUS = Step(
 
 
 def on_gpu(out: Path, arch: int) -> list[Phase]:
-    """What runs on a CUDA machine of an architecture such as 90, the most wanted first."""
+    """What runs on a CUDA machine of an architecture such as 90, the most important first."""
     known = [other for other in ARCHITECTURES if other <= arch]
-    tests = Step((*_TESTS, *_side_by_side()))
+    tests = Step((*_TESTS, *_in_parallel()))
     small_m = ("--shapes", "4096x14336", "--m", "1", "16", "64", "256", "--kernels", "nf4_linear", "--dropout", "0")
     tune = Step(("bench", "tune", "--out", str(TABLE), "--budget", SECONDS))
     static = Step(("bench", "static", "--arch", str(max(known)), "--out", str(out / "static.csv")))
@@ -80,7 +80,7 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
         Phase("tune", 2.0, (tune,), keep=(TABLE,)),
         Phase("tuned", 1.0, (_kernels(out, "cuda", *small_m, "--no-memory", "--limit", SECONDS),)),
         Phase("static", 1.5, (static,)),
-        Phase("report", 0.5, _report(out)),
+        Phase("report", 0.5, _report_steps(out)),
         Phase("profile", 2.0, (_profile(out),), _no_ncu, optional=True),
         Phase("experts", 1.0, (experts,), optional=True),
         Phase("options", 1.0, (options,), optional=True),
@@ -104,7 +104,7 @@ def rehearsed(out: Path) -> list[Phase]:
         Phase("tune", 2.0, (tune,)),
         Phase("tuned", 1.0, (_kernels(out, "cpu", *tiny),)),
         Phase("static", 1.0, (Step(static, compiled),)),
-        Phase("report", 1.0, _report(out)),
+        Phase("report", 1.0, _report_steps(out)),
     ]
 
 
@@ -112,7 +112,7 @@ def _kernels(out: Path, device: str, *options: str) -> Step:
     return Step(("bench", "kernels", "--device", device, "--out", str(out / "kernels.csv"), *options))
 
 
-def _report(out: Path) -> tuple[Step, ...]:
+def _report_steps(out: Path) -> tuple[Step, ...]:
     kernels = str(out / "kernels.csv")
     return (
         Step(("bench", "plot", "--csv", kernels, "--out", str(out / "plots"))),
@@ -121,7 +121,7 @@ def _report(out: Path) -> tuple[Step, ...]:
 
 
 def _profile(out: Path) -> Step:
-    """ncu over fastlora alone, few tokens and many; the clocks are left as they are."""
+    """ncu over fastlora only, few tokens and many; the clocks are left as they are."""
     log = ("--csv", "--log-file", str(out / "profile.csv"))
     counters = ("--clock-control", "none", *log, "--metrics", ",".join(_COUNTERS))
     only = ("--kernel-name", "regex:nf4|lora|decode|fused", "--launch-count", "40")
@@ -131,7 +131,7 @@ def _profile(out: Path) -> Step:
     return Step((*counters, *only, sys.executable, "-m", *bench), program="ncu")
 
 
-def _side_by_side() -> tuple[str, ...]:
+def _in_parallel() -> tuple[str, ...]:
     return ("-n", "4") if importlib.util.find_spec("xdist") else ()
 
 

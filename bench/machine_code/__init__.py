@@ -1,1 +1,1 @@
-"""Reading machine code with no GPU: every Triton kernel compiled for every architecture, and the CUDA library."""
+"""Reading machine code without a GPU: every Triton kernel compiled for every architecture, and the CUDA library."""

@@ -1,4 +1,4 @@
-"""The machine code of the compiled CUDA library, read with no GPU: its rows of `bench static`.
+"""The machine code of the compiled CUDA library, read without a GPU: its rows of `bench static`.
 
 The library holds one binary for each source file and architecture. Instructions per weight are those of the main loop:
 one turn expands and multiplies a tile of 16 rows and 256 columns a warp, 128 weights a lane. Everything in the loop
@@ -20,7 +20,7 @@ _SYMBOL = {"Bf16": "bf16", "Half": "fp16"}
 
 
 def kernel_name(symbol: str) -> str:
-    """`cuda_decode_bf16_m8`, up to 8 tokens; `_bs32` for blocks of 32; `_sum` for the second kernel; else empty."""
+    """`cuda_decode_bf16_m8`, up to 8 tokens; `_bs32` for blocks of 32; `_sum` for the second kernel; else ""."""
     if not (found := _KERNEL.search(symbol)):
         return ""
     part, kind, tokens, short = found.groups()

@@ -72,7 +72,7 @@ def _lora_specimens() -> Iterator[Specimen]:
 
 
 def _low_rank(r: int, adapter: str, dropout: bool, segments: int = 0, owned: bool = False) -> Iterator[Specimen]:
-    """The four kernels for one rank; `segments`: for rows with adapters of their own."""
+    """The four kernels for one rank; with `segments`, for rows that have adapters of their own."""
     from fastlora.kernels import lora, lora_plan
 
     how = "split" if adapter == "fp32" else "narrow"

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for every architecture, with no GPU, and read the machine code, the CUDA library's too.
+"""Compile every Triton kernel for every architecture, without a GPU, and read the machine code; the CUDA library's too.
 
 Registers, bytes spilled, shared memory, whether tensor cores are used, and, for kernels that expand NF4, thread
 instructions per weight: the difference between two tile sizes, so that prologue and epilogue do not count. Rows go to
@@ -93,7 +93,7 @@ def inspect(specimen: Specimen, arch: int) -> CodeFacts:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench static`."""
-    parser.add_argument("--out", type=Path, default=Path("bench/results/static.csv"), help="CSV to write anew")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/static.csv"), help="CSV to overwrite")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument(

@@ -1,13 +1,13 @@
 """What timing on a CUDA device needs beyond events: a head start, graphs, and the number of launches.
 
 Python takes 50 to 500 us to issue a layer's kernels. On an idle device the time between two events is then Python's,
-not the kernels'. Two ways out, for two questions:
+not the kernels'. There are two ways out, for two questions:
 
-- What do the kernels take, as in a model large enough that the device never waits? The device is held back by a spin
-  (`head_start`) until the whole call is queued; events around it then see kernels alone.
-- What does a served token take, with launches replayed and not issued? The calls are captured in a CUDA graph, one on
-  each copy of the weight, so that a replay reads every weight from memory; a call takes the replay's time over their
-  number.
+- What do the kernels take, as in a model so large that the device never waits? A spin (`head_start`) holds the device
+  back until the whole call is queued; events around the call then time only kernels.
+- What does a served token take when launches are replayed, not issued? The calls are captured in a CUDA graph, one on
+  each copy of the weight, so that a replay reads every weight from memory; the time of a call is the replay's, divided
+  by the number of calls.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-_CYCLES_PER_S = 2.0e9  # no GPU clocks much above: at a lower clock the spin only lasts longer
+_CYCLES_PER_S = 2.0e9  # no GPU runs much faster; at a lower clock the spin only lasts longer
 _LONGEST_SPIN_S = 5e-3
 _GRAPH_WARM_UP = 2
 _GRAPH_TOLERANCE = 1e-2
@@ -67,12 +67,12 @@ class Graph:
             raise RuntimeError("a replayed CUDA graph gives another result than the call it was captured from")
 
     def __call__(self, serial: int) -> None:
-        """Replay; the number of the copy is ignored, for a replay works on all."""
+        """Replay; the number of the copy is ignored, because a replay works on all."""
         self._graph.replay()
 
 
 def _end_capturing() -> None:
-    """Capture something that can be: after a failed capture torch's random numbers are refused until one has ended."""
+    """Capture something that succeeds: after a failed capture torch refuses random numbers until one has ended."""
     with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize()
         counter = torch.zeros(1, device="cuda")

@@ -4,10 +4,10 @@
     expanded to bf16                0.516 read + 2 written = 2.516 bytes a weight
     y = x Wᵀ over NF4, M tokens     max(0.516 N K / bandwidth, 2 M N K / rate) while M is below the balance;
                                     above, the bare bf16 product, as measured
-    the balance                     M = rate / bandwidth, FLOP over bytes: there a bf16 product reads its weight for as
-                                    long as it multiplies (181 tokens on an H200)
+    the balance                     M = rate / bandwidth, FLOP over bytes: there a bf16 product takes as long to read
+                                    its weight as to multiply (181 tokens on an H200)
 
-Below the balance the bare product is bound by reading 2 bytes a weight, of which NF4 needs a quarter, so it is no
+Below the balance the bare product is bound by reading 2 bytes a weight, of which NF4 needs a quarter, so it is not a
 floor. Forward + backward has two products. Above the balance, and over a bf16 weight, the floor is the bare product.
 """
 

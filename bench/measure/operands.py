@@ -1,7 +1,7 @@
 """The tensors that a comparison works on: one weight, its NF4 codes, and adapters, the same for every provider.
 
-Adapters' values are bf16 numbers held in fp32, so that fp32 and bf16 adapters are the same function and one oracle
-judges both. On a CUDA device everything is drawn there: a 8192 x 28672 weight takes seconds on a CPU.
+Adapters hold bf16 numbers in fp32, so that fp32 and bf16 adapters are the same function and one oracle judges both. On
+a CUDA device everything is drawn there, because an 8192 x 28672 weight takes seconds on a CPU.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ SCALING = 2.0
 class Problem:
     """One LoRA linear [N, K] with rank R, or the expansion of its weight; `kernel` names base and operation.
 
-    With `nf4_dequantize`, R = 0 is the weight alone, R > 0 the weight with scaling · B A merged in.
+    With `nf4_dequantize`, R = 0 is the bare weight, R > 0 the weight with scaling · B A merged in.
     """
 
     kernel: str
@@ -114,7 +114,7 @@ def draw_inputs(problem: Problem, m: int, grad: bool, seed: int = 0) -> tuple[Te
 
 
 def _expanded(weight: NF4Weight) -> Tensor:
-    """[N, K], fp32, by no kernel that is under test."""
+    """[N, K], fp32, without any kernel that is under test."""
     scales = reference.nf4_scales(weight.absmax, weight.absmax2, weight.code2, weight.offset)
     return reference.nf4_dequantize(weight.codes, scales, weight.shape, weight.blocksize)
 
@@ -124,11 +124,11 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 def _quantized(weight: Tensor) -> NF4Weight:
-    """NF4 with nested scales, by bitsandbytes where it works: its rivals are to read its own codes."""
+    """NF4 with nested scales; by bitsandbytes where it works, so that all read the codes that it makes."""
     if missing("bitsandbytes") is None:
         try:
             return quantize_by_bitsandbytes(weight)
-        except Exception as error:  # a build of it that lacks this machine's CUDA: a peer the less, not an end
+        except Exception as error:  # such as a build without this machine's CUDA: one peer fewer
             print(f"bitsandbytes cannot quantize here ({error_line(error)}): fastlora quantizes", file=sys.stderr)
     return quantize(weight)
 
@@ -148,7 +148,7 @@ def clone(weight: NF4Weight) -> NF4Weight:
 
 
 def missing(package: str) -> str | None:
-    """None where the package can be imported, else a line that says it is not there."""
+    """None where the package can be imported, else a line that says it is not installed."""
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 

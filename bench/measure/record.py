@@ -1,18 +1,18 @@
 """The benchmark CSV: one row a measured point, appended to, never overwritten.
 
     metric        unit       p50 holds
-    time          ms         median of the calls; p20 and p80 beside it. On a CUDA device the modes forward,
-                             backward and both are the kernels alone, their launches hidden; `decode` starts each call
-                             on an idle device, launches and Python included
+    time          ms         median of the calls, with p20 and p80. On a CUDA device the modes forward, backward and
+                             both time the kernels only, their launches hidden; in `decode` each call starts on an
+                             idle device, so that launches and Python count
     peak_memory   MB         most memory held during one call, above what was held before it (1 MB = 1e6 bytes)
     error         limit      worst error of the result and the gradients, in units of the error allowed; above 1 is
                              wrong, and such a provider has no other row
     launches      launches   kernels, copies and fills that one call puts on a CUDA device
-    host          us         CPU time of one call by the calling thread's clock, at a size where arithmetic is nothing
+    host          us         CPU time of one call by the calling thread's clock, at a size with next to no arithmetic
     tokens_per_s  tokens/s   tokens of a whole training step
 
-A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: the kernels alone, in order. One called
-predicted-NAME was computed, not measured, and stands in a file of its own.
+A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: only the kernels, in order. One called
+predicted-NAME was computed, not measured, and is kept in a file of its own.
 
 `share_of_floor` is the floor's time over this row's; `bench.measure.floors` says what the floor is. Rows of
 `nf4_dequantize` have M = 0, and R = 0 where nothing is merged. Rows of kernel `copy` and `matmul` hold the machine's
@@ -50,7 +50,7 @@ PREDICTED = "predicted-"
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured; where and with what is added by the Recorder."""
+    """What was measured; the Recorder adds where and with what."""
 
     kernel: str
     provider: str
@@ -80,7 +80,7 @@ class Recorder:
         path: the file. A new one gets the header; one with the same header is appended to.
         device: name of the machine measured.
     Raises:
-        ValueError: the file exists and is no benchmark CSV, or ends in the middle of a row. It is left as it is.
+        ValueError: the file exists and is not a benchmark CSV, or ends in the middle of a row. It is not changed.
     """
 
     def __init__(self, path: Path, device: str) -> None:

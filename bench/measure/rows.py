@@ -34,7 +34,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
     """The newest row of each case, in the order of first appearance.
 
     Raises:
-        ValueError: a file that is not there, or no benchmark CSV, or has no rows.
+        ValueError: a file does not exist, is not a benchmark CSV, or has no rows.
     """
     newest: dict[tuple[object, ...], Row] = {}
     for path in paths:
@@ -43,7 +43,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != COLUMNS:
-                raise ValueError(f"{path} is no benchmark CSV: its first line must be {','.join(COLUMNS)}")
+                raise ValueError(f"{path} is not a benchmark CSV: its first line must be {','.join(COLUMNS)}")
             for cells in reader:
                 row = _row(cells, f"{path}, line {reader.line_num}")
                 known = newest.get(row.key)
@@ -55,13 +55,13 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def measured_on_one_device(rows: list[Row], device: str | None = None) -> list[Row]:
-    """The rows of one machine, the last measured one where none is named.
+    """The rows of one machine: the one named, or the one measured last.
 
     Raises:
-        ValueError: a predicted row among them, or no row of that machine.
+        ValueError: a row among them was predicted, or that machine has no row.
     """
     if any(row.predicted for row in rows):
-        raise ValueError("predicted rows are not mixed with measured ones: give a CSV of measured rows alone")
+        raise ValueError("predicted rows are not mixed with measured ones: give a CSV that has measured rows only")
     device = device or max(rows, key=lambda row: row.timestamp).device
     found = [row for row in rows if row.device == device]
     if not found:

@@ -1,13 +1,12 @@
 """How a time is taken: providers in turn, medians, inputs rotated past the cache, the machine's own speed first.
 
-On a shared machine the same call takes 10% more or less from one minute to the next, so a number means
-something only beside its rivals' from the same moment. Each round calls every candidate once, in a new
-random order, each on the next copy of the inputs; the median over rounds is reported with the 20th and
-80th percentile.
+On a shared machine the same call takes 10% more or less from one minute to the next, so a number means something only
+next to its rivals' from the same moment. Each round calls every candidate once, in a new random order, each on the next
+copy of the inputs; the median over rounds is reported with the 20th and 80th percentile.
 
 On a CUDA device the time is between two events. Where launches are hidden (training modes) the device is held back
-until the call is queued, so the time is that of its kernels; where they are not (decoding), every call starts on an
-idle device and the time includes what Python takes to issue it.
+until the call is queued, so the time is that of the call's kernels. Where they are not (decoding), every call starts on
+an idle device, and the time includes what Python takes to issue it.
 """
 
 import functools
@@ -32,7 +31,7 @@ _CACHE_SIZE_FILE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _MAX_COPIES = 16
 _MAX_ROUNDS = 200
 _WARM_UP = 2
-_HEAD_START, _LEAST_HEAD_START_S = 1.5, 50e-6  # a spin of so many times what issuing took in the warm-up, and more
+_HEAD_START, _LEAST_HEAD_START_S = 1.5, 50e-6  # a spin is so many times the issuing in the warm-up, plus this
 T = TypeVar("T")
 
 
@@ -71,8 +70,8 @@ def interleave(
         candidates: name -> function of the copy to work on, a number that grows by one with every call made. Where it
             has a method `before`, that is called first with the same number, and not timed.
         budget_s: seconds for all rounds together; `min_rounds` are made even where they take longer.
-        hide_launches: on a CUDA device, time kernels alone.
-        failures: takes name -> error of those that raise, which are then left out; without it their error is raised.
+        hide_launches: on a CUDA device, time kernels only.
+        failures: filled with name -> error of those that raise, which are then left out; without it errors are raised.
     Returns:
         name -> milliseconds a call.
     """
@@ -165,7 +164,7 @@ def copies_past_cache(nbytes: int, device: torch.device) -> int:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the last-level cache: 32 MiB where the system does not say."""
+    """Bytes of the last-level cache: 32 MiB where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:

@@ -1,1 +1,1 @@
-"""Finding the quickest kernel for each product on a GPU."""
+"""Finding the fastest kernel for each product on a GPU."""

@@ -1,8 +1,8 @@
 """What `bench tune` compares: every way to do one product, or every tile of one low-rank kernel, and the right answer.
 
-A product is done by the code that trains and serves, with its kernel given instead of chosen. What counts for `linear`
-is the forward as it serves, the shrink included where the kernel needs h; for `linear_t`, dx alone: backward forms g in
-any case, for dA.
+A product is done by the code that trains and serves, with its kernel given instead of chosen. For `linear` the time is
+that of a forward as it serves, with the shrink where the kernel needs h. For `linear_t` it is that of dx only, because
+backward forms g in any case, for dA.
 """
 
 from collections.abc import Callable
@@ -45,9 +45,9 @@ class TuneCase(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to do it: what the table would say of it, and a call on the copy of that number.
+    """One way to do it: its entry in the table, and a call on the copy of a given number.
 
-    copies: how many calls until a copy's turn comes again.
+    copies: after so many calls the first copy's turn comes again.
     """
 
     kernel: str
@@ -56,7 +56,7 @@ class Trial:
     copies: int = 1
 
     def result(self) -> Tensor:
-        """All that one call gives, flat."""
+        """All that one call returns, flat."""
         return torch.cat([part.flatten() for part in self.call(0)])
 
     def __str__(self) -> str:

@@ -1,10 +1,10 @@
-"""Find the quickest kernel for each product on this GPU, and write the table that `fastlora.kernels.choice` reads.
+"""Find the fastest kernel for each product on this GPU, and write the table that `fastlora.kernels.choice` reads.
 
-For every operation, shape and M: each candidate is compiled, checked against fp64 by the tests' tolerance rule and,
-where it is right, timed in a CUDA graph on rotating copies of the weight, in turn with the others. The quickest becomes
+For every operation, shape and M, each candidate is compiled, checked against fp64 by the tests' tolerance rule and,
+where it is right, timed in a CUDA graph on rotating copies of the weight, in turn with the others. The fastest becomes
 a row of --out. Rows of other GPUs stay, and the file is replaced in one step after every case, so that a run cut short
-keeps what it has. A case that has its row is skipped unless --again says so. Cases come in the order of their worth,
-until --budget is spent. M* of a shape, the largest M at which dequantizing is not the quickest, is printed at the end.
+keeps what it has. A case that has a row is skipped unless --again says so. Cases come in order of importance, until
+--budget is spent. M* of a shape, the largest M at which dequantizing is not the fastest, is printed at the end.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from bench.measure.timing import copies_past_cache, interleave
 from bench.tune.trials import Trial, Truth, TuneCase, low_rank_trials, product_trials
 
 SUMMARY = "time every kernel that could do a product on this GPU and write the table of choices"
-_COMPILERS = 8  # threads: the compiler's passes and ptxas run beside one another
+_COMPILERS = 8  # threads: the compiler's passes and ptxas run in parallel
 _CASE_S, _ROUNDS, _LEAST_CALLS = 0.15, 5, 4
 
 
 class Grid(NamedTuple):
-    """Where products and low-rank kernels are measured, each list by falling worth."""
+    """Where products and low-rank kernels are measured, the most important first in each list."""
 
     shapes: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -42,7 +42,7 @@ class Grid(NamedTuple):
     most_trials: int | None = None  # of a case
 
     def cases(self, r: int) -> list[TuneCase]:
-        """All cases at rank r, by falling worth: the first of each list first, then the next of one of them."""
+        """All cases at rank r, the most important first: the first of each list, then the next of one of them."""
         worth: dict[TuneCase, int] = {}
         for i, m in enumerate(self.tokens):
             for j, (k, n) in enumerate(map(parse_shape, self.shapes)):
@@ -66,7 +66,7 @@ _TINY = Grid(("128x192",), (1, 24), (128,), (24,), ("narrow",), most_trials=2)
 
 
 class Plan(NamedTuple):
-    """What one run looks at."""
+    """What one run measures."""
 
     device: torch.device
     dtype: torch.dtype
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--m", nargs="+", type=int, metavar="M", help="tokens (1 to 1024; low-rank kernels 64 to 8192)")
     parser.add_argument("--r", type=int, default=16, help="rank (16)")
     parser.add_argument("--budget", type=float, default=300.0, metavar="S", help="seconds; no case begins later (300)")
-    parser.add_argument("--again", action="store_true", help="measure cases too that the table has")
+    parser.add_argument("--again", action="store_true", help="also measure cases that the table has")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: the interpreter, tiny shapes, fp16")
 
 
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     for case in to_do:
         if time.monotonic() - began > plan.budget_s:
             break
-        row = bench.quickest(case, gpu)
+        row = bench.fastest(case, gpu)
         measured += 1
         wrong += row is None
         if row is not None:
@@ -128,7 +128,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     if arguments.dry_run:
         _interpret()
     elif not torch.cuda.is_available():
-        raise ValueError("torch finds no CUDA device here; --dry-run walks the same way without one")
+        raise ValueError("torch finds no CUDA device here; --dry-run goes the same way without one")
     grid = _TINY if arguments.dry_run else _FULL
     if arguments.m:
         grid = grid._replace(tokens=tuple(arguments.m), low_rank_tokens=tuple(arguments.m))
@@ -154,14 +154,14 @@ def _case_of(row: choice.Row) -> TuneCase:
 
 
 class _Bench:
-    """Draws the operands of a shape once, and takes the times."""
+    """Draws the operands of a shape once, and times the candidates."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._drawn: dict[tuple[int, int, int], Operands] = {}
 
-    def quickest(self, case: TuneCase, gpu: str) -> choice.Row | None:
-        """The row of the best candidate that is right; None where none is."""
+    def fastest(self, case: TuneCase, gpu: str) -> choice.Row | None:
+        """The row of the fastest candidate that is right; None where none is right."""
         if case.op in LOW_RANK:
             found, truth = low_rank_trials(case, self.plan.device, self.plan.dtype)
         else:
@@ -187,7 +187,7 @@ class _Bench:
         return self._drawn[key]
 
     def _compiled(self, found: list[Trial]) -> list[Trial]:
-        """Those that compile and launch, in order. Each is called once, the first before threads share anything."""
+        """Those that compile and launch, in order. Each is called once; the first one before threads share anything."""
         threads = _COMPILERS if self.plan.device.type == "cuda" else 1
         faults = list(map(_fault, found[:1]))
         with ThreadPoolExecutor(threads) as pool:
@@ -209,17 +209,17 @@ class _Bench:
 
 
 def _fault(trial: Trial) -> str:
-    """What keeps a trial from running once, said aloud; empty where nothing does."""
+    """Why a trial cannot run, which is printed too; empty where it can."""
     try:
         trial.call(0)
-    except Exception as error:  # a candidate that asks too much of a GPU is a finding, not an end
+    except Exception as error:  # a candidate may ask too much of a GPU: the others go on
         print(f"{trial} left out: {error_line(error)}", file=sys.stderr)
         return error_line(error)
     return ""
 
 
 def _captured(trial: Trial, calls: int) -> Graph | None:
-    """A graph of so many calls, each on the next copy; None, said aloud, where it cannot be captured."""
+    """A graph of so many calls, each on the next copy; None, and a line that says so, where it cannot be captured."""
     try:
         return Graph(lambda serial: trial.call(serial)[0], calls)
     except RuntimeError as error:
@@ -235,7 +235,7 @@ def _is_right(case: TuneCase, trial: Trial, truth: Truth) -> bool:
 
 
 def crossovers(rows: list[choice.Row]) -> Iterator[str]:
-    """A line for each product and shape: the largest M measured at which dequantizing was not the quickest."""
+    """A line for each product and shape: the largest M measured at which dequantizing was not the fastest."""
     shapes = dict.fromkeys((row.op, row.k, row.n) for row in rows if row.op in PRODUCTS)
     for op, k, n in shapes:
         mine = [row for row in rows if (row.op, row.k, row.n) == (op, k, n)]

@@ -108,13 +108,13 @@ def test_a_lost_device_ends_the_run_with_what_it_has(tmp_path, capsys, monkeypat
     monkeypatch.setattr(linear, "measure_machine", functools.partial(measure_machine, size=64))
 
     def lose(self, m, dropout, mode):
-        raise DeviceLostError("after unsloth the CUDA device answers no more: illegal memory access")
+        raise DeviceLostError("after unsloth the CUDA device no longer answers: illegal memory access")
 
     monkeypatch.setattr(ShapeBench, "time", lose)
     path = tmp_path / "k.csv"
     options = ["--shapes", "64x64", "--m", "16", "--r", "4", "--kernels", "bf16_linear", "--no-memory"]
     assert main(["kernels", "--out", str(path), *options, "--providers", "fastlora-fp32"]) == 1
-    assert "answers no more: illegal memory access; what was measured before it stands" in capsys.readouterr().err
+    assert "no longer answers: illegal memory access; what was measured before it is kept" in capsys.readouterr().err
     assert ",error,limit,16," in path.read_text()
 
 
@@ -123,14 +123,14 @@ def test_a_device_that_answers_no_more_is_told_from_a_provider_that_raises(monke
     bench.problem = Problem("nf4_linear", 128, 96, 4, GPU)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    bench._still_there("unsloth")
+    bench._require_device("unsloth")
 
     def gone(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
     with pytest.raises(DeviceLostError, match=r"after unsloth .* illegal memory access was encountered$"):
-        bench._still_there("unsloth")
+        bench._require_device("unsloth")
 
 
 def test_peers_that_need_cuda_say_so_and_import_nothing(monkeypatch):

@@ -71,7 +71,7 @@ def _wait_for_the_end(pid: int) -> None:
     for _ in range(50):
         os.kill(pid, 0)
         if Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z":
-            raise ProcessLookupError  # ended; nobody has asked for its status yet
+            raise ProcessLookupError  # ended; no one has asked for its status yet
         time.sleep(0.1)
 
 
@@ -121,7 +121,7 @@ def test_a_phase_that_cannot_run_says_why_and_is_no_failure(tmp_path, capsys):
     assert gpu.Outcome("tests", "out of time").is_failure
 
 
-def test_what_is_kept_lies_with_the_results_however_the_phase_ends(tmp_path):
+def test_what_is_kept_is_copied_to_the_results_however_the_phase_ends(tmp_path):
     made, out = tmp_path / "choice.csv", tmp_path / "out"
     out.mkdir()
     walk(out, phase("tune", f"open({str(made)!r}, 'w').write('rows'); 1/0", keep=(made, tmp_path / "never")))

@@ -132,7 +132,7 @@ def test_cases_come_in_the_order_of_their_worth():
     assert cases.index(TuneCase("x", 8192, 4096, 0, 16, "split")) < cases.index(TuneCase("linear", 64, 4096, 14336, 16))
 
 
-def test_the_crossover_is_the_largest_m_where_dequantizing_was_not_the_quickest():
+def test_the_crossover_is_the_largest_m_where_dequantizing_was_not_the_fastest():
     def row(m: int, kernel: str) -> choice.Row:
         return choice.Row("a", "linear", m, 64, 128, 16, None, kernel, None, 1.0, "measured")
 
