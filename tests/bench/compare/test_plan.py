@@ -1,35 +1,18 @@
-"""What a run measures, in which order, when it stops, and what it does with providers that raise."""
+"""What `python -m bench kernels` measures, in which order, when it stops, what it does with providers that raise."""
 
-import csv
-import functools
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.cli import main
 from bench.compare import linear, providers
 from bench.compare.layers import LoraLayer, Provider
 from bench.compare.providers import find_providers
-from bench.measure.models import MODEL_SHAPES, model_shapes
-from bench.measure.operands import Operands, Problem, make_operands
-from bench.measure.timing import interleave, measure_machine
-
-CPU = torch.device("cpu")
-TINY = ["--shapes", "128x96", "--m", "16", "--r", "4", "--repeats", "2", "--budget", "0.01", "--no-memory"]
-
-
-@pytest.fixture(autouse=True)
-def small_machine_check(monkeypatch):
-    monkeypatch.setattr(linear, "measure_machine", functools.partial(measure_machine, size=64))
-
-
-def run_bench(path: Path, *options: str) -> list[dict[str, str]]:
-    assert main(["kernels", "--out", str(path), *TINY, *options]) == 0
-    with path.open() as file:
-        return list(csv.DictReader(file))
+from bench.measure.models import MODEL_SHAPES
+from bench.measure.operands import Operands
+from fastlora import reference
+from tests.bench.support import run_kernels
 
 
 def plan_of(*options: str) -> linear.Plan:
@@ -72,14 +55,9 @@ def test_several_ranks_dropouts_and_models_are_taken():
     assert not plan.with_launches
 
 
-def test_models_that_share_a_shape_give_it_once():
-    both = model_shapes(["llama-3-8b", "mistral-7b"])
-    assert len(both) == len(set(both)) == len(MODEL_SHAPES["llama-3-8b"])
-
-
 def test_rows_of_several_ranks_and_dropouts_are_told_apart(tmp_path):
-    rows = run_bench(
-        tmp_path / "k.csv", "--kernels", "bf16_linear", "--providers", "torch", "fastlora-bf16",
+    rows = run_kernels(
+        tmp_path / "k.csv", "--no-memory", "--kernels", "bf16_linear", "--providers", "torch", "fastlora-bf16",
         "--r", "4", "8", "--dropout", "0", "0.25", "--modes", "backward", "both",
     )  # fmt: skip
     timed = [
@@ -93,7 +71,7 @@ def test_rows_of_several_ranks_and_dropouts_are_told_apart(tmp_path):
 
 def test_the_limit_ends_a_run_with_what_it_has_and_names_the_rest(tmp_path, capsys):
     began = time.monotonic()
-    rows = run_bench(tmp_path / "k.csv", "--limit", "0.001", "--kernels", "bf16_linear", "nf4_linear")
+    rows = run_kernels(tmp_path / "k.csv", "--no-memory", "--limit", "0.001", "--kernels", "bf16_linear", "nf4_linear")
     assert time.monotonic() - began < 10
     assert {row["kernel"] for row in rows} == {"copy", "matmul"}
     shown = capsys.readouterr().out
@@ -110,7 +88,9 @@ def test_rows_are_printed_and_written_as_they_are_measured(tmp_path, capsys, mon
         say(points, elapsed)
 
     monkeypatch.setattr(linear, "say", watch)
-    run_bench(path, "--kernels", "bf16_linear", "--providers", "torch", "--modes", "forward", "both", "decode")
+    run_kernels(
+        path, "--no-memory", "--kernels", "bf16_linear", "--providers", "torch", "--modes", "forward", "both", "decode"
+    )
     assert seen == [3, 4, 5]  # the header and the machine's two rows, then one more each time
     assert "bf16_linear 128x96 M=16 r=4 p=0 forward: torch" in capsys.readouterr().out
 
@@ -126,7 +106,6 @@ class Raising(LoraLayer):
 
 def raising(stage: str) -> Provider:
     def build(operands: Operands) -> list[LoraLayer]:
-        from fastlora import reference
 
         if stage == "build":
             raise ImportError("libmissing.so")
@@ -145,54 +124,8 @@ def raising(stage: str) -> Provider:
 )
 def test_a_provider_that_raises_is_named_and_the_bench_goes_on(tmp_path, capsys, monkeypatch, stage, says):
     monkeypatch.setattr(providers, "PROVIDERS", (raising(stage), *find_providers(["torch", "fastlora-fp32"])))
-    rows = run_bench(tmp_path / "k.csv", "--kernels", "bf16_linear")
+    rows = run_kernels(tmp_path / "k.csv", "--no-memory", "--kernels", "bf16_linear")
     assert says in capsys.readouterr().err
     decoded = {r["provider"] for r in rows if r["mode"] == "decode"}
     assert decoded == {"torch", "fastlora-fp32"}
     assert ("raising" in {r["provider"] for r in rows}) == (stage == "decode")
-
-
-def test_a_candidate_that_fails_while_it_is_timed_leaves_the_round():
-    calls = {"good": 0, "bad": 0}
-
-    def bad(serial: int) -> None:
-        calls["bad"] += 1
-        if calls["bad"] > 4:
-            raise RuntimeError("worn out")
-
-    def good(serial: int) -> None:
-        calls["good"] += 1
-
-    failures: dict[str, str] = {}
-    found = interleave({"good": good, "bad": bad}, CPU, 0.0, 6, failures=failures)
-    assert set(found) == {"good"}
-    assert failures == {"bad": "RuntimeError: worn out"}
-    assert calls == {"good": 8, "bad": 5}
-    calls["bad"] = 0
-    with pytest.raises(RuntimeError, match="worn out"):
-        interleave({"bad": bad}, CPU, 0.0, 6)
-
-
-def test_what_comes_before_a_call_is_not_timed():
-    class Staged:
-        def before(self, serial: int) -> None:
-            time.sleep(0.02)
-
-        def __call__(self, serial: int) -> None:
-            pass
-
-    assert interleave({"staged": Staged()}, CPU, 0.0, 3)["staged"].p80 < 10
-
-
-def test_backward_alone_and_both_give_the_same_gradients():
-    operands = make_operands(Problem("nf4_linear", 128, 96, 8, CPU))
-    x, dy = torch.randn(16, 128, dtype=torch.bfloat16, requires_grad=True), torch.randn(16, 96, dtype=torch.bfloat16)
-    for name in ("torch", "fastlora-bf16", "fastlora-fp32"):
-        layer = find_providers([name])[0].build(operands)[0]
-        inputs = x if layer.grad else x.detach()
-        y, *gradients = layer.both(inputs, dy)
-        alone = layer.backward(layer.forward(inputs), inputs, dy)
-        assert torch.equal(layer.decode(inputs), y)
-        assert len(alone) == len(gradients) == (1 if name == "torch" else 3)
-        for one, other in zip(alone, gradients, strict=True):
-            assert torch.equal(one, other)
