@@ -27,7 +27,7 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, layer in layers.items():
-        # what has been taken out of the base doubles the rank, and the scaling stays what it is
+        # what was taken out of the base doubles the saved rank; the scaling stays the same
         widen = 2 if adapter_name in layer.taken_out else 1
         ranks[name] = layer.r[adapter_name] * widen
         alphas[name] = layer.lora_alpha[adapter_name] * (widen**0.5 if layer.use_rslora[adapter_name] else widen)
@@ -56,11 +56,11 @@ def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name
 
 
 def _target_parameters(model: nn.Module) -> list[str] | None:
-    """`target_parameters` that mean these stacks and no others: their whole names."""
+    """The `target_parameters` that mean these stacks and no others: their whole names."""
     return [f"{name}.{key}" for name, experts in adapted_experts(model).items() for key in experts.r] or None
 
 
 def trained_names(model: nn.Module, settings: LoRASettings) -> list[str] | None:
-    """`modules_to_save`: whole names, with those of modules that share a parameter."""
+    """`modules_to_save`: whole names, including those of modules that share a parameter."""
     names = list(trained_modules.find(model, settings.modules_to_save))
     return trained_modules.tied_names(model, names) or None

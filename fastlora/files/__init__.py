@@ -1,1 +1,1 @@
-"""peft's files: what an adapter's config says, read and written with checks; no model is known here."""
+"""Files: peft's formats, read and written with checks, and atomic writes. Nothing here knows fastlora's models."""

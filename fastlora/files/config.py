@@ -7,11 +7,11 @@ from typing import Any
 
 
 def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float], **options: Any) -> dict[str, Any]:
-    """A LoRA config in which r and lora_alpha are the commonest values, and patterns name the layers with others.
+    """A LoRA config with the commonest r and lora_alpha, and patterns for the layers with other values.
 
     Args:
-        ranks, alphas: r and lora_alpha by the name of a layer or stack, at least one.
-        options: peft's options that are not as peft has them by default.
+        ranks, alphas: r and lora_alpha by the name of a layer or stack; at least one entry.
+        options: peft's options that differ from peft's defaults.
     """
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
@@ -33,10 +33,10 @@ def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float], **options
 
 
 def target_names(modules: Collection[str], layers: Collection[str]) -> list[str] | str:
-    """`target_modules` that by peft's rule means these layers and no others: ends of names, names, or a pattern.
+    """The `target_modules` that mean these layers and no others by peft's rule: ends of names, names, or a pattern.
 
     Args:
-        modules: names of all modules. layers: those of adapted layers, whose insides peft does not see.
+        modules: names of all modules. layers: those of adapted layers; peft does not see the modules inside these.
     """
     names = [name.replace("_orig_mod.", "") for name in modules]
     outside = [name for name in names if not any(name.startswith(f"{layer}.") for layer in layers)]

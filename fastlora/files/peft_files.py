@@ -1,11 +1,8 @@
-"""The two files of a saved adapter, and those that peft's own code writes and reads."""
+"""The two files of a saved adapter, read with checks; and adapters of peft's own layers, by peft's code."""
 
-import contextlib
 import json
-import os
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ValueError as error:
         raise ValueError(f"{config_path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{config_path} holds no JSON object")
+        raise ValueError(f"{config_path} is not a JSON object")
     try:
         with safe_open(weights_path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -65,12 +62,12 @@ def peft_adapter(model: Any, adapter_name: str) -> tuple[dict[str, Any], dict[st
 
 
 def _gathered(model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """The state dict of a sharded model as far as peft saves it: the adapter's, and biases and embeddings it adds."""
+    """What peft saves of a sharded model's state dict, gathered: the adapter, and the biases and embeddings it adds."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     state = model.state_dict()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `save_pretrained` says it all again
+        warnings.simplefilter("ignore")  # `save_pretrained` gives the same warnings
         saved = {id(value) for value in get_peft_model_state_dict(model, state, adapter_name).values()}
     return {key: whole(value) for key, value in state.items() if id(value) in saved or f".{adapter_name}" in key}
 
@@ -78,7 +75,11 @@ def _gathered(model: Any, adapter_name: str) -> dict[str, Tensor]:
 def load_with_peft(
     model: Any, directory: Path, config: dict[str, Any], tensors: dict[str, Tensor], adapter_name: str
 ) -> None:
-    """Fill one of peft's adapters from a file; a `PeftModel` that has no adapter of this name gets it."""
+    """Fill one of peft's adapters from a file; a `PeftModel` without an adapter of this name gets one.
+
+    Raises:
+        ValueError: the file does not fit the model, or means other settings than the model's. Nothing is changed.
+    """
     from peft import PeftModel
     from peft.utils.save_and_load import set_peft_model_state_dict
 
@@ -115,21 +116,3 @@ def load_with_peft(
         else {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     )
     set_peft_model_state_dict(model, given, adapter_name=adapter_name)
-
-
-@contextlib.contextmanager
-def moved_into(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path` that takes its place when all went well, and vanishes otherwise."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(scratch)
-        with open(scratch, "rb") as file:  # noqa: PTH123
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)  # noqa: PTH101
-        os.replace(scratch, path)  # noqa: PTH105
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)  # noqa: PTH108

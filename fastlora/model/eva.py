@@ -1,17 +1,17 @@
-"""Explained variance adaptation: A starts as the leading right singular vectors of what a layer is given, B = 0.
+"""Explained variance adaptation: A starts as the leading right singular vectors of a layer's inputs, B = 0.
 
-Batches of the user's data run through the model as it is. The inputs of each layer, centred, go into an incremental
-SVD; those of layers that see the same input (q, k and v; gate and up) into one. After each batch the ranks are dealt
-out: of all components of all layers, those that explain the largest shares of their layer's variance get one of the
-r · (number of layers) places, at most rho · r in a layer. A layer is done when every component that it was dealt has
-moved by less than tau says (cosine similarity from one batch to the next), and the search when all layers are.
+Batches of the user's data run through the model as it is. The centred inputs of each layer go into an incremental SVD.
+Layers with the same input (q, k and v; gate and up) share one, that of the first of them, their representative. The
+rank budget is r · (number of layers). After each batch it goes to the components that explain the largest shares of
+their layer's variance, at most rho · r in a layer. A component has converged when its cosine similarity to that of the
+batch before is at least tau. The search ends when every component that counts towards a rank has converged.
 
-A layer that is dealt nothing gets no adapter. With `adjust_scaling_factors` lora_alpha grows with the rank, so that
-lora_alpha / r stays what it was.
+A layer of rank 0 gets no adapter. With `adjust_scaling_factors`, lora_alpha is scaled with the rank, so lora_alpha / r
+stays the same.
 
 The numbers are peft's for the same batches in the same order: the same randomized SVD from the same seed, in fp32 for
-the first batch and in fp64 from then on; like peft's, the batches are repeated for as long as it takes. One departure:
-`whiten` divides each layer's vectors once, where peft divides those that layers share once for each of them.
+the first batch and in fp64 from then on. As in peft, the batches are repeated for as long as it takes. One difference:
+`whiten` divides each layer's vectors once, where peft divides shared vectors once for each layer that shares them.
 
 Source: arXiv:2410.07170; arXiv:0811.4413 (the incremental SVD with a correction for the mean's change).
 """
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from fastlora.model.sites import Site
 
 SEED, NITER = 42, 4
-# A search that has not ended after so many passes over the data and so many batches will not.
+# A search that has not ended after this many passes over the data and this many batches never will,
 MAX_PASSES, MAX_BATCHES = 100, 1000
-# Nor one that has not ended after so many batches of a first pass, which may have no end.
+# and neither will one that has not ended after this many batches of the first pass, which may be endless.
 MAX_FRESH = 10_000
 
 
@@ -44,10 +44,10 @@ class EvaConfig:
 
     Args:
         rho: a layer's rank is at most rho · r; 1 leaves every layer its r.
-        tau: cosine similarity of a component to that of the batch before, from which on it has converged.
+        tau: a component has converged when its cosine similarity to that of the batch before is at least this.
         use_label_mask: leave out positions whose label is `label_mask_value`, where batches have labels.
-        whiten: divide each vector by the root of its singular value.
-        adjust_scaling_factors: scale lora_alpha with the rank that a layer is dealt.
+        whiten: divide each vector by the square root of its singular value.
+        adjust_scaling_factors: scale lora_alpha with a layer's rank.
     Raises:
         ValueError: a value out of its range.
     """
@@ -76,7 +76,7 @@ class EvaConfig:
 
 
 def config_of(given: Any) -> EvaConfig:
-    """The options in a mapping, in peft's `EvaConfig`, or the defaults where None.
+    """The options as a mapping or peft's `EvaConfig` gives them; the defaults where None.
 
     Raises:
         ValueError: an unknown option, or a value out of its range.
@@ -95,50 +95,50 @@ def config_of(given: Any) -> EvaConfig:
 
 @torch.no_grad()
 def components(model: nn.Module, sites: "Mapping[str, Site]", dataloader: Any, config: EvaConfig) -> dict[str, Tensor]:
-    """What A starts as in each layer; the model is run, and left as it was.
+    """What A starts as in each layer. The model is run and left as it was.
 
-    In a process group the inputs of all processes are put together, so that each finds the same: every process must
-    call this, with batches of its own.
+    In a process group every process must call this, with batches of its own. The inputs of all processes are put
+    together, so all find the same.
 
     Args:
         sites: the layers by name, in the model's order.
-        dataloader: batches, as mappings of the model's arguments, tuples of them, or one tensor; read more than once.
-            Positions that `attention_mask` or `labels` mask are left out.
+        dataloader: batches, each a mapping of the model's arguments, a tuple of them, or one tensor; read more than
+            once. Positions that `attention_mask` or `labels` mask are left out.
     Returns:
-        A [R, K] by name, fp32 or fp64; R = 0 where a layer is dealt no rank.
+        A [R, K] by name, fp32 or fp64; R may be 0.
     Raises:
-        ValueError: no data, batches too small for the ranks, inputs that are not finite, a rank that rho raises above
-            the number of a layer's inputs, or a search that does not end.
+        ValueError: no data, batches too small for the ranks, inputs that are not finite, rho · r above the number of a
+            layer's inputs, or a search that does not end.
     """
     counts = {name: round(site.r * config.rho) for name, site in sites.items()}
     for name, site in sites.items():
         if counts[name] > site.shape[1]:
             raise ValueError(
                 f"EVA looks for rho * r = {counts[name]} components in the inputs of {name}, which have "
-                f"{site.shape[1]} features: lower rho={config.rho}, or r={site.r}"
+                f"{site.shape[1]} features: lower rho={config.rho} or r={site.r}"
             )
     first = _first(dataloader)
     with _ready(model):
         modules = {name: site.module for name, site in sites.items()}
-        leaders = _leaders(model, modules, first, config)
-        for name, leader in leaders.items():
-            counts[leader] = max(counts[leader], counts[name])
-        counts = {name: counts[leader] for name, leader in leaders.items()}
+        represented_by = _representatives(model, modules, first, config)
+        for name, representative in represented_by.items():
+            counts[representative] = max(counts[representative], counts[name])
+        counts = {name: counts[representative] for name, representative in represented_by.items()}
         budget = sum(site.r for site in sites.values())
-        ranks, found = _search(model, modules, leaders, counts, budget, dataloader, config)
+        ranks, found = _search(model, modules, represented_by, counts, budget, dataloader, config)
     result = {}
     for name in sites:
-        svd, rank = found[leaders[name]], ranks[name]
+        svd, rank = found[represented_by[name]], ranks[name]
         vectors = svd.components[:rank].clone()
         result[name] = vectors / svd.singular[:rank].sqrt().unsqueeze(1) if config.whiten else vectors
     return result
 
 
 class IncrementalSVD:
-    """The leading right singular vectors of rows that come in batches, centred by the mean of all rows so far.
+    """The leading right singular vectors of rows that arrive in batches, centred by the mean of all rows so far.
 
     Args:
-        name: of the layer, for messages. count: how many vectors. tau: from which similarity on one has converged.
+        name: of the layer, for messages. count: the number of vectors. tau: the similarity at which one has converged.
     """
 
     components: Tensor
@@ -152,7 +152,7 @@ class IncrementalSVD:
         self.converged = torch.zeros(count, dtype=torch.bool)
 
     def update(self, x: Tensor) -> None:
-        """Take in a batch [T, K]; one of fewer rows than vectors is left out."""
+        """Take in a batch [T, K]; a batch with fewer rows than vectors is left out."""
         self.largest = max(self.largest, x.shape[0])
         if x.shape[0] < self.count:
             return
@@ -162,11 +162,11 @@ class IncrementalSVD:
         mean = wide.mean(0)
         scatter = (wide - mean).square().sum()
         if before:
-            # what the two means add to the scatter about their own is one more row
+            # the difference of the two means adds one more row
             weight = before * x.shape[0] / (before + x.shape[0])
             shift = (self._mean - mean) * weight**0.5
-            known = self.singular.unsqueeze(1) * self.components
-            rows = torch.cat((known, x - mean.float(), shift.unsqueeze(0)))
+            known = self.singular.unsqueeze(1) * self.components  # [count, K]
+            rows = torch.cat((known, x - mean.float(), shift.unsqueeze(0)))  # [count + T + 1, K]
             self._scatter = self._scatter + scatter + shift.square().sum()
             self._mean = self._mean + (mean - self._mean) * (x.shape[0] / (before + x.shape[0]))
         else:
@@ -180,14 +180,14 @@ class IncrementalSVD:
 
     @property
     def explained(self) -> Tensor:
-        """[count]: the share of the variance that each vector explains; 0 where the rows are all the same."""
+        """[count]: the share of the variance that each vector explains; 0 where all rows are the same."""
         return (self.singular.square() / self._scatter).nan_to_num(0.0).cpu()
 
 
 def _svd(rows: Tensor, q: int) -> tuple[Tensor, Tensor]:
-    """(singular values, right singular vectors as rows); the largest element of each vector is positive."""
+    """(singular values [q], right singular vectors [q, K]); the largest element of each vector is positive."""
     with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
-        # this device's generator alone: torch.manual_seed would set those of all devices
+        # this device's generator only: torch.manual_seed would seed those of all devices
         (torch.cuda.default_generators[rows.device.index] if rows.is_cuda else torch.default_generator).manual_seed(
             SEED
         )
@@ -198,15 +198,17 @@ def _svd(rows: Tensor, q: int) -> tuple[Tensor, Tensor]:
 
 
 def _search(
-    model: nn.Module, modules: dict[str, nn.Module], leaders: dict[str, str], counts: dict[str, int], budget: int,
-    dataloader: Any, config: EvaConfig,
+    model: nn.Module, modules: dict[str, nn.Module], represented_by: dict[str, str], counts: dict[str, int],
+    budget: int, dataloader: Any, config: EvaConfig,
 ) -> tuple[dict[str, int], dict[str, IncrementalSVD]]:  # fmt: skip
-    """Run batches until every component that is dealt a rank has converged: ranks by name, and each leader's SVD."""
-    found = {name: IncrementalSVD(name, counts[name], config.tau) for name in leaders if leaders[name] == name}
+    """Run batches until every component that counts has converged: ranks by name, SVDs by representative."""
+    found = {
+        name: IncrementalSVD(name, counts[name], config.tau) for name, first in represented_by.items() if name == first
+    }
     ranks = dict(counts)
     for steps, (number, batch) in enumerate(_repeated(dataloader)):
-        open_ones = [svd for name, svd in found.items() if not svd.converged[: ranks[name]].all()]
-        if not open_ones:
+        unsettled = [svd for name, svd in found.items() if not svd.converged[: ranks[name]].all()]
+        if not unsettled:
             return ranks, found
         short = next((svd for svd in found.values() if not svd.rows), None)
         if short and (number or steps >= MAX_BATCHES):
@@ -216,36 +218,37 @@ def _search(
             )
         if (number >= MAX_PASSES and steps >= MAX_BATCHES) or (not number and steps >= MAX_FRESH):
             raise ValueError(
-                f"EVA has not converged in {steps} batches, {len(open_ones)} layers such as {open_ones[0].name} are "
-                f"open: lower tau={config.tau} or rho={config.rho}, or give more data"
+                f"EVA has not converged in {steps} batches; {len(unsettled)} layers such as {unsettled[0].name} have "
+                f"not: lower tau={config.tau} or rho={config.rho}, or give more data"
             )
-        asked = {svd.name: modules[svd.name] for svd in open_ones}
+        asked = {svd.name: modules[svd.name] for svd in unsettled}
         _run(model, asked, batch, config, lambda name, x: found[name].update(x))
         if all(svd.rows for svd in found.values()):
-            ranks = _dealt(found, leaders, counts, budget)
+            ranks = _ranks(found, represented_by, counts, budget)
     raise AssertionError("the batches are repeated without end")
 
 
-def _dealt(
-    found: dict[str, IncrementalSVD], leaders: dict[str, str], counts: dict[str, int], budget: int
+def _ranks(
+    found: dict[str, IncrementalSVD], represented_by: dict[str, str], counts: dict[str, int], budget: int
 ) -> dict[str, int]:
     """The rank of each layer: the budget goes to the components that explain the largest shares."""
-    order = [*found, *(name for name in leaders if name not in found)]
+    order = [*found, *(name for name in represented_by if name not in found)]
     owners = [name for name in order for _ in range(counts[name])]
-    shares = torch.cat([found[leaders[name]].explained[: counts[name]].double() for name in order])
+    shares = torch.cat([found[represented_by[name]].explained[: counts[name]].double() for name in order])
     ranks = dict.fromkeys(order, 0)
-    for place in shares.argsort(descending=True, stable=True)[:budget].tolist():
-        ranks[owners[place]] += 1
+    for index in shares.argsort(descending=True, stable=True)[:budget].tolist():
+        ranks[owners[index]] += 1
     for name in order[len(found) :]:
-        leader = leaders[name]  # whose SVD is watched for both: it has the higher of two ranks that differ by a tie
-        ranks[leader], ranks[name] = max(ranks[leader], ranks[name]), min(ranks[leader], ranks[name])
+        # of two ranks that a tie made different, the representative takes the higher: convergence is checked on it
+        first = represented_by[name]
+        ranks[first], ranks[name] = max(ranks[first], ranks[name]), min(ranks[first], ranks[name])
     return ranks
 
 
-def _leaders(model: nn.Module, modules: dict[str, nn.Module], batch: Any, config: EvaConfig) -> dict[str, str]:
-    """Layer -> the first layer that is given the same input, which may be itself; leaders first, then by leader.
+def _representatives(model: nn.Module, modules: dict[str, nn.Module], batch: Any, config: EvaConfig) -> dict[str, str]:
+    """Layer -> the first layer with the same input, which may be itself; representatives first, then by them.
 
-    Inputs without a row tell nothing: experts that no token goes to in this batch are each their own leader.
+    An input without rows says nothing: experts that get no token in this batch represent only themselves.
     """
     digests: dict[str, bytes] = {}
 
@@ -258,14 +261,14 @@ def _leaders(model: nn.Module, modules: dict[str, nn.Module], batch: Any, config
     groups: dict[bytes, list[str]] = {}
     for name in modules:
         groups.setdefault(digests.get(name, name.encode()), []).append(name)
-    heads = {names[0]: names[0] for names in groups.values()}
-    return heads | {name: names[0] for names in groups.values() for name in names[1:]}
+    first_of = {names[0]: names[0] for names in groups.values()}
+    return first_of | {name: names[0] for names in groups.values() for name in names[1:]}
 
 
 def _run(
     model: nn.Module, modules: dict[str, nn.Module], batch: Any, config: EvaConfig, take: Callable[[str, Tensor], None]
 ) -> None:
-    """Call the model on a batch and hand on what each of these modules is given, [T, K], without masked positions."""
+    """Call the model on a batch and pass each module's input [T, K], without masked positions, to `take`."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     batch = _moved(batch, device)
     mask = _mask(batch, config)
@@ -289,7 +292,7 @@ def _run(
 
 
 def _mask(batch: Any, config: EvaConfig) -> Tensor | None:
-    """[batch, positions]: which positions count; None where all do."""
+    """[batch, positions] bool: which positions count; None if all do."""
     if not isinstance(batch, Mapping):
         return None
     mask = batch.get("attention_mask")
@@ -302,7 +305,7 @@ def _mask(batch: Any, config: EvaConfig) -> Tensor | None:
 
 
 def _of_all_processes(x: Tensor) -> Tensor:
-    """[T, K] of this process -> the rows of all processes, in their order."""
+    """[T, K] of this process -> [sum of all T, K]: the rows of all processes, in their order."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return x
     sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(distributed.get_world_size())]
@@ -317,7 +320,7 @@ def _of_all_processes(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _ready(model: nn.Module) -> Iterator[None]:
-    """In eval mode, but for bitsandbytes' layers: on some CPUs those repack their weight when called in eval mode."""
+    """The model in eval mode, except bitsandbytes' layers: on some CPUs these repack their weight when called in it."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
@@ -332,7 +335,7 @@ def _first(dataloader: Any) -> Any:
     """The first batch.
 
     Raises:
-        ValueError: no batches, or such as can be read only once.
+        ValueError: no batches, or batches that can be read only once.
     """
     wanted = "a DataLoader or a list of batches"
     if dataloader is None:
@@ -344,13 +347,13 @@ def _first(dataloader: Any) -> Any:
         raise ValueError(f"eva_dataloader is read more than once: pass {wanted}, not a {type(dataloader).__name__}")
     for batch in iterator:
         if not isinstance(batch, (Mapping, Tensor, tuple, list)):
-            raise ValueError(f"eva_dataloader gives a {type(batch).__name__}: a mapping, tuple or tensor is called for")
+            raise ValueError(f"eva_dataloader gives a {type(batch).__name__}: it must give mappings, tuples or tensors")
         return batch
     raise ValueError(f"eva_dataloader is empty: pass {wanted}")
 
 
 def _repeated(dataloader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """(number of the pass, batch) without end; later passes repeat the batches of the first, in its order."""
+    """(number of the pass, batch), endlessly; later passes repeat the first one's batches in its order."""
     kept = []
     for batch in dataloader:
         kept.append(batch)

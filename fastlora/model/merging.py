@@ -1,35 +1,38 @@
-"""Adapters folded into the weights for good.
+"""`merge`: adapters folded into the weights for good.
 
-Into a dense weight W + scaling · B A is rounded once. Into NF4 it is quantized anew, and few codes change where the
-elements of the update are smaller than NF4's steps: of an update 0.007 times as large as W, 1% is left; of one 0.07
-times as large, 58%. What is left is measured and told.
+A dense weight W becomes W + scaling · B A, rounded once. An NF4 weight is quantized again, and few codes change where
+the elements of the update are smaller than NF4's steps: of an update 0.007 times as large as W, 1% is left; of one 0.07
+times as large, 58%. The share that is left is measured and reported in a warning.
 """
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.layers import sharded
-from fastlora.layers.bases import AdoptedWeight, is_linear4bit
+from fastlora.layers.bases import AdoptedWeight, is_linear4bit, plain_layer
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model import replace, trained_tokens
-from fastlora.model.sites import put
+from fastlora.model.sites import Places, places_of, put
 from fastlora.model.trainer_compat import forget_quantization
 from fastlora.ops import nf4
 from fastlora.ops.linear import nf4_dequantize
 from fastlora.ops.nf4 import NF4Weight
 
+_NOT_FINITE = "{} would not be finite after merging: its adapter or weight is broken"
+
 
 class Kept(NamedTuple):
-    """What a quantized weight holds of an update. Sums over layers add.
+    """How much of an update a quantized weight holds, as three sums over its elements; sums of layers add up.
 
     `share` is the projection of the realised update on the true one: 1 where nothing is lost on average. `error` is the
-    rms difference of the two, in units of the true one's rms.
+    rms of their difference, in units of the true one's rms.
     """
 
     along: float = 0.0
@@ -45,7 +48,7 @@ class Kept(NamedTuple):
         return (self.missed / self.wanted) ** 0.5 if self.wanted else 0.0
 
     def plus(self, other: "Kept") -> "Kept":
-        """The same of two layers together."""
+        """The same for two layers together."""
         return Kept(self.along + other.along, self.wanted + other.wanted, self.missed + other.missed)
 
 
@@ -56,16 +59,16 @@ def merge(
 
     W + scaling · B A is summed in fp32 and rounded once. An NF4 base becomes a full-precision weight, in the dtype it
     had before quantization, and is not quantized again: the update is mostly smaller than NF4's steps, so a second
-    quantization would round much of it away and add its own error to the rest. A model in NF4 thus grows fourfold;
-    `quantize="nf4"` keeps it small, and warns with the share of the update that is left.
+    quantization would round much of it away and add its own error to the rest. A model in NF4 thus becomes four times
+    as large. `quantize="nf4"` keeps it small and warns with the share of the update that is left.
 
     Args:
         model: a model from `replace_linear`; or one that carries peft's adapters, which peft merges by its own rules.
             There a `Linear4bit` is quantized again, with a warning that says what was lost, unless `dtype` is given:
-            then all of the model's `Linear4bit` layers become plain ones of that dtype.
-        dtype: dtype of merged weights; default that of the base.
-        quantize: "nf4" leaves a base that is NF4 in NF4.
-        safe_merge: look for merged weights that are not finite before anything is changed; each is formed twice.
+            then every `Linear4bit` of the model becomes an `nn.Linear` of that dtype.
+        dtype: of merged weights; default that of the base.
+        quantize: "nf4" keeps a base in NF4 that is in NF4.
+        safe_merge: check that all merged weights are finite before anything is changed; each is computed twice.
     Returns:
         The model, changed in place, without wrappers; for a `PeftModel`, the base model inside it.
     Raises:
@@ -84,26 +87,25 @@ def merge(
         )
     if replace.carries_peft(model):
         return _merge_with_peft(model, dtype, safe_merge)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, (LoRALinear, NF4Linear))]
     experts = adapted_experts(model)
     inside = tuple(f"{name}." for name in experts)
     outer: dict[str, Any] = {
-        name: module for name, module in found if not name.endswith(".base_layer") and not name.startswith(inside)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (LoRALinear, NF4Linear))
+        and not name.endswith(".base_layer")
+        and not name.startswith(inside)
     }
     if quantize and any(layer.packed for layer in experts.values()):
         raise ValueError("stacks of experts do not stay in NF4: merge(model) without quantize expands them")
     if not outer and not experts:
         raise ValueError("the model has no fastlora layers to merge")
     if safe_merge:
-        for name, module in outer.items():
-            if isinstance(module, LoRALinear) and not _is_finite(module.to_linear(dtype)):
-                raise ValueError(f"{name} would not be finite after merging: its adapter or weight is broken")
-        for name, layer in experts.items():
-            if not all(torch.isfinite(layer.merged(key, dtype)).all() for key in layer.r):
-                raise ValueError(f"{name} would not be finite after merging: its adapter or weight is broken")
-    _replace_each(model, outer, dtype, quantize)
+        _check_finite(outer, experts, dtype)
+    places = places_of(model, [*outer.values(), *experts.values()])
+    _replace_layers(model, outer, places, dtype, quantize)
     for layer in experts.values():
-        put(model, layer, layer.to_experts(dtype))
+        put(places[id(layer)], layer.to_experts(dtype))
     trained_tokens.fold(model)
     for attribute in ("fastlora_report", "fastlora_settings"):
         if hasattr(model, attribute):
@@ -112,8 +114,18 @@ def merge(
     return model
 
 
+def _check_finite(layers: Mapping[str, Any], experts: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    """Raise ValueError if a merged weight would not be finite."""
+    for name, module in layers.items():
+        if isinstance(module, LoRALinear) and not torch.isfinite(module.to_linear(dtype).get_parameter("weight")).all():
+            raise ValueError(_NOT_FINITE.format(name))
+    for name, stacks in experts.items():
+        if not all(torch.isfinite(stacks.merged(key, dtype)).all() for key in stacks.r):
+            raise ValueError(_NOT_FINITE.format(name))
+
+
 def kept(before: NF4Weight, after: NF4Weight, update: Tensor) -> Kept:
-    """What a weight quantized anew holds of an update [N, K] to the weight before."""
+    """How much `after` holds of an update [N, K] to `before`."""
     realised = after.dequantize(torch.float32) - before.dequantize(torch.float32)
     wanted = update.detach().float()
     along, size, missed = ((a * b).sum(dtype=torch.float64).item() for a, b in (
@@ -122,36 +134,38 @@ def kept(before: NF4Weight, after: NF4Weight, update: Tensor) -> Kept:
     return Kept(along, size, missed)
 
 
-def _replace_each(model: nn.Module, outer: dict[str, Any], dtype: torch.dtype | None, quantize: str | None) -> None:
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, attribute))
+def _replace_layers(
+    model: nn.Module,
+    layers: dict[str, Any],
+    places: Mapping[int, Places],
+    dtype: torch.dtype | None,
+    quantize: str | None,
+) -> None:
+    """Put merged layers in the places of these, taking each out of `layers`: it is freed before the next is merged."""
     shared = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     left = Kept()
-    for name in list(outer):
-        module = outer.pop(name)
+    for name in list(layers):
+        module = layers.pop(name)
         base = getattr(module, "base_layer", module)
         in_nf4 = isinstance(base, NF4Linear) or is_linear4bit(base)
         if isinstance(base.weight, nn.Parameter) and shared[id(base.weight)] > 1 and not in_nf4:
             warnings.warn(
-                f"{name} shared its weight with another module; merged, it has a weight of its own: set "
+                f"{name} shared its weight with another module and has a weight of its own after merging: set "
                 "tie_word_embeddings=False in the model's config before saving",
                 stacklevel=3,
             )
         if quantize and in_nf4:
-            plain, loss = _quantized_again(module) if module is not base else (base, Kept())
-            left = left.plus(loss)
+            merged, here = _quantized_again(module) if module is not base else (base, Kept())
+            left = left.plus(here)
         else:
-            plain = module.to_linear(dtype)
-        for parent, attribute in places.pop(id(module)):
-            setattr(parent, attribute, plain)
+            merged = module.to_linear(dtype)
+        put(places[id(module)], merged)
     if left.wanted:
-        _tell(left)
+        _warn(left)
 
 
 def _quantized_again(layer: LoRALinear) -> tuple[nn.Module, Kept]:
-    """The base of a layer with its update quantized into it, and what is left of the update."""
+    """A layer's base with the update quantized into it, and how much of the update it holds."""
     base: Any = layer.base_layer
     before = AdoptedWeight().of(base) if is_linear4bit(base) else base.weight
     lora_a, lora_b, scaling = layer.adapter()
@@ -164,31 +178,26 @@ def _quantized_again(layer: LoRALinear) -> tuple[nn.Module, Kept]:
     return NF4Linear(after, base.bias, base.fan_in_fan_out).train(base.training), left
 
 
-def _tell(left: Kept) -> None:
+def _warn(left: Kept) -> None:
     warnings.warn(
         f"merged into NF4, the weights hold {left.share:.0%} of the update, and an error {left.error:.1f} times as "
-        "large as it: "
-        "merge(model, dtype=torch.bfloat16) keeps it, in four times the memory",
+        "large as the update: merge(model, dtype=torch.bfloat16) keeps all of it, in four times the memory",
         stacklevel=4,
     )
 
 
-def _is_finite(module: Any) -> bool:
-    return bool(torch.isfinite(module.weight).all())
-
-
 def _merge_with_peft(model: Any, dtype: torch.dtype | None, safe_merge: bool) -> nn.Module:
-    """peft's merge_and_unload, over dense weights where a dtype is given; over NF4 with what is left measured."""
+    """peft's merge_and_unload: into dense weights if a dtype is given, else into NF4, measuring what is left."""
     from peft.tuners.lora import LoraLayer
 
     if not hasattr(model, "merge_and_unload"):
-        raise ValueError("peft merges a PeftModel; this model had adapters injected: wrap it with get_peft_model")
+        raise ValueError("peft merges only a PeftModel; this model had adapters injected: wrap it with get_peft_model")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     in_nf4 = [layer for layer in layers.values() if is_linear4bit(layer.get_base_layer())]
     if dtype is not None and any(layer.merged for layer in in_nf4):
         raise ValueError("adapters are merged into the 4-bit weights already: call model.unmerge_adapter() first")
     for name, layer in layers.items():
-        _check_pefts(name, layer, dtype, safe_merge)
+        _check_peft_layer(name, layer, dtype, safe_merge)
     left = Kept()
     for layer in in_nf4:
         if dtype is not None:
@@ -200,19 +209,19 @@ def _merge_with_peft(model: Any, dtype: torch.dtype | None, safe_merge: bool) ->
         warnings.filterwarnings("ignore", message="Already following adapters were merged")
         bare: nn.Module = model.merge_and_unload()
     if left.wanted:
-        _tell(left)
+        _warn(left)
     if dtype is not None:
-        _to_plain(bare, dtype)
+        _expand_rest(bare, dtype)
     return bare
 
 
-def _check_pefts(name: str, layer: Any, dtype: torch.dtype | None, safe_merge: bool) -> None:
-    """Raise ValueError where a layer of peft's cannot be merged, or not into finite weights."""
-    from fastlora.peft_layers import experts as experts_
+def _check_peft_layer(name: str, layer: Any, dtype: torch.dtype | None, safe_merge: bool) -> None:
+    """Raise ValueError if a layer of peft's cannot be merged, or its merged weight would not be finite."""
+    from fastlora.peft_layers import experts
 
     base, names = layer.get_base_layer(), [own for own in layer.active_adapters if own in layer.lora_A]
     names = [] if layer.merged else names
-    if experts_.is_wrapper(layer) and experts_.is_packed(layer):
+    if experts.is_wrapper(layer) and experts.is_packed(layer):
         raise ValueError(
             f"{name}: {layer.parameter_name} is packed in 4 bits and cannot take an update: save the adapter, load the "
             "model without quantization, and merge there"
@@ -227,11 +236,11 @@ def _check_pefts(name: str, layer: Any, dtype: torch.dtype | None, safe_merge: b
             weight = AdoptedWeight().of(base).dequantize() if is_linear4bit(base) else base.weight
             found = [(weight.detach() + layer.get_delta_weight(adapter).detach()).to(dtype or weight.dtype)]
         if not all(torch.isfinite(tensor).all() for tensor in found):
-            raise ValueError(f"{name} would not be finite after merging: its adapter or weight is broken")
+            raise ValueError(_NOT_FINITE.format(name))
 
 
 def _merge_into_nf4(layer: Any) -> Kept:
-    """peft's merge of one layer, and what is left of the update; not measured for variants such as DoRA."""
+    """Merge one layer by peft's code: how much of the update is left; not measured for variants such as DoRA."""
     base, names = layer.get_base_layer(), [name for name in layer.active_adapters if name in layer.lora_A]
     before = AdoptedWeight().of(base)
     plain = names and not any(name in layer.lora_variant for name in names)
@@ -246,22 +255,23 @@ def _merge_into_nf4(layer: Any) -> Kept:
 
 
 def _merge_into_plain(layer: Any, dtype: torch.dtype) -> None:
-    """Give a layer of peft's a plain base in fp32, merge by peft's code, and round once."""
+    """Give a layer of peft's an `nn.Linear` in fp32 as its base, merge by peft's code, and round once."""
     from peft.tuners.lora import layer as peft_layer
 
     base = layer.get_base_layer()
-    plain = _plain(base, torch.float32)
+    plain = _expanded(base, torch.float32)
     layer.base_layer, layer.__class__ = plain, peft_layer.Linear
     layer.merge()
     plain.to(dtype)
 
 
-def _to_plain(model: nn.Module, dtype: torch.dtype) -> None:
-    """Expand the 4-bit layers that no adapter was on, and take the marks of quantization off the model."""
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child is not None and is_linear4bit(child):
-                setattr(parent, attribute, _plain(child, dtype))
+def _expand_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Expand the 4-bit layers that had no adapter, and remove the marks of quantization from the model."""
+    layers = [module for module in model.modules() if is_linear4bit(module)]
+    places = places_of(model, layers)
+    while layers:
+        layer = layers.pop()
+        put(places[id(layer)], _expanded(layer, dtype))
     for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
         if attribute in model.__dict__:
             delattr(model, attribute)
@@ -270,11 +280,7 @@ def _to_plain(model: nn.Module, dtype: torch.dtype) -> None:
         del config.quantization_config
 
 
-def _plain(linear4bit: Any, dtype: torch.dtype) -> nn.Linear:
+def _expanded(linear4bit: Any, dtype: torch.dtype) -> nn.Module:
+    """An `nn.Linear` with the values of a `Linear4bit`."""
     weight = AdoptedWeight().of(linear4bit).dequantize(dtype)
-    n, k = weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if linear4bit.bias is not None:
-        linear.bias = nn.Parameter(linear4bit.bias.detach().to(dtype), requires_grad=False)
-    return linear.train(linear4bit.training)
+    return plain_layer(weight, linear4bit.bias, linear4bit.training, transposed=False)

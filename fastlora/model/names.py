@@ -1,7 +1,7 @@
-"""Which module names a user means: peft's rules, as string functions.
+"""Which module names a user means, by peft's rules; functions of strings only.
 
-"all-linear" means every linear layer except the output head; a list means modules whose name is an entry or ends in
-"." + an entry; a string is a regular expression for the whole name.
+"all-linear" means every linear layer except the output head; a list means the modules whose name is an entry
+or ends in "." + an entry; a string is a regular expression for the whole name.
 """
 
 import difflib
@@ -13,17 +13,17 @@ ALL_LINEAR = "all-linear"
 
 
 def means(entry: str, name: str) -> bool:
-    """Whether an entry of a list is this name, or its end from a dot on."""
+    """Whether an entry of a list is this name, or its end after a dot."""
     return name == entry or name.endswith(f".{entry}")
 
 
 def within(name: str, head: str | None) -> bool:
-    """Whether a module is the output head or lies inside it."""
+    """Whether a module is `head`, or inside it."""
     return head is not None and (name == head or name.startswith(head + "."))
 
 
 def nearest(wanted: str, names: Collection[str]) -> str:
-    """ "; nearest: ..." with the names most like the wanted one, whole or by their last part; empty without names."""
+    """The hint "; nearest: ..." with the names most like `wanted`, compared whole and by last part; "" without any."""
     names = list(names)
     by_end = {name.rsplit(".", 1)[-1] for name in names}
     close = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], sorted(by_end), n=3, cutoff=0.4)
@@ -33,10 +33,12 @@ def nearest(wanted: str, names: Collection[str]) -> str:
 
 
 def fits_pattern(pattern: str, name: str) -> bool:
+    """Whether a regular expression fits a name, or its end after a dot: peft's rule for rank_pattern, alpha_pattern."""
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
 def matches(wanted: str | Collection[str] | None, name: str) -> bool:
+    """Whether a name is meant by a list of entries, or by a regular expression for the whole name."""
     if wanted is None:
         return False
     if isinstance(wanted, str):
@@ -45,6 +47,7 @@ def matches(wanted: str | Collection[str] | None, name: str) -> bool:
 
 
 def check_names(option: str, value: str | Collection[str] | None) -> None:
+    """Raise ValueError unless the option holds a regular expression, a collection of strings, or None."""
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -55,10 +58,11 @@ def check_names(option: str, value: str | Collection[str] | None) -> None:
             raise ValueError(f"{option} must be a string or a list of strings, not {value!r}")
         odd = [entry for entry in value if not isinstance(entry, str)]
         if odd:
-            raise ValueError(f"{option} must hold strings; got {odd[0]!r}")
+            raise ValueError(f"{option} must hold strings only; got {odd[0]!r}")
 
 
 def check_patterns(option: str, value: Any) -> None:
+    """Raise ValueError unless the option holds a mapping whose keys are regular expressions."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{option} must be a mapping of patterns for names to numbers, not {value!r}")
     for key in value:
@@ -71,4 +75,5 @@ def check_patterns(option: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
+    """An option's value for a message; sets in order."""
     return repr(sorted(value) if isinstance(value, (set, frozenset)) else value)

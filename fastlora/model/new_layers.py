@@ -1,4 +1,4 @@
-"""The adapters that are about to be hung into a model, made over its layers as they are, with A and B as they start."""
+"""New adapters over a model's layers, with the start of A and B; the model does not use them yet."""
 
 from typing import Any
 
@@ -10,37 +10,33 @@ from fastlora.layers.bases import base_weight
 from fastlora.layers.dense import dense_weight
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.model import eva
-from fastlora.model.settings import LoRASettings
+from fastlora.model.settings import LayerOptions, LoRASettings
 from fastlora.model.sites import Site
 
 
-def check(init: bool | str, adapted: dict[str, Site]) -> None:
-    """Raise ValueError where a layer cannot start by this name."""
+def check_start(init: bool | str, adapted: dict[str, Site]) -> None:
+    """Raise ValueError if a layer cannot start as `init_lora_weights` says."""
     for name, site in adapted.items():
         starts.check_layer(init, name, base_weight(site.module), site.r, site.shared_with, site.quantize)
 
 
 def make(
-    adapted: dict[str, Site],
-    settings: LoRASettings,
-    adapter_name: str,
-    adapter_dtype: torch.dtype | None,
-    blocksize: int,
-    double_quant: bool,
+    adapted: dict[str, Site], settings: LoRASettings, options: LayerOptions
 ) -> tuple[dict[str, LoRALinear], dict[str, starts.Pair]]:
-    """The adapters, over the layers as they are now, with A and B as they start; what to take out before quantizing.
+    """The adapters by name, and what to take out of which weight before it is quantized.
 
-    A start that changes the base does so once all of them have been found.
+    A start that changes the base changes it once the starts of all layers are found.
 
     Raises:
         ValueError: a start cannot be computed. No weight is changed.
     """
     dropout, rslora, init = settings.lora_dropout, settings.use_rslora, settings.init_lora_weights
+    adapter_name, dtype = options.adapter_name, options.adapter_dtype
     first = True if init in ("loftq", "eva") else init
-    first = False if starts.changes_base(first) else first  # no further draw than A's and B's, as with peft
+    first = False if starts.changes_base(first) else first  # draws no more random numbers than peft does
     layers, taken_out, changed = {}, {}, []
     for name, site in adapted.items():
-        layer = LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, adapter_dtype, first)
+        layer = LoRALinear(site.module, site.r, site.lora_alpha, dropout, rslora, adapter_name, dtype, first)
         layers[name] = layer
         if not starts.reads_weight(init):
             continue
@@ -48,7 +44,8 @@ def make(
         weight, before = dense_weight(site.module).detach(), None
         try:
             if init == "loftq":
-                pair, before = starts.loftq(weight, site.r, scaling, blocksize, double_quant, settings.loftq_iter)
+                blocks = options.blocksize, options.double_quant
+                pair, before = starts.loftq(weight, site.r, scaling, *blocks, settings.loftq_iter)
             else:
                 pair = starts.from_weight(str(init), weight, site.r, scaling)
                 changed.append((weight, pair, scaling))
@@ -66,10 +63,10 @@ def make(
 
 
 def from_data(model: nn.Module, adapted: dict[str, Site], settings: LoRASettings, dataloader: Any) -> dict[str, Tensor]:
-    """For "eva": A by name, after giving the sites the ranks that the data deals them; those without lose their mark.
+    """For "eva": A by name. Sites get the ranks that the data decide; those with rank 0 are no longer adapted.
 
     Raises:
-        ValueError: no data, data for another start, or such as `eva.components` refuses. No site is changed.
+        ValueError: no data, data for another start, or data that `eva.components` refuses. No site is changed.
     """
     if settings.init_lora_weights != "eva":
         if dataloader is not None:
@@ -80,7 +77,7 @@ def from_data(model: nn.Module, adapted: dict[str, Site], settings: LoRASettings
     for name, a in list(started.items()):
         site, rank = adapted[name], a.shape[0]
         if not rank:
-            site.adapt, site.r, site.without = False, 0, "EVA gave it no rank"
+            site.adapt, site.r, site.no_adapter = False, 0, "EVA gave it no rank"
             del adapted[name], started[name]
             continue
         if config.adjust_scaling_factors:

@@ -1,4 +1,4 @@
-"""Which weights of a model become NF4, and making them so, one at a time."""
+"""Which weights of a model become NF4, and the quantization of one after the other."""
 
 from collections.abc import Collection, Mapping
 
@@ -9,14 +9,15 @@ from fastlora.layers.dense import is_dense
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.names import within
-from fastlora.model.sites import Site, output_head
+from fastlora.model.settings import LayerOptions
+from fastlora.model.sites import Site, output_head, put
 
 
-def decide(
-    model: nn.Module, sites: dict[str, Site], excluded: Collection[str], rows_trained: Collection[str] = ()
-) -> None:
-    """Mark the sites whose weight shall become NF4, with the reason on those whose weight shall not.
+def mark(model: nn.Module, sites: dict[str, Site], excluded: Collection[str], row_trained: Collection[str]) -> None:
+    """Mark the sites whose weight is to become NF4, and note the obstacle on the others.
 
+    Args:
+        excluded: names that get neither an adapter nor NF4. row_trained: names of modules with trained tokens.
     Raises:
         ValueError: a weight that cannot be quantized: on the meta device, empty, or not finite.
     """
@@ -25,15 +26,15 @@ def decide(
         if not is_dense(site.module) or site.obstacle:
             continue
         if site.trained:
-            site.no_quantize = "trained in full"
-        elif name in rows_trained:
-            site.no_quantize = "some of its rows are trained"
+            site.nf4_obstacle = "trained in full"
+        elif name in row_trained:
+            site.nf4_obstacle = "some of its rows are trained"
         elif site.shared_with:
-            site.no_quantize = f"its weight is shared with {site.shared_with}"
+            site.nf4_obstacle = f"its weight is shared with {site.shared_with}"
         elif name in excluded:
-            site.no_quantize = "excluded"
+            site.nf4_obstacle = "excluded"
         elif within(name, head):
-            site.no_quantize = "the output head keeps its dtype"
+            site.nf4_obstacle = "the output head keeps its dtype"
         else:
             _check_quantizable(name, site.module.weight)
             site.quantize = True
@@ -42,13 +43,12 @@ def decide(
 def quantize(
     sites: dict[str, Site],
     layers: Mapping[str, LoRALinear],
-    blocksize: int,
-    double_quant: bool,
+    options: LayerOptions,
     taken_out: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
-    """Turn marked weights into NF4, letting go of each before the next.
+    """Turn marked weights into NF4; each is freed before the next is quantized.
 
-    taken_out: (A, B) by name; of these weights W - B A is quantized, summed in fp32.
+    taken_out: (A [R, K], B [N, R]) by name; from these weights W - B A is quantized, summed in fp32.
     """
     done = 0
     for name, site in sites.items():
@@ -56,7 +56,7 @@ def quantize(
         if not site.quantize:
             continue
         try:
-            base = NF4Linear.from_linear(linear, blocksize, double_quant, taken_out.get(name))
+            base = NF4Linear.from_linear(linear, options.blocksize, options.double_quant, taken_out.get(name))
         except Exception as error:
             raise RuntimeError(
                 f"quantizing {name} failed after {done} layers had been replaced; load the model again"
@@ -64,7 +64,7 @@ def quantize(
         if name in layers:
             layers[name].base_layer = base
         else:
-            site.hang(base)
+            put(site.places, base)
         done += 1
 
 

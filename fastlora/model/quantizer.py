@@ -4,13 +4,14 @@
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=config)
     model = fastlora.replace_linear(model, r=16)
 
-Every linear layer but the output head, what is tied to it, and `modules_to_not_convert` becomes an `NF4Linear` while
-the checkpoint is read: a weight is quantized as soon as it is there, so that the peak is the quantized model and one
-weight. `save_pretrained` writes bitsandbytes' tensor names and this config; a model saved so is loaded as it is,
-provided that `fastlora.FastLoRANF4Config` has been named before, for that is when transformers gets to know it.
+Every linear layer becomes an `NF4Linear` while the checkpoint is read, except the output head, what is tied to it, and
+`modules_to_not_convert`. Each weight is quantized as soon as it is read, so peak memory is the quantized model and one
+weight. `save_pretrained` writes bitsandbytes' tensor names and this config. A model saved so loads as it is, once
+`fastlora.FastLoRANF4Config` has been accessed: that registers the format with transformers.
 
-transformers' converters hand each weight to the operations here, which hang its NF4 form on the `nn.Linear` of the meta
-device. That is replaced only when all are read, for after reading transformers empties the buffers that it finds.
+transformers' converters pass each weight to the operations here, which attach its NF4 form to the `nn.Linear` on the
+meta device. The layer is replaced only after all weights are read, because transformers then empties the buffers that
+it finds.
 """
 
 import logging
@@ -30,7 +31,7 @@ except ImportError as error:
 from fastlora.kernels.operands import BLOCKSIZES
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.names import nearest
-from fastlora.model.sites import expert_notes
+from fastlora.model.sites import expert_notes, places_of, put
 from fastlora.ops.nf4 import NF4Weight, quantize
 
 logger = logging.getLogger(__name__)
@@ -43,10 +44,10 @@ class FastLoRANF4Config(QuantizationConfigMixin):
     """How `from_pretrained` quantizes a model's linear layers to NF4.
 
     Args:
-        blocksize: values a scale serves: 32, 64, ... 4096.
+        blocksize: values per scale: 32, 64, ... 4096.
         double_quant: quantize the scales too.
-        modules_to_not_convert: names of layers left as they are, besides the output head: a name from the start, its
-            end, or a regular expression, as transformers matches them.
+        modules_to_not_convert: layers to leave as they are, in addition to the output head: the beginning of a name,
+            its end, or a regular expression, as transformers matches them.
     Raises:
         ValueError: a blocksize that NF4 does not have, or an unknown option.
     """
@@ -87,17 +88,17 @@ class FastLoRANF4Quantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes a weight takes, for transformers' device maps."""
+        """Bytes per weight, for transformers' device maps."""
         return 0.5
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a model spread over several devices."""
+        """Raise ValueError if the model is to be spread over several devices."""
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict):
             _refuse_several_devices(device_map)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this parameter is the weight of a layer to be quantized."""
+        """Whether this parameter is a weight that is to be quantized."""
         module, name = get_module_from_name(model, param_name)
         return name == "weight" and type(module) is nn.Linear and param_name.removesuffix(".weight") in self._targets
 
@@ -117,7 +118,8 @@ class FastLoRANF4Quantizer(HfQuantizer):
         for note in expert_notes(model):
             logger.warning("not quantized: %s", note)
         if not self._targets:
-            raise ValueError(f"{type(model).__name__} has no linear layer to quantize but {', '.join(sorted(skipped))}")
+            kept = ", ".join(sorted(skipped))
+            raise ValueError(f"{type(model).__name__} has no linear layer to quantize except {kept}")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _refuse_several_devices(getattr(model, "hf_device_map", {}))
@@ -127,10 +129,11 @@ class FastLoRANF4Quantizer(HfQuantizer):
                 f"the checkpoint has no usable weight for {len(missing)} layers to be quantized, such as "
                 f"{missing[0]!r}: repair it, or name them in modules_to_not_convert"
             )
-        for name, linear in layers.items():
-            model.set_submodule(name, NF4Linear(linear.fastlora_nf4, linear.bias).train(linear.training))
+        places = places_of(model, layers.values())
+        for linear in layers.values():
+            put(places[id(linear)], NF4Linear(linear.fastlora_nf4, linear.bias).train(linear.training))
         conversions = getattr(model, "_weight_conversions", None) or []
-        # saved as it is: the names in a state dict are those that were read
+        # nothing is to be converted back when the model is saved: a state dict has the names that were read
         model._weight_conversions = [each for each in conversions if not _is_ours(each)]
         return model
 
@@ -140,7 +143,7 @@ class FastLoRANF4Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters over it can be trained."""
+        """Adapters on it can be trained."""
         return True
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -152,9 +155,10 @@ class FastLoRANF4Quantizer(HfQuantizer):
         return {"deserialize": _Deserialize}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, NF4Linear):
-                model.set_submodule(name, module.to_linear(dtype))
+        layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+        places = places_of(model, layers)
+        for layer in layers:
+            put(places[id(layer)], layer.to_linear(dtype))
         return model
 
 
@@ -163,7 +167,7 @@ class _Operation(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def keep(self, name: str, weight: NF4Weight, model: Any, missing_keys: set[str] | None, **others: Any) -> None:
-        """Hang a weight on its layer, and strike it off the list of what is still to be loaded."""
+        """Attach a weight to its layer, and remove it from the names still to be loaded."""
         linear, _ = get_module_from_name(model, name)
         expected = (linear.out_features, linear.in_features)
         if weight.shape != expected:
@@ -174,7 +178,7 @@ class _Operation(ConversionOps):
 
 
 class _Quantize(_Operation):
-    """A dense weight to NF4."""
+    """Turns a dense weight into NF4."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         config = self.hf_quantizer.quantization_config
@@ -185,7 +189,7 @@ class _Quantize(_Operation):
 
 
 class _Deserialize(_Operation):
-    """The tensors of an NF4 weight to a layer; every other weight passes, in the dtype that the model wants."""
+    """Gives a layer the tensors of its NF4 weight; any other weight passes, in the model's dtype."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         model, name = kwargs["model"], kwargs["full_layer_name"]
@@ -205,8 +209,8 @@ def _refuse_several_devices(device_map: dict[str, Any]) -> None:
     devices = {str(device) for device in device_map.values()}
     if len(devices) > 1 or "disk" in devices:
         raise ValueError(
-            f"a model in fastlora's NF4 lies on one device, not on {', '.join(sorted(devices))}: give a device_map of "
-            'one, such as {"": "cuda:0"}'
+            f"a model in fastlora's NF4 must be on one device, not on {', '.join(sorted(devices))}: give a device_map "
+            'with one, such as {"": "cuda:0"}'
         )
 
 

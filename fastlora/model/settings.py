@@ -1,6 +1,6 @@
 """What a user asks for: LoRA's settings, from keywords or from a peft config, and the modules that they select.
 
-The rules for names are peft's (`model.names`). peft ignores an entry that matches nothing; here it is an error that
+The rules for names are peft's (`model.names`). peft ignores an entry that matches nothing. Here it is an error that
 names the nearest modules, because it is nearly always a misspelling.
 """
 
@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
 
 from fastlora.layers import starts
 from fastlora.model import eva
@@ -23,18 +25,19 @@ from fastlora.model.names import (
     shown,
     within,
 )
+from fastlora.kernels.operands import BLOCKSIZES
 
-# Options that say nothing about the computation, with any value; fan_in_fan_out is seen from the layers.
+# Options that do not affect the computation, whatever their value; fan_in_fan_out is read off the layers.
 _INERT = ("fan_in_fan_out", "peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
-# Values of any other option that leave it off. A newer peft's unknown option is refused unless it is off.
+# Values that turn an option off. An option that fastlora does not know, as of a newer peft, must have one of these.
 _OFF = (None, False, "none", 0)
-# Tasks for which peft trains and saves the head as well.
+# Tasks for which peft trains and saves the head too.
 _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """LoRA's options, under peft's names.
+    """LoRA's options, under peft's names. None is an empty pattern.
 
     Raises:
         ValueError: a value out of its range.
@@ -63,6 +66,7 @@ class LoRASettings:
 
     def __post_init__(self) -> None:
         for option in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, option, getattr(self, option) or {})
             check_patterns(option, getattr(self, option))
         for name, r in [("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
@@ -77,7 +81,7 @@ class LoRASettings:
         starts.check(self.init_lora_weights)
         for init, option in (("eva", "eva_config"), ("loftq", "loftq_config")):
             if getattr(self, option) is not None and self.init_lora_weights != init:
-                raise ValueError(f"{option} is for init_lora_weights={init!r}, and that is {self.init_lora_weights!r}")
+                raise ValueError(f"{option} is for init_lora_weights={init!r}, not {self.init_lora_weights!r}")
         eva.config_of(self.eva_config)
         starts.loftq_iterations(self.loftq_config)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -91,22 +95,25 @@ class LoRASettings:
             check_names(name, getattr(self, name))
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
-        """r and lora_alpha of one module; the first pattern that fits its name, or its end from a dot on, decides."""
+        """r and lora_alpha of one module, each by the first pattern that fits its name."""
         r = next((r for key, r in self.rank_pattern.items() if fits_pattern(key, name)), self.r)
         alpha = next((a for key, a in self.alpha_pattern.items() if fits_pattern(key, name)), self.lora_alpha)
         return r, alpha
 
     def means_parameter(self, name: str) -> bool:
-        """Whether a parameter of this name is one of `target_parameters`, and neither it nor its module is left out.
+        """Whether a parameter of this name is one of `target_parameters`, and neither it nor its module is excluded.
 
-        What leaves out layers leaves out stacks by the same rules; peft adapts all stacks that are named.
+        `exclude_modules` and `layers_to_transform` apply to stacks as to layers; peft adapts every stack that is named.
         """
-        left_out = any(matches(self.exclude_modules, each) for each in (name, name.rpartition(".")[0]))
+        excluded = any(matches(self.exclude_modules, each) for each in (name, name.rpartition(".")[0]))
         wanted = any(means(entry, name) for entry in self.target_parameters or ())
-        return wanted and not left_out and self.wants_layer(name)
+        return wanted and not excluded and self.wants_layer(name)
 
     def wants_layer(self, name: str) -> bool:
-        """peft's rule: the layer index is the first number in the name, or that after one of `layers_pattern`."""
+        """Whether `layers_to_transform` includes the layer that a module of this name belongs to.
+
+        By peft's rule the layer's index is the first number in the name, or the one after one of `layers_pattern`.
+        """
         if self.layers_to_transform is None:
             return True
         wanted = self.layers_to_transform
@@ -121,11 +128,11 @@ class LoRASettings:
 
     @property
     def loftq_iter(self) -> int:
-        """How many iterations of LoftQ."""
+        """The number of LoftQ's iterations."""
         return starts.loftq_iterations(self.loftq_config)
 
-    def check_patterns(self, names: Collection[str]) -> None:
-        """Raise ValueError where an entry of rank_pattern or alpha_pattern fits none of these layers and stacks."""
+    def check_patterns_fit(self, names: Collection[str]) -> None:
+        """Raise ValueError if an entry of rank_pattern or alpha_pattern fits none of these layers and stacks."""
         names = list(names)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
@@ -133,37 +140,59 @@ class LoRASettings:
                     raise ValueError(f"{option}: {key!r} fits none of the adapted layers{nearest(key, names)}")
 
 
+@dataclass(frozen=True, eq=False)
+class LayerOptions:
+    """How new layers are made: the options of `replace_linear` that are not peft's, under its names.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    quantize: str | None = None
+    blocksize: int = 64
+    double_quant: bool = True
+    adapter_name: str = "default"
+    adapter_dtype: torch.dtype | None = None
+    eva_dataloader: Any = None
+
+    def __post_init__(self) -> None:
+        if self.quantize not in (None, "nf4"):
+            raise ValueError(f"quantize must be None or 'nf4', not {self.quantize!r}")
+        if self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}; got {self.blocksize}")
+        if not isinstance(self.adapter_name, str) or not self.adapter_name or "." in self.adapter_name:
+            raise ValueError(f"adapter_name must be a name without dots, not {self.adapter_name!r}")
+
+
 def settings_from_config(config: Any) -> LoRASettings:
     """Settings from a peft `LoraConfig`, or from the mapping in an `adapter_config.json`.
 
     Raises:
-        ValueError: the config is not LoRA's, or sets an option that is not supported, named in the message.
+        ValueError: the config is not LoRA's, or it sets an option that is not supported. The message names it.
     """
     options = dict(config) if isinstance(config, Mapping) else dict(vars(config))
     method = getattr(options.get("peft_type"), "value", options.get("peft_type"))
     if method != "LORA":
         raise ValueError(f"the config is for {method or type(config).__name__!r}; only peft_type LORA is supported")
-    taken_names = [option.name for option in fields(LoRASettings)]  # LoRASettings has peft's options under peft's names
+    supported = [option.name for option in fields(LoRASettings)]
     for name, value in options.items():
-        if name in taken_names or name in _INERT:
+        if name in supported or name in _INERT:
             continue
         if not (value in _OFF if isinstance(value, (bool, int, str, type(None))) else _is_empty(value)):
             raise ValueError(
                 f"{name}={value!r} is not supported by replace_linear: leave it off, or wrap the model with peft "
                 "(get_peft_model) and call replace_linear on the result, which speeds up the layers it can"
             )
-    taken = {name: options[name] for name in taken_names if options.get(name) is not None}
-    if not taken.get("loftq_config"):  # an empty mapping where peft has none
+    taken = {name: options[name] for name in supported if options.get(name) is not None}
+    if not taken.get("loftq_config"):  # peft's default is an empty mapping
         taken.pop("loftq_config", None)
-    for name in ("rank_pattern", "alpha_pattern"):
-        taken[name] = taken.get(name) or {}
     taken.setdefault("target_modules", None)
     if "task_type" in taken:
         taken["task_type"] = str(getattr(taken["task_type"], "value", taken["task_type"]))
         if taken["task_type"] in _HEAD_TASKS:
             raise ValueError(
                 f"task_type={taken['task_type']} makes peft train and save the head too, which replace_linear does not "
-                "do: wrap the model with peft and call replace_linear on the result"
+                "do: wrap the model with peft, then call replace_linear on the result"
             )
     return LoRASettings(**taken)
 
@@ -171,15 +200,14 @@ def settings_from_config(config: Any) -> LoRASettings:
 def select(
     settings: LoRASettings, names: Collection[str], linear: Collection[str], head: str | None, strict: bool = True
 ) -> tuple[set[str], set[str]]:
-    """The module names that the settings target, and those they exclude.
+    """The module names that the settings target, and those that they exclude.
 
     Args:
-        names: all module names.
-        linear: those of linear layers.
-        head: name of the output head, which "all-linear" leaves alone.
-        strict: refuse a list in which any entry matches nothing.
+        names: of all modules. linear: of the linear layers.
+        head: name of the output head, which "all-linear" does not include.
+        strict: every entry of a list must match something; else one entry is enough.
     Raises:
-        ValueError: nothing matched, or a module that is not a linear layer did.
+        ValueError: nothing matched, or a module matched that is not a linear layer.
     """
     names = [name for name in names if name]
     linear = set(linear)
@@ -195,7 +223,7 @@ def select(
         raise ValueError("the config names no target_modules: give a list of names or 'all-linear'")
     matched = {name for name in names if matches(targets, name)}
     if isinstance(targets, str) and not matched:
-        hint = f"a string is a regular expression for the whole name; for names that end so, pass [{targets!r}]"
+        hint = f"a string is a regular expression for the whole name; for the end of a name, pass [{targets!r}]"
         raise ValueError(f"target_modules={targets!r} matches no module ({hint}){nearest(targets, linear)}")
     if not isinstance(targets, str):
         missing = [entry for entry in targets if not any(matches([entry], name) for name in names)]
@@ -217,7 +245,7 @@ def select(
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a structured option is off: an empty container, or a group of options all of them off."""
+    """Whether a structured option is off: an empty container, or a dataclass in which every option is off."""
     if hasattr(value, "__dataclass_fields__"):
         return not any(vars(value).values())
     return not value

@@ -1,6 +1,6 @@
-"""Which linear layers a model has, where they hang, and what speaks against replacing each."""
+"""Which linear layers a model has, where it uses them, and the obstacle to replacing each, if any."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,11 @@ from fastlora.layers.report import Report, Row
 from fastlora.model.names import within
 from fastlora.ops.backend import backend
 
+# (parent, attribute) of each use of a module
+Places = list[tuple[nn.Module, str]]
+
 _HEAD_NAMES = ("lm_head", "score", "classifier")
-_REASON_BY_KIND = {
+_OBSTACLE_BY_KIND = {
     "Linear8bitLt": "its weight is 8-bit; load the model in bf16, or with load_in_4bit and nf4",
     "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads this weight without calling the layer",
 }
@@ -24,34 +27,38 @@ _REASON_BY_KIND = {
 
 @dataclass
 class Site:
-    """A linear layer of the model: where it hangs, what speaks against replacing it, what shall become of it."""
+    """A linear layer of the model, what is to become of it, and why not more.
+
+    Args:
+        module: the layer; None once its weight is quantized.
+        shape: (out_features, in_features).
+        obstacle: why it cannot be replaced; empty where it can.
+        nf4_obstacle: why its weight stays in full precision.
+        no_adapter: why it gets no adapter, where the data decided that.
+        trained: it is trained in full (`modules_to_save`).
+    """
 
     name: str
     module: Any
     shape: tuple[int, int]
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    places: Places = field(default_factory=list)
     obstacle: str = ""
     shared_with: str = ""
-    no_quantize: str = ""
+    nf4_obstacle: str = ""
     adapt: bool = False
     r: int = 0
     lora_alpha: float = 0.0
     quantize: bool = False
     trained: bool = False
-    without: str = ""
+    no_adapter: str = ""
 
     @property
     def kind(self) -> str:
         return type(self.module).__name__
 
-    def hang(self, layer: nn.Module) -> None:
-        """Put a layer in this one's place, wherever it is used."""
-        for parent, attribute in self.places:
-            setattr(parent, attribute, layer)
-
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
-    """Every linear layer of the model by name, with what speaks against replacing or quantizing it."""
+    """Every linear layer of the model by name, with the obstacle to replacing it and what shares its weight."""
     sharers: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter_name, parameter in module._parameters.items():
@@ -62,27 +69,33 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
         shape = _linear_shape(module)
         if shape is None:
             continue
-        site = by_id[id(module)] = Site(name, module, shape, obstacle=obstacle(module))
+        site = by_id[id(module)] = Site(name, module, shape, obstacle=layer_obstacle(module))
         if not name:
-            site.obstacle = "it is the model itself, which nothing holds: wrap it, as in nn.Sequential(linear)"
+            site.obstacle = "it is the model itself and has no parent: wrap it, as in nn.Sequential(linear)"
         others = [other for other in sharers.get(id(module._parameters.get("weight")), []) if other != f"{name}.weight"]
         site.shared_with = others[0] if others else ""
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None and id(child) in by_id:
-                by_id[id(child)].places.append((parent, attribute))
+    for key, places in places_of(model, (site.module for site in by_id.values())).items():
+        by_id[key].places = places
     return {site.name: site for site in by_id.values()}
 
 
-def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Hang a module in another's place, wherever the model uses that."""
-    places = [(parent, attribute) for parent in model.modules() for attribute, child in parent._modules.items()
-              if child is old and parent is not new]  # fmt: skip
+def places_of(model: nn.Module, modules: Iterable[nn.Module]) -> dict[int, Places]:
+    """Where the model uses each of these modules, by the module's id: the result keeps none of them alive."""
+    found: dict[int, Places] = {id(module): [] for module in modules}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if id(child) in found:
+                found[id(child)].append((parent, attribute))
+    return found
+
+
+def put(places: Places, module: nn.Module) -> None:
+    """Use this module in all these places."""
     for parent, attribute in places:
-        setattr(parent, attribute, new)
+        setattr(parent, attribute, module)
 
 
-def obstacle(module: Any) -> str:
+def layer_obstacle(module: Any) -> str:
     """Why a linear layer cannot be replaced; empty where it can."""
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
@@ -90,7 +103,7 @@ def obstacle(module: Any) -> str:
     if hasattr(module, "_hf_hook"):
         return "accelerate moves its inputs or weights (device_map over several devices): load the model on one device"
     if has_hooks(module):
-        return "it has hooks or a forward of its own, which a fused layer would not run"
+        return "it has hooks or a forward of its own, which a LoRALinear would not run"
     if is_linear4bit(module):
         try:
             AdoptedWeight().of(module)
@@ -98,7 +111,7 @@ def obstacle(module: Any) -> str:
             return str(error)
         return ""
     if not is_dense(module) and type(module) is not NF4Linear:
-        return _REASON_BY_KIND.get(kind, f"{kind} has a forward of its own")
+        return _OBSTACLE_BY_KIND.get(kind, f"{kind} has a forward of its own")
     if isinstance(module, NF4Linear):
         return ""
     weight = module.weight
@@ -139,7 +152,10 @@ def _linear_shape(module: Any) -> tuple[int, int] | None:
 
 
 def expert_notes(model: nn.Module, adapted: Collection[str] = ()) -> list[str]:
-    """Experts kept as one 3-d parameter are no linear layers and easily overlooked; adapted: those that are not."""
+    """A note on expert weights that are 3-d parameters, which are easily overlooked: they are not linear layers.
+
+    adapted: names of those that do get an adapter.
+    """
     experts = [
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -158,7 +174,7 @@ def expert_notes(model: nn.Module, adapted: Collection[str] = ()) -> list[str]:
 
 
 def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = ()) -> Report:
-    """What becomes of every linear layer once the marked sites are replaced; stacks: rows of stacks of experts."""
+    """What becomes of every linear layer once the marked sites are replaced; stacks: the rows of stacks of experts."""
     devices = {site.module.weight.device for site in sites.values() if site.adapt}
     devices |= {next(model.get_submodule(row.name.rpartition(".")[0]).parameters()).device for row in stacks}
     backends = {device: backend(device) for device in sorted(devices, key=str)}
@@ -169,22 +185,22 @@ def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = 
         path = backend(site.module.weight.device).name if replaced else "unchanged"
         in_nf4 = site.quantize or (site.adapt and not is_dense(site.module))
         kernels = kernels_of(site.module, site.shape, site.r, site.quantize) if replaced else ""
-        why = _why(site, head)
-        rows.append(Row(name, site.kind, site.shape, replaced, why, path, site.r, in_nf4, kernels=kernels))
+        reason = _reason(site, head)
+        rows.append(Row(name, site.kind, site.shape, replaced, reason, path, site.r, in_nf4, kernels=kernels))
     first = next(iter(backends.values()))
     return Report(rows, first.name, first.reason, expert_notes(model, [row.name for row in stacks]))
 
 
-def _why(site: Site, head: str | None) -> str:
-    """The sentence of the report about one layer."""
+def _reason(site: Site, head: str | None) -> str:
+    """What the report says about one layer."""
     if site.trained:
         return "trained in full (modules_to_save)"
     if site.obstacle:
         return site.obstacle
     if not site.adapt and not site.quantize:
-        what = site.without or ("output head, left alone" if within(site.name, head) else "not a target")
-        return f"{what}; not quantized: {site.no_quantize}" if site.no_quantize and what == "not a target" else what
-    adapter = f"adapter r={site.r}" if site.adapt else f"no adapter: {site.without or 'not a target'}"
+        what = site.no_adapter or ("output head, left alone" if within(site.name, head) else "not a target")
+        return f"{what}; not quantized: {site.nf4_obstacle}" if site.nf4_obstacle and what == "not a target" else what
+    adapter = f"adapter r={site.r}" if site.adapt else f"no adapter: {site.no_adapter or 'not a target'}"
     if site.quantize:
         return f"{adapter}, weight quantized to NF4"
     if is_linear4bit(site.module):
@@ -192,4 +208,4 @@ def _why(site: Site, head: str | None) -> str:
     if isinstance(site.module, NF4Linear):
         return f"{adapter}, weight in NF4 already"
     dtype = str(site.module.weight.dtype).removeprefix("torch.")
-    return f"{adapter}, {dtype} weight" + (f", not quantized: {site.no_quantize}" if site.no_quantize else "")
+    return f"{adapter}, {dtype} weight" + (f", not quantized: {site.nf4_obstacle}" if site.nf4_obstacle else "")

@@ -1,4 +1,4 @@
-"""Which stacks of experts a model has, which are to be adapted, and their layers."""
+"""The stacks of experts that a model has, those to be adapted, and their layers."""
 
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ from fastlora.layers.experts import IMPLEMENTATIONS, INTERFACE, computes_in_fp32
 from fastlora.layers.lora_experts import LoRAExperts, stacked
 from fastlora.model import trained_modules
 from fastlora.model.names import means, nearest, within
-from fastlora.model.settings import LoRASettings
+from fastlora.model.settings import LayerOptions, LoRASettings
 from fastlora.model.sites import has_hooks
 
 _STARTS = (True, False, "gaussian")
 
 
 class Stack(NamedTuple):
-    """A parameter to be adapted: of which module, r and lora_alpha."""
+    """A parameter to be adapted, the name of its module, r and lora_alpha."""
 
     owner: str
     parameter: str
@@ -28,11 +28,11 @@ class Stack(NamedTuple):
 
 
 def find(model: nn.Module, settings: LoRASettings) -> list[Stack]:
-    """The parameters that `target_parameters` means, by peft's rule: whole names or ends of names from a dot on.
+    """The parameters that `target_parameters` means, by peft's rule: whole names, or ends of names after a dot.
 
     Raises:
-        ValueError: an entry that matches nothing, nothing left by `exclude_modules` and `layers_to_transform`, a
-            parameter that cannot be adapted, or an option that stacks of experts do not go with.
+        ValueError: an entry that matches nothing, `exclude_modules` and `layers_to_transform` that leave nothing, a
+            parameter that cannot be adapted, or an option that stacks of experts do not support.
     """
     wanted = settings.target_parameters or ()
     if not wanted:
@@ -43,15 +43,14 @@ def find(model: nn.Module, settings: LoRASettings) -> list[Stack]:
     }  # fmt: skip
     for entry in wanted:
         if not any(means(entry, name) for name in known):
-            names = [name for name, (_, _, module) in known.items() if not obstacle(module, name.rpartition(".")[2])]
+            names = [name for name, (_, key, module) in known.items() if not stack_obstacle(module, key)]
             raise ValueError(f"target_parameters: {entry!r} matches no parameter{nearest(entry, names)}")
     found = []
     for name, (owner, key, module) in known.items():
         if not settings.means_parameter(name):
             continue
-        reason = obstacle(module, key)
-        if reason:
-            raise ValueError(f"target_parameters: {name} cannot be adapted: {reason}")
+        if obstacle := stack_obstacle(module, key):
+            raise ValueError(f"target_parameters: {name} cannot be adapted: {obstacle}")
         if any(within(owner, trained) for trained in trained_modules.find(model, settings.modules_to_save)):
             raise ValueError(f"{name} is in target_parameters and in modules_to_save: leave it out of one of them")
         found.append(Stack(owner, key, *settings.rank_and_alpha(name)))
@@ -70,8 +69,8 @@ def find(model: nn.Module, settings: LoRASettings) -> list[Stack]:
     return found
 
 
-def obstacle(module: Any, name: str) -> str:
-    """Why a parameter of a module cannot have adapters of ours; empty where it can."""
+def stack_obstacle(module: Any, name: str) -> str:
+    """Why a parameter of a module cannot get fastlora's adapters; empty where it can."""
     if any(not hasattr(module, part) for part in INTERFACE):
         return f"{type(module).__name__} does not have transformers' interface of experts"
     if name not in projections(module):
@@ -87,11 +86,12 @@ def obstacle(module: Any, name: str) -> str:
         return f"experts_implementation={module.config._experts_implementation} is asked for"
     if weight.dtype is not torch.float32 and computes_in_fp32(module):
         return f"its forward computes in fp32 on purpose, and the stack is in {weight.dtype}: load the model in fp32"
-    return "experts are spread over devices" if getattr(module, "_is_expert_parallel", False) else ""
+    return "the experts are spread over several devices" if getattr(module, "_is_expert_parallel", False) else ""
 
 
-def check(model: nn.Module, stacks: Collection[Stack], packed: bool, blocksize: int, dtype: torch.dtype | None) -> None:
-    """Raise ValueError where stacks cannot be packed, or A and B cannot have this dtype."""
+def check_options(model: nn.Module, stacks: Collection[Stack], options: LayerOptions) -> None:
+    """Raise ValueError if a stack cannot be quantized, or its A and B cannot have the dtype asked for."""
+    dtype, blocksize = options.adapter_dtype, options.blocksize
     for stack in stacks:
         module: Any = model.get_submodule(stack.owner)
         weight = stacked(module, stack.parameter)
@@ -99,9 +99,9 @@ def check(model: nn.Module, stacks: Collection[Stack], packed: bool, blocksize: 
         if dtype not in (None, torch.float32, weight.dtype):
             allowed = " or ".join(map(str, dict.fromkeys((torch.float32, weight.dtype))))
             raise ValueError(f"adapter_dtype must be {allowed} for {name}; got {dtype}")
-        if packed and computes_in_fp32(module):
-            raise ValueError(f"{name} cannot be packed: its forward computes in fp32 on purpose: leave quantize off")
-        for key in projections(module) if packed else ():
+        if options.quantize and computes_in_fp32(module):
+            raise ValueError(f"{name} cannot be packed, as its forward computes in fp32 on purpose: leave quantize off")
+        for key in projections(module) if options.quantize else ():
             weight, name = stacked(module, key), f"{stack.owner}.{key}"
             if weight.device.type == "meta" or not weight.numel():
                 raise ValueError(f"{name} is not loaded: load the weights before quantizing")
@@ -111,13 +111,12 @@ def check(model: nn.Module, stacks: Collection[Stack], packed: bool, blocksize: 
                 raise ValueError(f"{name} cannot be packed: blocks of {blocksize} would cross from expert to expert")
 
 
-def make(model: nn.Module, stacks: Collection[Stack], settings: LoRASettings, **options: Any) -> dict[str, LoRAExperts]:
-    """The modules of experts with their adapters, by name, not hung in yet; options: those of `LoRAExperts`."""
+def make(
+    model: nn.Module, stacks: Collection[Stack], settings: LoRASettings, options: LayerOptions
+) -> dict[str, LoRAExperts]:
+    """The modules of experts with their adapters, by name; the model does not use them yet."""
     owners: dict[str, dict[str, tuple[int, float]]] = {}
     for stack in stacks:
         owners.setdefault(stack.owner, {})[stack.parameter] = stack.r, stack.lora_alpha
-    init = settings.init_lora_weights
-    return {
-        name: LoRAExperts(model.get_submodule(name), wanted, settings.use_rslora, init_lora_weights=init, **options)
-        for name, wanted in owners.items()
-    }
+    given = settings.use_rslora, options.adapter_name, options.adapter_dtype, settings.init_lora_weights
+    return {name: LoRAExperts(model.get_submodule(name), wanted, *given) for name, wanted in owners.items()}

@@ -1,7 +1,8 @@
-"""Modules that are trained in full beside the adapters: peft's `modules_to_save`.
+"""Modules that are trained in full along with the adapters: peft's `modules_to_save`.
 
-They are trained where they are, without a copy, and saved whole with the adapter under the keys that peft reads.
-Weights that are tied stay tied: whoever shares one is saved with it, for peft would otherwise load a copy into one.
+They are trained in place, without a copy, and saved whole with the adapter under the keys that peft reads. Tied weights
+stay tied: every module that shares one is saved with it, because peft would otherwise load the weight into one of them
+only.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from fastlora.layers import sharded
 from fastlora.layers.bases import is_linear4bit
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.names import nearest, within
 
 
 def find(model: nn.Module, wanted: Collection[str] | None) -> dict[str, nn.Module]:
-    """The modules whose name ends in one of the entries, as peft has it: "norm" means "input_layernorm" too.
+    """The modules whose name ends with one of the entries; as in peft, "norm" means "input_layernorm" too.
 
     Raises:
         ValueError: an entry that matches nothing, or a module that cannot be trained.
@@ -45,7 +47,7 @@ def tied_names(model: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """Parameters and buffers of these modules by their full names; each a tensor of its own, as files need them."""
+    """Parameters and buffers of these modules by their full names, copied: a file must not hold shared tensors."""
     found: dict[str, Tensor] = {}
     for name in names:
         for key, value in model.get_submodule(name).state_dict().items():
@@ -54,7 +56,7 @@ def tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def check_fit(model: nn.Module, found: Mapping[str, Tensor], prefix: str) -> None:
-    """Raise ValueError where the model has no tensor of this name and shape, or one that cannot be filled."""
+    """Raise ValueError if the model has no tensor of this name and shape, or one that cannot be filled."""
     own, sharers = dict(model.state_dict(keep_vars=True)), _sharers(model)
     for name, value in found.items():
         if name not in own:
@@ -64,12 +66,14 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], prefix: str) -> Non
                 f"{prefix}{name} has shape {list(value.shape)} in the file, {list(own[name].shape)} in the model"
             )
         if sharded.is_sharded(model) and not all(other in found for other in sharers.get(id(own[name]), ())):
-            raise ValueError(f"{prefix}{name} would be tied no more, and the model is sharded: load it before that")
+            raise ValueError(
+                f"{prefix}{name} would no longer be tied, and the model is sharded: load it before sharding"
+            )
 
 
 @torch.no_grad()
 def load(model: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Put these values into the model; what is shared with a tensor not among them gets a weight of its own."""
+    """Put these values into the model. A parameter shared with one that is not among them is untied first."""
     own, sharers = dict(model.state_dict(keep_vars=True)), _sharers(model)
     for name, value in found.items():
         target = own[name]
@@ -82,7 +86,7 @@ def load(model: nn.Module, found: Mapping[str, Tensor]) -> None:
 
 
 def _sharers(model: nn.Module) -> dict[int, list[str]]:
-    """Names of each parameter, by its identity."""
+    """All names of each parameter, by its id."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -90,8 +94,6 @@ def _sharers(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _check_trainable(name: str, module: nn.Module) -> None:
-    from fastlora.layers.nf4_linear import NF4Linear
-
     for inner in module.modules():
         if isinstance(inner, NF4Linear) or is_linear4bit(inner):
             raise ValueError(

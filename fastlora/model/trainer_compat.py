@@ -1,8 +1,8 @@
-"""What transformers asks of a model before its Trainer takes it, answered for models with fastlora's adapters.
+"""What transformers' Trainer checks before it takes a model, made true for models with fastlora's adapters.
 
-Trainer refuses a quantized model unless it sees peft's adapters on it, or its quantizer says that what is quantized
-can be trained. A model that bitsandbytes loaded and `replace_linear` adapted has trainable parts that Trainer does not
-know: its quantizer says so from then on, and in everything else stays what it was, pickled and copied too.
+Trainer refuses a quantized model unless it carries peft's adapters, or its quantizer says that the quantized model can
+be trained. Trainer does not know the adapters that `replace_linear` puts into a model loaded by bitsandbytes, so the
+model's quantizer is made to say so. It stays the same in everything else, pickled and copied too.
 """
 
 import functools
@@ -15,7 +15,7 @@ from fastlora.layers.nf4_linear import NF4Linear
 
 
 def admit_training(model: nn.Module) -> None:
-    """Let transformers' Trainer take the adapted model: see the module's text."""
+    """Let transformers' Trainer take the adapted model."""
     for module in model.modules():
         quantizer = vars(module).get("hf_quantizer")
         if quantizer is not None and not getattr(quantizer, "is_qat_trainable", False):
@@ -24,14 +24,14 @@ def admit_training(model: nn.Module) -> None:
 
 
 def let_inputs_require_grad(model: Any) -> None:
-    """Reentrant checkpointing cuts the graph where no input requires grad, as behind a frozen embedding."""
+    """Make inputs require grad under checkpointing: its reentrant kind cuts the graph after a frozen embedding."""
     checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
     if checkpointing and hasattr(model, "enable_input_require_grads") and not hasattr(model, "_require_grads_hook"):
         model.enable_input_require_grads()
 
 
 def forget_quantization(model: Any) -> None:
-    """Take the quantization out of the config of a model that has no quantized layer any more: it can be saved."""
+    """Remove the quantization from the config of a model without a quantized layer, so that it can be saved."""
     for module in model.modules():
         quantizer = vars(module).get("hf_quantizer")
         if quantizer is None or any(isinstance(m, NF4Linear) or is_linear4bit(m) for m in module.modules()):
@@ -43,7 +43,7 @@ def forget_quantization(model: Any) -> None:
 
 @functools.cache
 def _trainable(kind: Any) -> type:
-    """A subclass of a quantizer's class that says its models can be trained."""
+    """A subclass of a quantizer's class that says that its models can be trained."""
 
     def reduce(self: Any, _protocol: object) -> tuple[Any, ...]:
         return _rebuild, (kind, vars(self))

@@ -227,7 +227,7 @@ def test_experts_without_tokens_in_the_first_batch_share_no_start(first):
 def test_the_same_numbers_in_another_shape_are_another_input():
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(16, 4)})
     model.forward = lambda x: (model["a"](x), model["b"](x.reshape(-1, 16)))
-    found = eva._leaders(model, dict(model.items()), torch.ones(4, 8), eva.EvaConfig())
+    found = eva._representatives(model, dict(model.items()), torch.ones(4, 8), eva.EvaConfig())
     assert found == {"a": "a", "b": "b"}
 
 
@@ -306,7 +306,7 @@ def test_inputs_that_are_not_finite_and_searches_without_end(monkeypatch):
         replace_linear(model, init_lora_weights="eva", eva_dataloader=batches(), r=4)
     monkeypatch.setattr(eva, "MAX_BATCHES", 8)
     monkeypatch.setattr(eva, "MAX_PASSES", 2)
-    with pytest.raises(ValueError, match=r"not converged in 8 batches, .* are open: lower tau=1\.0"):
+    with pytest.raises(ValueError, match=r"not converged in 8 batches; .* have not: lower tau=1\.0"):
         replace_linear(llama(), init_lora_weights="eva", eva_dataloader=batches(), eva_config={"tau": 1.0}, r=4)
     monkeypatch.setattr(eva, "MAX_FRESH", 12)
     for rows, limit, message in ((1, 8, "none of 8 batches has more than"), (6, 12, "in 12 batches")):

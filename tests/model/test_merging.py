@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -174,6 +175,20 @@ def test_a_merge_into_bf16_is_rounded_once():
     assert ((merged.double() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
 
 
+def test_each_layer_is_freed_before_the_next_is_merged(monkeypatch):
+    model = randomize(replace_linear(llama(), r=4, quantize="nf4"))
+    layers = [weakref.ref(module) for module in model.modules() if isinstance(module, LoRALinear)]
+    original, alive = LoRALinear.to_linear, []
+
+    def watching(layer, *arguments):
+        alive.append(sum(layer() is not None for layer in layers))
+        return original(layer, *arguments)
+
+    monkeypatch.setattr(LoRALinear, "to_linear", watching)
+    merge(model, safe_merge=False)
+    assert alive == list(range(14, 0, -1))
+
+
 def small(model, size):
     """An update of this size, relative to the weights."""
     for name, parameter in model.named_parameters():
@@ -185,7 +200,7 @@ def small(model, size):
 def told(caught):
     """Share and error out of the warning."""
     message = next(str(w.message) for w in caught if "merged into NF4" in str(w.message))
-    assert "merge(model, dtype=torch.bfloat16) keeps it" in message
+    assert "merge(model, dtype=torch.bfloat16) keeps all of it" in message
     share, error = re.search(r"hold (-?\d+)% of the update, and an error ([\d.]+) times", message).groups()
     return int(share) / 100, float(error)
 

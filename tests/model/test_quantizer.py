@@ -137,7 +137,7 @@ def test_what_cannot_be_loaded(tmp_path, caplog):
             load(tmp_path / "good", quantization_config=config)
     config.modules_to_not_convert = None
     several = {"model": "cpu", "lm_head": "disk"}
-    with pytest.raises(ValueError, match="lies on one device, not on cpu, disk"):
+    with pytest.raises(ValueError, match="must be on one device, not on cpu, disk"):
         load(tmp_path / "good", quantization_config=config, device_map=several)
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     model.save_pretrained(tmp_path / "bad")

@@ -284,7 +284,7 @@ def test_layers_that_are_left_alone_and_why():
     assert why == {
         "own": "Own has a forward of its own",
         "parametrized": "parametrized: its weight is computed by other modules",
-        "patched": "it has hooks or a forward of its own, which a fused layer would not run",
+        "patched": "it has hooks or a forward of its own, which a LoRALinear would not run",
         "dispatched": "accelerate moves its inputs or weights (device_map over several devices): load the model on one "
         "device",
         "doubles": "its weight is torch.float64; fp32, bf16 or fp16 can be replaced",
@@ -301,7 +301,7 @@ def test_a_head_of_several_layers_is_left_whole():
     assert isinstance(model["body"].base_layer, NF4Linear)
     assert [type(layer) for layer in model["classifier"]] == [nn.Linear, nn.Tanh, nn.Linear]
     assert {row.reason for row in model.fastlora_report.left} == {"output head, left alone"}
-    with pytest.raises(ValueError, match="no linear layers but its output head"):
+    with pytest.raises(ValueError, match="no linear layers except its output head"):
         replace_linear(nn.ModuleDict({"classifier": nn.Linear(4, 4)}))
     with pytest.raises(ValueError, match="target_modules is None, and peft has no default for model_type=None"):
         replace_linear(nn.Sequential(nn.Linear(4, 4)), target_modules=None)
@@ -449,7 +449,7 @@ def test_report_looks_anew():
     layer = model.model.layers[0]
     layer.self_attn.q_proj = nn.Linear(64, 64)
     now = {row.name: row for row in fastlora.report(model).rows}
-    assert now["model.layers.0.self_attn.q_proj"].reason == "taken out since"
+    assert now["model.layers.0.self_attn.q_proj"].reason == "removed since"
     assert not now["model.layers.0.self_attn.q_proj"].replaced
     assert sum(row.replaced for row in now.values()) == len(model.fastlora_report.replaced) - 1
     with pytest.raises(ValueError, match="no layer of peft's"):

@@ -128,6 +128,16 @@ def test_a_head_with_a_bias_and_gpt2():
     assert model.lm_head.trained_rows is model.transformer.wte.trained_rows
 
 
+def test_an_embedding_used_in_two_places():
+    model = nn.ModuleDict({"one": nn.Embedding(8, 4), "body": nn.Linear(4, 4)})
+    model["other"] = model["one"]
+    replace_linear(model, r=2, target_modules=["body"], trainable_token_indices={"one": [5]})
+    assert model["other"] is model["one"]
+    model["one"].trained_rows.data.fill_(3)
+    torch.testing.assert_close(merge(model)["other"](torch.tensor(5)), torch.full((4,), 3.0))
+    assert model["other"] is model["one"]
+
+
 def test_it_compiles_without_a_graph_break():
     torch._dynamo.reset()
     model = adapted(llama(num_hidden_layers=1, tie_word_embeddings=True), trainable_token_indices=TOKENS)
@@ -139,8 +149,8 @@ def test_it_compiles_without_a_graph_break():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trainable_token_indices": [64]}, "64 is no token; there are 64, from 0 on"),
-        ({"trainable_token_indices": [-1]}, "-1 is no token"),
+        ({"trainable_token_indices": [64]}, "64 is not a token; there are 64, from 0 on"),
+        ({"trainable_token_indices": [-1]}, "-1 is not a token"),
         ({"trainable_token_indices": [1, 1]}, "must be a list of different tokens"),
         ({"trainable_token_indices": {"embed": [1]}}, "'embed' matches no modules; nearest: embed_tokens"),
         ({"trainable_token_indices": {"norm": [1]}}, "a LlamaRMSNorm has a forward of its own: use modules_to_save"),
