@@ -1,12 +1,12 @@
 """The table of commands: `fastlora COMMAND`, one file each in `commands/`.
 
-Heavy imports wait inside the commands, so that `--help` answers at once.
+Heavy imports are inside the commands, so that `--help` answers at once.
 """
 
 try:
     import typer
 except ModuleNotFoundError as error:
-    raise SystemExit("the fastlora command needs its extra: pip install 'fastlora[train]'") from error
+    raise SystemExit("the fastlora command needs the extra `train`: pip install 'fastlora[train]'") from error
 
 from fastlora.commands.doctor import doctor
 from fastlora.commands.keys import keys

@@ -1,11 +1,11 @@
 """Pretrain the demo's base model: a small Llama on the sources and documentation of Python's standard library.
 
     python tools/build_demo_model.py --minutes 100
-    python tools/build_demo_model.py --minutes 60 --go-on --lr 2e-3    # from the checkpoint as it stands
+    python tools/build_demo_model.py --minutes 60 --go-on --lr 2e-3    # continue from the existing checkpoint
 
 Writes a Hugging Face checkpoint (config, bf16 safetensors, tokenizer) to `fastlora/demo/model/`.
-The modules that `fastlora.demo.stdlib_data` holds out never enter the corpus, so the demo's evaluation
-is on text the base model has not seen. Roughly 100 minutes on two CPU cores with AVX512-BF16.
+The corpus leaves out the modules that `fastlora.demo.stdlib_data` holds out, so the demo is evaluated on text
+that the base model has not seen. It takes about 100 minutes on two CPU cores with AVX512-BF16.
 """
 
 import argparse
@@ -29,7 +29,7 @@ OUT = Path(__file__).resolve().parent.parent / "fastlora" / "demo" / "model"
 
 
 def corpus() -> list[str]:
-    """The documents to learn from: the library's sources, and the language reference that pydoc ships."""
+    """The documents to learn from: the library's sources, and the language reference that comes with pydoc."""
     return stdlib_data.plain_sources(held_out=False) + [str(text) for text in topics.values()]
 
 
@@ -56,7 +56,7 @@ def build_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model() -> LlamaForCausalLM:
-    """3.9 M parameters; every linear's K is a multiple of NF4's block of 64."""
+    """A Llama of 3.9 M parameters; K of every linear layer is a multiple of NF4's block of 64."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -74,14 +74,14 @@ def build_model() -> LlamaForCausalLM:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
-    """All documents end to end, each closed by the end-of-text token: [tokens], int64."""
+    """[tokens] int64: all documents end to end, each followed by the end-of-text token."""
     encodings = tokenizer(documents, add_special_tokens=False)["input_ids"]
     flat = [token for ids in encodings for token in [*ids, tokenizer.eos_token_id]]
     return torch.tensor(flat)
 
 
 def windows(stream: torch.Tensor, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """`batch` random windows of the stream: [batch, length]."""
+    """[batch, length]: random windows of the stream."""
     starts = torch.randint(0, len(stream) - length, (batch,), generator=generator)
     return torch.stack([stream[start : start + length] for start in starts.tolist()])
 
@@ -101,7 +101,7 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int) ->
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dict[str, float]) -> None:
-    """Checkpoint in bf16, with what was measured in `training.json`."""
+    """Write the checkpoint in bf16, and what was measured in `training.json`."""
     copy.deepcopy(model).bfloat16().save_pretrained(OUT)
     tokenizer.save_pretrained(OUT)
     (OUT / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -109,11 +109,11 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=100, help="length of the run; the schedule follows the clock")
+    parser.add_argument("--minutes", type=float, default=100, help="length of the run; the schedule goes by the clock")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--go-on", action="store_true", help="from the weights that are there; optimizer anew")
+    parser.add_argument("--go-on", action="store_true", help="continue from the existing weights, with a new optimizer")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def main() -> None:
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(1 + tokens_before)  # other windows than before
+    generator = torch.Generator().manual_seed(1 + tokens_before)  # not the windows of the earlier run
     start, step, running = time.monotonic(), 0, math.log(VOCAB_SIZE)
 
     def checkpoint() -> None:

@@ -1,4 +1,4 @@
-"""What this machine can do: versions, devices, which code runs on each of them and why, and what would help."""
+"""What this machine can do: versions, devices, the code that runs on each and why, and what would help."""
 
 import importlib.metadata
 import platform
@@ -13,21 +13,21 @@ from fastlora.kernels import choice
 from fastlora.native import cpu
 from fastlora.ops.backend import backend, compiled_decode
 
-# Distribution -> what it is needed for; `pip install fastlora[extra]` where an extra has it.
+# Distribution -> what it is needed for, and the extra of fastlora that installs it.
 PACKAGES = {
     "torch": "everything",
     "triton": "kernels on NVIDIA GPUs",
     "transformers": "fastlora train (fastlora[train])",
     "accelerate": "fastlora train (fastlora[train])",
     "datasets": "dataset_name in a recipe (fastlora[train])",
-    "peft": "LoraConfig, and reading adapters elsewhere (fastlora[bench])",
+    "peft": "LoraConfig, and models that peft has wrapped (fastlora[train])",
     "bitsandbytes": "models already in bitsandbytes' 4 bits (fastlora[bnb])",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what, what was found, whether it is as good as it gets, and what to do if not."""
+    """One line of the report: what was looked at, what was found, whether that is the best there is, and advice."""
 
     what: str
     found: str
@@ -51,7 +51,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine. Reads only; never raises for want of a device or package."""
+    """Look at this machine. Changes nothing, and raises nothing for a missing device or package."""
     return Diagnosis(_versions(), _devices(), _backends())
 
 
@@ -69,7 +69,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         for line in diagnosis.advice:
             console.print(f"  • {line}", highlight=False, markup=False)
     else:
-        console.print("nothing to do: every backend this machine can have is live")
+        console.print("nothing to do: every backend that this machine can have is live")
 
 
 def version_of(package: str) -> str | None:
@@ -100,7 +100,7 @@ def _devices() -> list[Finding]:
     if torch.cuda.is_available():
         return findings
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        advice = "a GPU driver is here, but this torch is a CPU build: install the CUDA build from pytorch.org"
+        advice = "this machine has a GPU driver, but torch is a CPU build: install the CUDA build from pytorch.org"
         return [*findings, Finding("cuda", "no: torch is a CPU build", False, advice)]
     built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
     return [*findings, Finding("cuda", f"no NVIDIA GPU is visible ({built})", False)]
@@ -123,7 +123,7 @@ def _backends() -> list[Finding]:
 
 
 def _cuda_kernels() -> list[Finding]:
-    """The compiled decode kernel, and which rows of the table of choices count on each GPU."""
+    """The compiled decode kernel, and the rows of the table of choices that apply to each GPU."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if not devices:
         return [Finding("compiled decode", "idle: it needs an NVIDIA GPU", False)]

@@ -1,4 +1,4 @@
-"""`fastlora doctor`: what runs on this machine, and why not more."""
+"""`fastlora doctor`: what runs on this machine, what does not, and why."""
 
 
 def doctor() -> None:

@@ -1,4 +1,4 @@
-"""`fastlora keys`: what a recipe may say."""
+"""`fastlora keys`: the keys of a recipe."""
 
 
 def keys() -> None:

@@ -1,4 +1,4 @@
-"""`fastlora train`: fine-tune as a recipe says, or run the demo."""
+"""`fastlora train`: fine-tune by a recipe, or run the demo."""
 
 import os
 import shlex
@@ -10,16 +10,16 @@ import typer
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="a YAML file, or the name of a built-in recipe; none: the demo")
+        str | None, typer.Argument(help="a YAML file or the name of a built-in recipe; without one, the demo")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key; may be repeated")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in output_dir")] = False,
 ) -> None:
-    """Fine-tune a model as a recipe says; without one, the demo: a small model that ships with fastlora.
+    """Fine-tune a model by a recipe; without a recipe, run the demo on a small model that ships with fastlora.
 
-    Ctrl-C saves a checkpoint and stops; the same command with --resume continues.
+    Ctrl-C saves a checkpoint and stops; the same command with --resume continues the run.
     """
     from rich.console import Console
 
@@ -41,7 +41,7 @@ def train(
     if result.interrupted is not None:
         set_again = [word for override in overrides or [] for word in ("--set", override)]
         words = ["fastlora", "train", *([recipe] if recipe else []), *set_again, "--resume"]
-        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        if os.environ.get("RANK", "0") == "0":  # only one of several processes prints it
             console.print(f"continue with: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(128 + signal.Signals[result.interrupted])
 

@@ -1,4 +1,4 @@
-"""`fastlora version`: which one this is."""
+"""`fastlora version`."""
 
 
 def version() -> None:

@@ -1,1 +1,1 @@
-"""A complete fine-tuning run on a model that is embedded here: nothing to download."""
+"""A complete fine-tuning run on a model that ships with the package: nothing to download."""

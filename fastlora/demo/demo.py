@@ -1,12 +1,12 @@
-"""The demo: a language model is fine-tuned with QLoRA, start to end, with nothing to download.
+"""The demo: a language model is fine-tuned with QLoRA from start to end, with nothing to download.
 
-The base is a 4 M-parameter Llama that has read the sources of Python's standard library. It has never
-seen a question, nor stopped after an answer. The demo quantizes it to NF4, hangs rank-16 adapters on every
-linear layer, teaches it to answer "what does this function do?" with the first line of the docstring, and
-asks it about modules that neither the pretraining nor the fine-tuning saw.
+The base is a 4 M-parameter Llama that was trained on the sources of Python's standard library. It has never seen a
+question and does not stop after an answer. The demo quantizes it to NF4, puts rank-16 adapters on every linear layer,
+teaches it to answer "what does this function do?" with the first line of the docstring, and asks it about modules that
+neither the pretraining nor the fine-tuning saw.
 
-It is the recipe `recipes/demo.yaml` and two hooks around the one loop, `training.loop`; whatever can be
-set there can be set here: `fastlora train --set max_steps=50`.
+It consists of the recipe `recipes/demo.yaml` and two hooks around the same loop, `training.loop`. Every key can be set
+as in any run: `fastlora train --set max_steps=50`.
 """
 
 import copy
@@ -35,20 +35,21 @@ from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.backend import backend
 from fastlora.training.data import IGNORED, collate
-from fastlora.training.loop import Hooks, Result, Run, load_base, train
+from fastlora.training.loop import Hooks, Result, train
 from fastlora.training.recipe import Recipe, from_mapping, parse_overrides, read
+from fastlora.training.run import Run, load_base
 
 MODEL = Path(__file__).resolve().parent / "model"
 QUESTIONS = 3
 ANSWER_TOKENS = 40
 WINDOWS, WINDOW = 48, 256  # of plain held-out source, for the perplexity; in tokens
 WINDOW_CHARS = 8 * WINDOW  # more than a window needs
-SAME_LOGITS = 1e-4  # of the largest logit: fp32 rounding in another order, and no more
+SAME_LOGITS = 1e-4  # of the largest logit: what fp32 rounding in another order explains
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured twice, before and after: answers to `QUESTIONS` questions, perplexity on plain source."""
+    """What is measured before and after: answers to `QUESTIONS` questions, and perplexity on plain source."""
 
     answers: list[str]
     perplexity: float
@@ -57,10 +58,10 @@ class Measured:
 def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | None = None) -> Result:
     """Make the data, train, compare before and after, and leave everything in `output_dir` (runs/demo).
 
-    The demo's own last run is moved to `<output_dir>.previous`, in place of the one before.
+    The demo's last run is moved to `<output_dir>.previous`; an older one there is deleted.
 
     Raises:
-        ValueError: as `fastlora.train.train`; a directory that holds another run is not touched.
+        ValueError: as `training.loop.train`; a directory that holds another run is not touched.
     """
     began = time.perf_counter()
     console = console or Console()
@@ -71,14 +72,14 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
         _set_aside(directory, recipe, console)
         _check_untouched(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")  # makes it the demo's own
+        (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")  # marks it as the demo's
     _write_pairs(Path(str(recipe.train_file)), stdlib_data.instruction_pairs(held_out=False))
     _write_pairs(Path(str(recipe.eval_file)), stdlib_data.instruction_pairs(held_out=True))
     return train(recipe, resume, BeforeAndAfter(began), console)
 
 
 def recipe_with_data(overrides: Iterable[str] = ()) -> Recipe:
-    """`recipes/demo.yaml` under `overrides`, with the model and the data it leaves open."""
+    """`recipes/demo.yaml` with `overrides`, and the model and the data that it does not name."""
     values = {"model_name_or_path": str(MODEL), **read("demo"), **parse_overrides(overrides)}
     data = Path(str(values["output_dir"])) / "data"
     files = {"train_file": str(data / "train.jsonl"), "eval_file": str(data / "eval.jsonl")}
@@ -86,7 +87,7 @@ def recipe_with_data(overrides: Iterable[str] = ()) -> Recipe:
 
 
 class BeforeAndAfter(Hooks):
-    """Measures before the first step and after the last, and shows both side by side."""
+    """Measures before the first step and after the last, and shows both."""
 
     def __init__(self, began: float) -> None:
         self.began = began  # time.perf_counter() when the demo started
@@ -121,7 +122,7 @@ def measure(run: Run, pairs: list[stdlib_data.Pair]) -> Measured:
 
 
 def answer(run: Run, prompt: str) -> str:
-    """What the model says after `prompt`, taking the likeliest token each time."""
+    """What the model says after `prompt`, decoded greedily."""
     inputs = run.tokenizer(prompt, return_tensors="pt").to(run.accelerator.device)
     out = run.model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
@@ -135,7 +136,7 @@ def answer(run: Run, prompt: str) -> str:
 
 
 def perplexity(run: Run) -> float:
-    """Per token, on `WINDOWS` evenly spaced windows of the held-out modules' source, no question in sight."""
+    """Per token, on `WINDOWS` evenly spaced windows of the held-out modules' source, without questions."""
     text = "\n".join(stdlib_data.plain_sources(held_out=True))
     starts = torch.linspace(0, len(text) - WINDOW_CHARS, WINDOWS).long().tolist()
     cuts = [text[start : start + WINDOW_CHARS] for start in starts]
@@ -154,11 +155,11 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
     """Open the saved adapter in peft, over the same dequantized base, and compare logits in fp32.
 
     Returns:
-        The largest difference on eight held-out examples, and the largest logit; None where peft is not installed.
+        The largest difference on eight held-out examples, and the largest logit; None if peft is not installed.
     Raises:
-        RuntimeError: the logits are not the same.
+        RuntimeError: the logits differ by more than `SAME_LOGITS` of the largest.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of what is not needed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of what is not needed
     try:
         from peft import PeftModel
     except ModuleNotFoundError:
@@ -173,23 +174,23 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
         if isinstance(module, LoRALinear) and isinstance(module.base_layer, NF4Linear):
             base.get_submodule(name).weight.copy_(module.base_layer.weight.dequantize(torch.float32))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers'
         theirs = PeftModel.from_pretrained(base, str(run.directory)).eval()
     real = inputs["attention_mask"].bool()
     expected, found = theirs(**inputs).logits[real], ours(**inputs).logits[real]  # type: ignore[operator]
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
     if not difference <= SAME_LOGITS * largest:
-        raise RuntimeError(f"the adapter gives other logits in peft: they differ by {difference:.2e}")
+        raise RuntimeError(f"the adapter gives other logits in peft: they differ by up to {difference:.2e}")
     return difference, largest
 
 
 def _set_aside(directory: Path, recipe: Recipe, console: Console) -> None:
-    """Move the demo's last run out of the way; what is not the demo's is left for `train` to refuse."""
+    """Move the demo's last run away. Anything else stays, and is refused later."""
     if not _is_demo(directory, recipe):
         return
     previous = directory.with_name(f"{directory.name}.previous")
     if previous.exists() and not _is_demo(previous, recipe):
-        raise ValueError(f"output_dir: {directory} would move to {previous}, which is not the demo's: move that away")
+        raise ValueError(f"output_dir: {directory} would replace {previous}, which is not the demo's: move that away")
     shutil.rmtree(previous, ignore_errors=True)
     directory.rename(previous)
     console.print(f"the last run of the demo is now in {previous}", highlight=False)
@@ -202,11 +203,11 @@ def _is_demo(directory: Path, recipe: Recipe) -> bool:
 
 
 def _check_untouched(directory: Path) -> None:
-    """Raise ValueError where the directory holds anything: the demo writes its data before the run checks it."""
+    """Raise ValueError if the directory holds anything: the demo writes its data before the run would check it."""
     found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     if found:
-        told = ", ".join(found[:4])
-        raise ValueError(f"output_dir: {directory} already holds a run or other files ({told}); give another one")
+        listed = ", ".join(found[:4])
+        raise ValueError(f"output_dir: {directory} already holds a run or other files ({listed}); give another one")
 
 
 def _write_pairs(path: Path, pairs: list[stdlib_data.Pair]) -> None:
@@ -216,7 +217,7 @@ def _write_pairs(path: Path, pairs: list[stdlib_data.Pair]) -> None:
 
 
 def _questions(pairs: list[stdlib_data.Pair]) -> list[stdlib_data.Pair]:
-    """Evenly spaced among public functions: chosen before any answer is seen."""
+    """Questions evenly spaced among the public functions, so that no answer influences the choice."""
     plain = [pair for pair in pairs if "._" not in pair.prompt and "`_" not in pair.prompt] or pairs
     return [plain[(2 * i + 1) * len(plain) // (2 * QUESTIONS)] for i in range(QUESTIONS)]
 
@@ -260,13 +261,13 @@ def _summary(run: Run, before: Measured, after: Measured, seconds: float) -> dic
 
 
 def _frozen_parameters(model: nn.Module) -> int:
-    """Weights of the base: NF4 ones are buffers, two to a byte, and count as what they stand for."""
+    """The number of weights of the base. NF4 weights are buffers, two per byte; each weight counts."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
     return packed + sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
 def _answers_table(pairs: list[stdlib_data.Pair], before: Measured, after: Measured) -> Table:
-    table = Table(title="three questions about modules it has never seen", title_justify="left", show_header=False)
+    table = Table(title="questions about modules it has never seen", title_justify="left", show_header=False)
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
     for pair, then, now in zip(pairs, before.answers, after.answers, strict=True):
@@ -283,7 +284,7 @@ def _one_line(text: str) -> str:
 
 
 def _numbers_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="what came of it", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title="the result", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("", "before", "after", ""):
         table.add_column(column, justify="left" if not column else "right")
     fell, first = summary["held_out_loss_fell_by"], summary["held_out_loss_before"]

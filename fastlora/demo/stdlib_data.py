@@ -1,8 +1,8 @@
-"""Text from Python's standard library: the corpus and the questions of the embedded demo.
+"""Text from Python's standard library: the corpus and the questions of the demo.
 
-Nothing is downloaded and nothing is imported: the sources that lie beside the running interpreter
-are parsed with `ast`. Whole modules are held out by a hash of their name, so that neither the
-pretraining of the demo model nor its fine-tuning has seen what the evaluation asks.
+Nothing is downloaded or imported: the sources that come with the running interpreter are parsed with `ast`. Whole
+modules are held out, chosen by a hash of their name, so that neither the pretraining of the demo model nor its
+fine-tuning sees what the evaluation asks.
 """
 
 import ast
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Not the library itself (tests), or tables rather than text (codecs, generated topics).
+# Not the library itself (tests), or tables instead of text (codecs, generated topics).
 SKIPPED_FOLDERS = frozenset(
     [
         "test",
@@ -57,13 +57,13 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def is_held_out(module: str) -> bool:
-    """Whether `module` belongs to the evaluation. A private twin (`_pyio`) goes with its public name."""
+    """Whether `module` belongs to the evaluation. A private twin (`_pyio`) is treated as its public module."""
     public = ".".join(part.removeprefix("_py").lstrip("_") for part in module.split("."))
     return zlib.crc32(public.encode()) % HELD_OUT_SHARE == 0
 
 
 def read_source(path: Path) -> str:
-    """The text of one source file; undecodable bytes are replaced, as a tokenizer needs text."""
+    """The text of one source file; bytes that cannot be decoded are replaced, as a tokenizer needs text."""
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -86,7 +86,7 @@ def _first_line(docstring: str | None) -> str:
 
 
 def pairs_of(module: str, source: str) -> list[Pair]:
-    """The questions and answers of one module; modules that this Python cannot parse give none."""
+    """The questions and answers of one module; none if this Python cannot parse it."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -97,7 +97,7 @@ def pairs_of(module: str, source: str) -> list[Pair]:
         signature = f"{name}({ast.unparse(node.args)})"
         if not MIN_ANSWER_CHARS <= len(answer) <= MAX_ANSWER_CHARS or len(signature) > MAX_SIGNATURE_CHARS:
             continue
-        if not answer.endswith("."):  # the sentence goes on in the next line: no answer ends there
+        if not answer.endswith("."):  # the sentence continues on the next line
             continue
         found.append(Pair(module, f"Question: What does `{signature}` do?\nAnswer:", f" {answer}"))
     return found
@@ -106,7 +106,7 @@ def pairs_of(module: str, source: str) -> list[Pair]:
 def instruction_pairs(held_out: bool) -> list[Pair]:
     """All questions of the modules that are (not) held out, each answer once.
 
-    An answer that stands in both halves is kept for training alone: evaluation asks nothing seen.
+    An answer that occurs in both halves is kept only for training, so that evaluation asks nothing already seen.
     """
     return list(_halves()[held_out])
 

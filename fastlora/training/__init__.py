@@ -1,1 +1,1 @@
-"""The loop: from a recipe and data to a checkpoint that a run can go on from."""
+"""Training runs: recipe, data, loop, and checkpoints from which a run can continue."""

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: whole or not there, verified when read, and enough to continue bit for bit.
+"""Checkpoints of a run: written whole or not at all, verified when read, and enough to continue bit for bit.
 
     checkpoint-<step>/  adapter_model.safetensors, adapter_config.json   the adapter, in peft's format
                         optimizer.pt, rng-<process>.pt                   moments; python, numpy, torch, CUDA generators
                         trainer_state.json                               step, recipe, and a hash of each other file
 
-Data and learning rate are functions of the step, so they need no state of their own.
+Data and learning rate are functions of the step, so they need no state.
 """
 
 import hashlib
@@ -21,18 +21,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastlora.adapters.adapter import load_adapter, save_adapter
+from fastlora.files import atomic
 
 STATE_FILE = "trainer_state.json"
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps at which `directory` holds a checkpoint, ascending."""
+    """The steps of which `directory` holds a checkpoint, ascending."""
     names = (path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """The directory of the checkpoint of `step`."""
     return directory / f"checkpoint-{step}"
 
 
@@ -45,7 +46,7 @@ def save(
     facts: dict[str, Any],
     keep: int | None = None,
 ) -> Path:
-    """Write `checkpoint-<step>` under another name, rename it, and then drop all but the `keep` newest.
+    """Write `checkpoint-<step>` under another name, rename it, then delete all except the `keep` newest.
 
     Every process calls it. `facts` go into `trainer_state.json` as they are.
     """
@@ -65,17 +66,17 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         if keep is not None:
-            # Later steps can only be damaged leftovers from before a resume, not what "newest" means.
+            # Checkpoints of later steps can only be damaged ones from before a resume: they do not count as newest.
             for old in [s for s in steps(directory) if s <= step][:-keep]:
                 shutil.rmtree(path_of(directory, old))
     return final
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `trainer_state.json` says, once every file is found to be as it was written.
+    """The contents of `trainer_state.json`, once every file is found to be as it was written.
 
     Raises:
-        ValueError: naming the file that is missing or damaged.
+        ValueError: a file is missing or damaged; the message names it.
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -94,7 +95,7 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any], list[str]]:
     """The newest checkpoint that is whole, its state, and what is wrong with each newer one.
 
     Raises:
-        ValueError: there is none; each damaged one is named.
+        ValueError: there is none; the message names each damaged one.
     """
     damaged: list[str] = []
     for step in reversed(steps(directory)):
@@ -107,7 +108,7 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process: int) -> None:
-    """Adapter, moments and random generators of one process, as they were when `path` was saved."""
+    """Set the adapter, the moments and one process's random generators to what they were when `path` was saved."""
     load_adapter(model, path)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     set_rng_state(torch.load(path / f"rng-{process}.pt", map_location="cpu", weights_only=True))
@@ -133,13 +134,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
         saved, here = len(state["cuda"]), torch.cuda.device_count()
         warnings.warn(
             f"the checkpoint has the random generators of {saved} GPUs, this machine has {here}: "
-            "the run goes on with other random numbers than an undisturbed one",
+            "the run continues with other random numbers than an uninterrupted one",
             stacklevel=2,
         )
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be made again, and a last line that was never finished."""
+    """Delete the lines of steps that will be made again, and an unfinished last line."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         try:
@@ -148,14 +149,7 @@ def cut_metrics(path: Path, step: int) -> None:
             break
         if made <= step:
             kept.append(line)
-    write_atomically(path, "".join(kept))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `path` so that a reader finds the old text or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    atomic.write_text(path, "".join(kept))
 
 
 def _sha256(path: Path) -> str:

@@ -1,14 +1,14 @@
 """From files or `datasets` to the batches of a run.
 
-Records have TRL's formats, one format a file:
+Records are in TRL's formats, one format per file:
 
-- `{"text": ...}`: loss on every token, the end-of-text token included;
+- `{"text": ...}`: loss on every token, including the end-of-text token;
 - `{"prompt": ..., "completion": ...}`: loss on the completion and the end-of-text token;
 - `{"messages": [{"role": ..., "content": ...}, ...]}`: the tokenizer's chat template, loss on what the
-  assistant says. That needs a template with generation marks; one without is refused, never guessed.
+  assistant says. The template must mark that (`{% generation %}`); one without marks is refused.
 
-All examples lie end to end in two flat arrays (`TokenSet`). What a step trains on is a pure function of
-(seed, step): `BatchPlan` keeps no state, so resuming needs nothing but the number of the step.
+All examples are stored end to end in two flat arrays (`TokenSet`). What a step trains on is a pure function
+of (seed, step): `BatchPlan` has no state, so the number of the step is enough to resume.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ import torch
 
 from fastlora.training.recipe import Recipe
 
-IGNORED = -100  # a label that is no target: torch.nn.functional.cross_entropy's ignore_index
+IGNORED = -100  # label of a token that is not a target: torch.nn.functional.cross_entropy's ignore_index
 FORMATS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
-PAD_MULTIPLE = 8  # lengths of batches, so that products have a friendly M
+PAD_MULTIPLE = 8  # batches are padded to a multiple of this length, so that M suits the kernels
 GROUP_WINDOW = 50  # group_by_length sorts by length within this many micro-batches
 
-Record = tuple[str, dict[str, Any]]  # where it stands ("data.jsonl:7"), and its fields
+Record = tuple[str, dict[str, Any]]  # where it is ("data.jsonl:7"), and its fields
 Encoded = tuple[list[int], list[int]]  # input_ids, labels
 
 
@@ -54,28 +54,28 @@ class TokenSet:
         return np.diff(self.offsets)
 
     def fingerprint(self) -> str:
-        """A hash of tokens, labels and bounds: the same data, wherever the file lies."""
+        """A hash of tokens, labels and offsets: equal for the same data, wherever the file is."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.labels, self.offsets):
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
     def summary(self) -> str:
-        """One line for the user: how many examples and targets, and what was cut or left out."""
+        """One line for the user: how many examples and targets, and how many were cut or left out."""
         targets = int((self.labels != IGNORED).sum())
         line = f"{len(self):,} examples, {len(self.tokens):,} tokens, {targets:,} with loss"
         if self.truncated:
             line += f"; {self.truncated:,} cut at max_length"
         if self.dropped:
-            line += f"; {self.dropped:,} left out, as the cut left nothing to learn"
+            line += f"; {self.dropped:,} left out, as they have nothing to learn"
         return line
 
 
 def load(recipe: Recipe, tokenizer: Any, evaluation: bool = False) -> TokenSet | None:
-    """The training (or evaluation) examples that `recipe` names, tokenized; None if it names no evaluation.
+    """The training (or evaluation) examples that `recipe` names, tokenized; None if it names no evaluation data.
 
     Raises:
-        ValueError: naming file and line of what cannot be used, and why.
+        ValueError: a record that cannot be used; the message names its file and line, and says why.
     """
     if recipe.dataset_name is not None and not (evaluation and recipe.eval_file is not None):
         split = recipe.dataset_test_split if evaluation else recipe.dataset_train_split
@@ -91,10 +91,10 @@ def load(recipe: Recipe, tokenizer: Any, evaluation: bool = False) -> TokenSet |
 
 
 def read_file(path: str | Path) -> list[Record]:
-    """The records of a JSONL file (one object a line), or of a JSON file (one list of objects).
+    """The records of a JSONL file (one object per line), or of a JSON file (one list of objects).
 
     Raises:
-        ValueError: naming file and line of an empty or malformed line.
+        ValueError: no such file, or an empty or malformed line; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,7 +109,7 @@ def read_file(path: str | Path) -> list[Record]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
         if not isinstance(rows, list):
-            raise ValueError(f"{path}: expected a list of objects; name it .jsonl if it has one object a line")
+            raise ValueError(f"{path}: expected a list of objects; name it .jsonl if it has one object per line")
         numbered = [(f"{path}: record {number}", row) for number, row in enumerate(rows, 1)]
     else:
         lines = text.removesuffix("\n").split("\n") if text else []
@@ -145,7 +145,7 @@ def tokenize(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Token
     """Records of one format as a `TokenSet`, cut at `recipe.max_length`.
 
     Raises:
-        ValueError: a record of another format, an empty or mistyped field, or nothing left to learn.
+        ValueError: a record of another format, an empty field or one of the wrong type, or nothing to learn.
     """
     keys = next((f for f in FORMATS if all(k in records[0][1] for k in f)), None)
     if keys is None:
@@ -202,7 +202,7 @@ def _encode_text(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> I
 
 
 def _encode_pairs(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Iterable[Encoded]:
-    """The pair is tokenized as one text. A token across the border counts as completion."""
+    """Each pair is tokenized as one text. A token across the border counts as completion."""
     prompts = tokenizer([row["prompt"] for _, row in records])["input_ids"]
     wholes = tokenizer([row["prompt"] + row["completion"] for _, row in records])["input_ids"]
     for prompt, whole in zip(prompts, wholes, strict=True):
@@ -220,14 +220,14 @@ def _encode_messages(records: Sequence[Record], tokenizer: Any, recipe: Recipe) 
         raise ValueError(
             f"assistant_only_loss: the chat template of {tokenizer.name_or_path!r} does not mark what the assistant "
             "says ({% generation %} ... {% endgeneration %}). Use a template that does, or set "
-            "assistant_only_loss=false to learn every token, the user's included."
+            "assistant_only_loss=false to learn every token, including the user's."
         )
     for where, row in records:
         try:
             out = tokenizer.apply_chat_template(
                 row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=masked
             )
-        except Exception as error:  # a Jinja template raises what it likes
+        except Exception as error:  # a Jinja template may raise anything
             raise ValueError(f"{where}: the chat template refuses these messages ({error})") from error
         ids = list(out["input_ids"])
         mask = out["assistant_masks"] if masked else [1] * len(ids)
@@ -257,7 +257,7 @@ def collate(examples: TokenSet, rows: Sequence[int], pad_token_id: int) -> dict[
 
 
 def count_targets(batch: dict[str, torch.Tensor]) -> int:
-    """The tokens of a collated batch that carry loss; the first of a row is predicted from nothing."""
+    """The number of tokens of a collated batch that carry loss; a row's first token is predicted from nothing."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
@@ -265,8 +265,8 @@ def count_targets(batch: dict[str, torch.Tensor]) -> int:
 class BatchPlan:
     """Which examples each step trains on: a pure function of the step's number.
 
-    An epoch's last step takes what is left, in fewer or smaller micro-batches. With several processes a
-    micro-batch of `batch * processes` examples is dealt out in runs of `batch`.
+    An epoch's last step takes what is left, in fewer or smaller micro-batches. With several processes, each takes
+    `batch` consecutive examples of a micro-batch of `batch * processes`.
     """
 
     lengths: np.ndarray
@@ -282,7 +282,7 @@ class BatchPlan:
         return -(-len(self.lengths) // (self.batch * self.processes * self.accumulation))
 
     def micro_batches(self, step: int, process: int = 0) -> list[list[int]]:
-        """The rows of each forward pass of one process in `step` (from 0). Empty where too few rows were left."""
+        """The rows of each forward pass of one process in `step` (from 0); empty if too few rows were left."""
         epoch, position = divmod(step, self.steps_per_epoch)
         whole = self.batch * self.processes
         order = _epoch_order(self, epoch)[position * whole * self.accumulation :][: whole * self.accumulation]
@@ -292,7 +292,7 @@ class BatchPlan:
 
 @lru_cache(maxsize=2)
 def _epoch_order(plan: BatchPlan, epoch: int) -> np.ndarray:
-    """The rows of an epoch in the order of training: [examples] int64."""
+    """[examples] int64: the rows of an epoch in the order of training."""
     count = len(plan.lengths)
     if plan.strategy == "sequential":
         return np.arange(count)

@@ -1,13 +1,13 @@
-"""One training run, from a recipe to an adapter: a single loop, on `accelerate`, for one process or many.
+"""The training loop: from a recipe to an adapter, on `accelerate`, in one process or several.
 
-A step reads its micro-batches from `BatchPlan`, sums the cross-entropy over the *target tokens* of all of
-them, on all processes, and divides by their number: how a step is cut into micro-batches changes nothing
-but memory. Then clip, AdamW, one line in `metrics.jsonl`. The learning rate and the data are pure
-functions of the step, so a checkpoint holds the adapter (in peft's format), the optimizer's moments, the
-states of the random generators and a number; continuing from it gives the same bits as never stopping.
+A step sums the cross-entropy over the *target tokens* of all its micro-batches, on all processes, and divides by their
+number, so how a step is divided into micro-batches affects only memory. Then it clips the gradient, takes an AdamW step
+and writes one line to `metrics.jsonl`. The learning rate and the data are pure functions of the step, so a checkpoint
+holds the adapter (in peft's format), the optimizer's moments, the states of the random generators and a number. A run
+continued from it gives the same bits as one that never stopped.
 
     run directory           recipe.yaml, metrics.jsonl, loss.png, adapter_model.safetensors, adapter_config.json
-    checkpoint-<step>       in it: what `fastlora.training.checkpoint` says
+      checkpoint-<step>     as `fastlora.training.checkpoint` says
 """
 
 import dataclasses
@@ -16,10 +16,9 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,65 +26,29 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
 from fastlora.adapters.adapter import save_adapter
-from fastlora.model.replace import replace_linear
+from fastlora.files import atomic
 from fastlora.training import checkpoint, data, plots
-from fastlora.training.recipe import Recipe, check_resumable, learning_rate
-
-RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
-
-
-@dataclass(eq=False)
-class Run:
-    """A run under way, as hooks and evaluation see it. `model` is the bare model, adapters included."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    console: Console
-    tokenizer: Any
-    model: nn.Module
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    train_set: data.TokenSet
-    eval_set: data.TokenSet | None
-    plan: data.BatchPlan
-    total_steps: int
-    step: int = 0
-    loss: float = math.nan
-    eval_losses: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def directory(self) -> Path:
-        """Where the run's files lie."""
-        return Path(self.recipe.output_dir)
-
-    @property
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer moves."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def autocast(self) -> torch.autocast:
-        """The precision of a forward pass, in training and evaluation alike."""
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bool(self.recipe.bf16))
+from fastlora.training.recipe import Recipe, learning_rate
+from fastlora.training.run import Run, checked_directory, has_bf16, prepare, resume_from
 
 
 class Hooks:
-    """What a caller adds to a run: override the moments of interest."""
+    """What a caller adds to a run: override either method."""
 
     def on_start(self, run: Run) -> None:
-        """The model carries its adapters (a resumed run: the trained ones); no step has been made.
+        """Called before the first step; the model has its adapters, those of a resumed run as trained so far.
 
-        By default it says which layers were replaced, and what they run on.
+        By default it prints which layers were replaced, and what they run on.
         """
         run.console.print(run.model.fastlora_report.summary(), highlight=False)  # type: ignore[operator, union-attr]
 
     def on_end(self, run: Run) -> None:
-        """All steps are made and the adapter is saved. Not called when a run is interrupted."""
+        """Called after the last step, once the adapter is saved; not called if the run is interrupted."""
 
 
 @dataclass(frozen=True)
@@ -101,26 +64,26 @@ class Result:
 
 
 def train(recipe: Recipe, resume: bool = False, hooks: Hooks | None = None, console: Console | None = None) -> Result:
-    """Run `recipe` to its end, or until SIGINT or SIGTERM, which save a checkpoint first.
+    """Run `recipe` to its end, or until SIGINT or SIGTERM, which saves a checkpoint first.
 
     Raises:
         ValueError: unusable data, a run already in `output_dir` without `resume`, nothing to resume, or a
             recipe that differs from the saved one.
-        FloatingPointError: a loss or gradient that is not finite; the update was not made.
+        FloatingPointError: a loss or gradient that is not finite; that update is not made.
     """
     hooks = hooks or Hooks()
     if recipe.bf16 is None:
         recipe = recipe.replace(bf16=has_bf16(recipe.use_cpu))
     console = console or Console()
-    saved = _checked_directory(recipe, resume, console)
+    saved = checked_directory(recipe, resume, console)
     run = prepare(recipe, console)
     if saved is not None:
-        _resume(run, *saved)
+        resume_from(run, *saved)
     else:
-        set_seed(recipe.seed + run.accelerator.process_index)  # each process its own dropout
+        set_seed(recipe.seed + run.accelerator.process_index)  # different dropout in each process
     if run.accelerator.is_main_process:
         run.directory.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(run.directory / "recipe.yaml", recipe.to_yaml())
+        atomic.write_text(run.directory / "recipe.yaml", recipe.to_yaml())
     device = run.accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         hooks.on_start(run)
@@ -136,7 +99,7 @@ def train(recipe: Recipe, resume: bool = False, hooks: Hooks | None = None, cons
 
 
 def _loop(run: Run) -> str | None:
-    """All steps that are left. The name of the signal that ended it early, or None."""
+    """Make all steps that are left. Returns the name of the signal that ended it early, or None."""
     recipe = run.recipe
     if recipe.eval_on_start and run.step == 0:
         _evaluate_and_log(run)
@@ -156,13 +119,13 @@ def _loop(run: Run) -> str | None:
                 break
     if run.step == run.total_steps:
         return None
-    name = caught[0] if caught else "SIGTERM"  # another process was told
+    name = caught[0] if caught else "SIGTERM"  # only another process got the signal
     run.console.print(f"[yellow]Stopped by {name} after step {run.step} of {run.total_steps}; checkpoint saved.[/]")
     return name
 
 
 def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], int]:
-    """One optimizer step: `run.step` is its number from 0.
+    """One optimizer step; `run.step` is its number, from 0.
 
     Returns:
         Its line for `metrics.jsonl`, and how many signals all processes together have `caught`.
@@ -206,12 +169,13 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
 
 
 def target_loss(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats. Only their logits are widened."""
+    """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats. Only their logits become fp32."""
     with run.autocast():
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     labels = batch["labels"][:, 1:]  # [rows, length - 1]: position t predicts token t + 1
     chosen = labels != data.IGNORED
-    return F.cross_entropy(out.logits[:, :-1][chosen].float(), labels[chosen], reduction="sum")
+    logits = out.logits[:, :-1][chosen].float()  # [targets, vocabulary]
+    return F.cross_entropy(logits, labels[chosen], reduction="sum")
 
 
 @torch.no_grad()
@@ -233,89 +197,8 @@ def evaluate(run: Run) -> float:
     return loss / targets
 
 
-def has_bf16(use_cpu: bool = False) -> bool:
-    """Whether the device that a run would take multiplies in bfloat16 natively."""
-    if torch.cuda.is_available() and not use_cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def prepare(recipe: Recipe, console: Console) -> Run:
-    """Model, adapters, data and optimizer of a run that has made no step yet.
-
-    Raises:
-        ValueError: a model or data that cannot be used, or that do not fit one another.
-    """
-    # Autocast stands in target_loss; the frozen base is the same in every process and need not be broadcast.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(cpu=recipe.use_cpu, mixed_precision="no", kwargs_handlers=[ddp])
-    if not accelerator.is_main_process:
-        console = Console(quiet=True)
-    set_seed(recipe.seed)  # the same adapters in every process
-    model, tokenizer = load_base(recipe)
-    train_set = data.load(recipe, tokenizer)
-    eval_set = data.load(recipe, tokenizer, evaluation=True)
-    assert train_set is not None
-    for name, examples in (("training", train_set), ("evaluation", eval_set)):
-        if examples is not None:
-            _check_fits(name, examples, model)
-    model.to(accelerator.device)
-    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "quantize", "use_rslora")
-    replace_linear(model, **{key: getattr(recipe, key) for key in keys})
-    if recipe.gradient_checkpointing:
-        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
-        enable = getattr(model, f"{word}_checkpointing_enable")
-        enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name in the newest torch alone
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
-    plan = data.BatchPlan(
-        train_set.lengths,
-        recipe.per_device_train_batch_size,
-        recipe.gradient_accumulation_steps,
-        recipe.seed,
-        recipe.train_sampling_strategy,
-        accelerator.num_processes,
-    )
-    total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * plan.steps_per_epoch)
-    return Run(recipe, accelerator, console, tokenizer, model, wrapped, optimizer, train_set, eval_set, plan, total)
-
-
-def load_base(recipe: Recipe) -> tuple[Any, Any]:
-    """The frozen model, in the precision of the run, and its tokenizer.
-
-    Raises:
-        ValueError: nothing loadable under `model_name_or_path`.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    name = recipe.model_name_or_path
-    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model_name_or_path: cannot load {name!r} ({str(error).splitlines()[0]})") from error
-
-
-def _check_fits(name: str, examples: data.TokenSet, model: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if int(examples.tokens.max()) >= rows:
-        raise ValueError(f"{name} data: token {examples.tokens.max()}, but the model has {rows} embeddings")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and int(examples.lengths.max()) > context:
-        raise ValueError(f"max_length: {name} data reach {examples.lengths.max()} tokens, the model {context}")
-
-
 def _batch(run: Run, examples: data.TokenSet, rows: list[int]) -> dict[str, Tensor]:
-    """The examples `rows` on the run's device. No rows (the tail of an epoch): one that has no target."""
+    """The examples `rows` on the run's device; without rows (at the end of an epoch), one example without targets."""
     pad = run.tokenizer.pad_token_id
     batch = data.collate(examples, rows or [0], run.tokenizer.eos_token_id or 0 if pad is None else pad)
     if not rows:
@@ -357,10 +240,10 @@ def _not_finite(run: Run, loss: float, grad_norm: float) -> str:
 
 @contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collects SIGINT and SIGTERM by name, for the loop to end after its step; a second one acts at once."""
+    """Collect SIGINT and SIGTERM by name, so that the loop can finish its step; a second one acts at once."""
     caught: list[str] = []
     if threading.current_thread() is not threading.main_thread():
-        yield caught  # handlers can be set in the main thread alone
+        yield caught  # handlers can be set only in the main thread
         return
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -386,39 +269,3 @@ def _save_checkpoint(run: Run) -> None:
     }
     keep = run.recipe.save_total_limit
     checkpoint.save(run.directory, run.step, run.model, run.optimizer, run.accelerator, facts, keep)
-
-
-def _checked_directory(recipe: Recipe, resume: bool, console: Console) -> tuple[Path, dict[str, Any]] | None:
-    """A resumed run: the newest whole checkpoint and its state; each damaged one passed over is named."""
-    directory = Path(recipe.output_dir)
-    if not resume:
-        found = [name for name in RUN_FILES if (directory / name).exists()]
-        found += [f"checkpoint-{step}" for step in checkpoint.steps(directory)]
-        if found:
-            raise ValueError(
-                f"output_dir: {directory} already holds a run ({', '.join(found)}); continue it with --resume, "
-                "or give another output_dir"
-            )
-        return None
-    path, state, damaged = checkpoint.newest(directory)
-    for problem in damaged:
-        console.print(f"[yellow]Damaged checkpoint passed over: {problem}[/]")
-    check_resumable(state["recipe"], recipe)
-    return path, state
-
-
-def _resume(run: Run, path: Path, state: dict[str, Any]) -> None:
-    if state["processes"] != run.accelerator.num_processes:
-        raise ValueError(f"cannot resume: saved by {state['processes']} processes, now {run.accelerator.num_processes}")
-    if state["train_data"] != run.train_set.fingerprint():
-        raise ValueError(f"cannot resume: the training data are not those of {path}")
-    checkpoint.restore(path, run.model, run.optimizer, run.accelerator.process_index)
-    run.step = state["step"]
-    metrics = run.directory / "metrics.jsonl"
-    if run.accelerator.is_main_process:
-        checkpoint.cut_metrics(metrics, run.step)
-    run.accelerator.wait_for_everyone()
-    records = plots.read_metrics(metrics)
-    run.eval_losses = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
-    run.loss = next((r["loss"] for r in reversed(records) if "loss" in r), math.nan)
-    run.console.print(f"resumed from {path} after step {run.step} of {run.total_steps}", highlight=False)

@@ -1,4 +1,4 @@
-"""What a run looks like: the live line in the terminal, and the plot of its `metrics.jsonl`."""
+"""What a run shows: a live line in the terminal, and a plot of its `metrics.jsonl`."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 
-SMOOTHING = 0.9  # of the heavier training curve; the raw losses stand behind it, pale
+SMOOTHING = 0.9  # of the solid training curve; the raw losses are drawn pale behind it
 
 
 class Progress:
-    """A live bar with loss, rate and speed; where the output is no terminal, a plain line now and then."""
+    """A live bar with loss, learning rate and speed; if the output is not a terminal, a line every `logging_steps`."""
 
     def __init__(self, console: Console, total: int, done: int = 0, logging_steps: int = 10) -> None:
         self.console, self.total, self.logging_steps = console, total, logging_steps
@@ -34,7 +34,7 @@ class Progress:
         self.live.stop()
 
     def update(self, record: dict[str, float]) -> None:
-        """Show the line of one training step."""
+        """Show the numbers of one training step."""
         step = int(record["step"])
         numbers = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['tokens_per_s']:,.0f} tokens/s"
         self.live.update(self.task, completed=step, numbers=numbers)
@@ -48,7 +48,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order.
 
     Raises:
-        ValueError: naming the line that is not JSON.
+        ValueError: a line is not JSON; the message names it.
     """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -60,7 +60,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(metrics: Path, out: Path) -> None:
-    """Training and evaluation loss over the steps, the learning rate below, as a PNG.
+    """Training and evaluation loss over the steps, with the learning rate below, as a PNG.
 
     Raises:
         ValueError: `metrics` holds no training step.
@@ -98,7 +98,7 @@ def plot_losses(metrics: Path, out: Path) -> None:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential mean, unbiased at the start."""
+    """Exponential moving average, corrected for its bias at the start."""
     smooth, mean, weight = [], 0.0, 0.0
     for value in values:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value

@@ -1,13 +1,13 @@
 """The recipe of a training run: one flat table of keys, read from YAML, overridden by `--set key=value`.
 
-A key keeps the name it has elsewhere, so that nothing is learned twice:
+A key has the name it has elsewhere, so nothing must be learned twice:
 
 - of the run (`max_steps`, `learning_rate`, `save_steps`, ...): transformers' `TrainingArguments`;
 - of the adapters (`r`, `lora_alpha`, `target_modules`, ...): peft's `LoraConfig`;
 - of the data (`max_length`, `completion_only_loss`, `dataset_name`, ...): TRL's `SFTConfig`.
 
-Everything is checked before anything is loaded: a key that does not exist is refused with the nearest
-one that does, a value of the wrong type or range with what was expected.
+Everything is checked before anything is loaded. The error for an unknown key names the nearest one that
+exists; the error for a value of the wrong type or range says what was expected.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ BUILT_IN = Path(__file__).resolve().parent / "recipes"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 SAMPLING = ("random", "sequential", "group_by_length")
 
-# Names from other tools, or older ones, that the spelling alone would not lead to the right key.
+# Names from other tools, or older ones, from which spelling would not lead to the right key.
 ALIASES = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -43,8 +43,8 @@ ALIASES = {
     "no_cuda": "use_cpu",
 }
 
-# A resumed run may change these: they decide what is shown, kept or evaluated, never a training loss.
-# The training data are compared by content, so that a file may move.
+# A resumed run may change these: they affect what is shown, kept or evaluated, never a training loss.
+# The training data are compared by content, so a file may move.
 FREE_ON_RESUME = frozenset(
     [
         "output_dir",
@@ -67,20 +67,20 @@ FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class Recipe:
-    """All the keys of a run, with their defaults. Construct with `load`, `from_mapping` or keywords.
+    """All the keys of a run, with their defaults. Make one with `load`, `from_mapping` or keywords.
 
     Raises:
-        ValueError: a value out of its range, or keys that contradict each other; the key is named.
+        ValueError: a value out of its range, or keys that contradict each other; the message names the key.
     """
 
     model_name_or_path: Annotated[str, "a directory in Hugging Face layout, or a hub name"] = ""
-    quantize: Annotated[str | None, "nf4: the frozen base in 4 bits (QLoRA); null: in 16 or 32, as bf16 says"] = None
+    quantize: Annotated[str | None, "nf4: the frozen base in 4 bits (QLoRA); null: bfloat16 or float32, by bf16"] = None
 
     r: Annotated[int, "rank of the adapters, 1 to 256"] = 16
     lora_alpha: Annotated[float, "the update is scaled by lora_alpha / r"] = 32.0
     lora_dropout: Annotated[float, "dropout on the adapters' input"] = 0.0
     target_modules: Annotated[str | list[str], "names or regular expression of the layers to adapt"] = "all-linear"
-    exclude_modules: Annotated[str | list[str] | None, "names or regular expression of layers to leave"] = None
+    exclude_modules: Annotated[str | list[str] | None, "names or regular expression of layers to leave out"] = None
     use_rslora: Annotated[bool, "scale by lora_alpha / sqrt(r) instead"] = False
 
     train_file: Annotated[str | None, "JSONL or JSON with text | prompt + completion | messages"] = None
@@ -91,7 +91,7 @@ class Recipe:
     dataset_test_split: Annotated[str | None, "its split to evaluate on"] = None
     max_length: Annotated[int, "longer examples are cut at the end; how many is reported"] = 1024
     completion_only_loss: Annotated[bool, "prompt + completion: no loss on the prompt"] = True
-    assistant_only_loss: Annotated[bool, "messages: loss on the assistant's turns alone"] = True
+    assistant_only_loss: Annotated[bool, "messages: loss only on what the assistant says"] = True
     train_sampling_strategy: Annotated[str, "random | sequential | group_by_length"] = "random"
 
     output_dir: Annotated[str, "adapter, checkpoints, metrics.jsonl and loss.png go here"] = "runs/train"
@@ -109,11 +109,11 @@ class Recipe:
     adam_beta2: Annotated[float, "AdamW's"] = 0.999
     adam_epsilon: Annotated[float, "AdamW's"] = 1e-8
     max_grad_norm: Annotated[float, "gradients are scaled down to this norm; 0: never"] = 1.0
-    bf16: Annotated[bool | None, "compute in bfloat16; null: where the hardware has it"] = None
+    bf16: Annotated[bool | None, "compute in bfloat16; null: if the hardware has it"] = None
     gradient_checkpointing: Annotated[bool, "recompute activations in backward: less memory, more time"] = False
-    use_cpu: Annotated[bool, "stay on the CPU even where a GPU is found"] = False
+    use_cpu: Annotated[bool, "use the CPU even if there is a GPU"] = False
     seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
-    logging_steps: Annotated[int, "steps between two printed lines where there is no live display"] = 10
+    logging_steps: Annotated[int, "steps between two printed lines if there is no live display"] = 10
     eval_steps: Annotated[int | None, "steps between evaluations; null: only at the end"] = None
     eval_on_start: Annotated[bool, "evaluate before the first step too"] = False
     save_steps: Annotated[int | None, "steps between checkpoints; null: none"] = 500
@@ -144,7 +144,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _coerced(key: str, value: Any) -> Any:
-    """`value` in the type of `key`; YAML 1.1 reads `1e-3` as a string, which is a number here."""
+    """`value` in the type of `key`. YAML 1.1 reads `1e-3` as a string; here it is a number."""
     wanted = _alternatives(_TYPES[key])
     if value is None and type(None) in wanted:
         return None
@@ -222,7 +222,7 @@ def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """A recipe from key-value pairs.
 
     Raises:
-        ValueError: a key that does not exist (the nearest is named), or a bad value.
+        ValueError: a key that does not exist (the message names the nearest), or a bad value.
     """
     for key in values:
         if key not in _TYPES:
@@ -231,7 +231,7 @@ def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def nearest_key(name: str) -> str:
-    """The existing key that `name` most likely meant."""
+    """The key that `name` was most likely meant to be."""
     if name.lower() in ALIASES:
         return ALIASES[name.lower()]
     return difflib.get_close_matches(name.lower(), _TYPES, n=1, cutoff=0.0)[0]
@@ -262,7 +262,7 @@ def read(path: str | Path) -> dict[str, Any]:
         found = BUILT_IN / f"{path}.yaml"
     if not found.is_file():
         names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
-        raise ValueError(f"{path}: no such recipe file, nor one of the built-in recipes ({names})")
+        raise ValueError(f"{path}: no such recipe file, and not a built-in recipe ({names})")
     try:
         values = yaml.safe_load(found.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -282,12 +282,12 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def check_resumable(saved: Mapping[str, Any], recipe: Recipe) -> None:
-    """Refuse to continue a run under a recipe that would have given other losses.
+    """Refuse to continue a run with a recipe that would have given other losses.
 
-    With a constant learning rate the number of steps changes none of them, and may be raised.
+    With a constant learning rate the number of steps affects no loss, so it may be raised.
 
     Raises:
-        ValueError: naming each key that differs, with both values.
+        ValueError: the recipes differ; the message names each key, with both values.
     """
     free = set(FREE_ON_RESUME)
     if recipe.lr_scheduler_type.startswith("constant") and not recipe.warmup_ratio:
@@ -300,9 +300,9 @@ def check_resumable(saved: Mapping[str, Any], recipe: Recipe) -> None:
 
 
 def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
-    """The rate of `step` (from 0): linear warm-up, then transformers' `lr_scheduler_type`.
+    """The rate of `step` (from 0): linear warm-up, then as transformers' `lr_scheduler_type`.
 
-    The first step of the warm-up is not wasted on a rate of 0, as it is there; from the peak on they agree.
+    transformers' warm-up wastes its first step on a rate of 0; this one starts above. From the peak on they agree.
     """
     warmup = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total_steps)
     if step < warmup:

@@ -52,7 +52,7 @@ def test_text_has_loss_everywhere_and_ends(tmp_path: Path, tokenizer: Any) -> No
     assert example(loaded, 1) == ([4, 0], [4, 0])
 
 
-def test_completion_alone_has_loss(tmp_path: Path, tokenizer: Any) -> None:
+def test_only_the_completion_has_loss(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "t.jsonl", {"prompt": "a b", "completion": " c d"})
     loaded = data.load(recipe(path), tokenizer)
     assert loaded is not None
@@ -69,7 +69,7 @@ def test_token_across_the_border_is_completion(tmp_path: Path, tokenizer: Any) -
     assert example(loaded, 0) == ([2, 9, 4, 0], [IGNORED, 9, 4, 0])
 
 
-def test_assistant_alone_has_loss(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_assistant_has_loss(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b c"},
@@ -197,7 +197,7 @@ def test_an_epoch_visits_each_example_once(strategy: str, processes: int, accumu
         assert sorted(rows) == list(range(107))
 
 
-def test_order_depends_on_seed_and_epoch_alone() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     def epoch(made: BatchPlan, number: int) -> list[list[list[int]]]:
         return [made.micro_batches(number * made.steps_per_epoch + s) for s in range(made.steps_per_epoch)]
 

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastlora.training import checkpoint, loop, plots
-from fastlora.training.loop import Hooks, Run, prepare, train
+from fastlora.training.loop import Hooks, train
 from fastlora.training.recipe import Recipe, from_mapping
+from fastlora.training.run import Run, prepare
 
 WORDS = 60
 QUIET = Console(quiet=True)
@@ -183,7 +184,7 @@ def test_clipping_bounds_the_update(base: Path, tmp_path: Path) -> None:
     assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_weight_decay_reaches_the_adapters_alone(base: Path, tmp_path: Path) -> None:
+def test_weight_decay_reaches_only_the_adapters(base: Path, tmp_path: Path) -> None:
     run = prepare(recipe(base, tmp_path, weight_decay=0.1), QUIET)
     names = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert names
@@ -275,7 +276,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(base: Path, tmp_pat
     console = Console(record=True, width=500, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     train(made, resume=True, console=console)
     text = console.export_text()
-    assert f"Damaged checkpoint passed over: {damaged}" in text
+    assert f"Damaged checkpoint skipped: {damaged}" in text
     assert "after step 2 of 4" in text
     assert losses(out) == expected
     checkpoint.read(out / "checkpoint-4")  # made again, whole
