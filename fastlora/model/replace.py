@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.kernels.operands import BLOCKSIZES
 from fastlora.layers.bases import check_adapter_dtype, is_linear4bit, kernels_of
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear

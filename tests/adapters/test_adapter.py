@@ -136,7 +136,7 @@ def test_names_that_end_alike_stay_apart(tmp_path):
         assert {n: m.r["default"] for n, m in other.named_modules() if isinstance(m, LoRALinear)} == expected
 
 
-def test_files_are_safetensors_and_json_alone(tmp_path):
+def test_files_are_only_safetensors_and_json(tmp_path):
     save_adapter(adapted(), tmp_path / "deep" / "dir")
     assert sorted(p.name for p in (tmp_path / "deep" / "dir").iterdir()) == [
         "adapter_config.json",

@@ -49,7 +49,7 @@ def refusal(directory):
 
 
 def served(model, directory):
-    """Logits of a plain model with each update added to its weight as the server would, from the files alone."""
+    """Logits of a plain model with each update added to its weight as the server would, from nothing but the files."""
     config = json.loads((directory / "adapter_config.json").read_text())
     found = load_file(directory / "adapter_model.safetensors")
     scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
@@ -80,7 +80,7 @@ def test_it_is_served_with_the_same_logits(base, options, tmp_path):
     torch.testing.assert_close(served(base(), tmp_path), model(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_so_is_what_peft_saves_of_a_fused_model(tmp_path):
+def test_so_is_what_peft_saves_of_a_sped_up_model(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=list(PROJECTIONS)))
     randomize(replace_linear(model)).eval()

@@ -1,4 +1,4 @@
-"""What peft, torch and optimizers do to adapters behind a fused layer's back: write, swap, copy, save."""
+"""What peft, torch and optimizers do to the adapters of a sped-up layer without calling it: write, swap, copy, save."""
 
 import copy
 import pickle
@@ -20,12 +20,12 @@ def plain(base=llama, **options):
 
 
 def pair(base=llama, **options):
-    """(plain peft, the same fused), in eval mode."""
+    """(plain peft, the same sped up), in eval mode."""
     return plain(base, **options).eval(), fastlora.replace_linear(plain(base, **options)).eval()
 
 
 def calls(model):
-    """(fused, stepped back) over all layers of peft's."""
+    """(calls sped up, calls stepped back) over all of peft's layers."""
     found = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
     return sum(c.sped_up for c in found), sum(c.stepped_back for c in found)
 
@@ -36,10 +36,10 @@ def logits(model):
 
 
 def check_same(models, calls_so_far):
-    """The fused model gives peft's logits, and has run fused so often."""
-    peft_model, fused = models
-    torch.testing.assert_close(logits(fused), logits(peft_model), rtol=1e-4, atol=1e-5)
-    assert calls(fused) == (calls_so_far, 0)
+    """The sped-up model gives peft's logits, and that many of its calls were sped up."""
+    peft_model, sped_up = models
+    torch.testing.assert_close(logits(sped_up), logits(peft_model), rtol=1e-4, atol=1e-5)
+    assert calls(sped_up) == (calls_so_far, 0)
 
 
 def _write_through_data(model):
@@ -78,7 +78,7 @@ def _another_dtype(model):
 @pytest.mark.parametrize(
     "write", [_write_through_data, _new_data, _step_of_bitsandbytes, _another_weight, _another_dtype]
 )
-def test_writes_that_leave_no_trace_are_seen(write, use_dora):
+def test_writes_that_no_version_counter_shows_are_seen(write, use_dora):
     models = pair(use_dora=use_dora)
     check_same(models, 6)
     before = logits(models[1])
@@ -90,18 +90,18 @@ def test_writes_that_leave_no_trace_are_seen(write, use_dora):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_report_of_a_model_in_which_nothing_is_fused_any_more():
-    _, fused = pair()
-    fused.add_adapter("other", peft.LoraConfig(r=2, target_modules=TARGETS, alora_invocation_tokens=[1]))
-    fused.set_adapter("other")
-    report = fastlora.report(fused)
+def test_the_report_of_a_model_in_which_no_layer_is_sped_up_any_more():
+    _, sped_up = pair()
+    sped_up.add_adapter("other", peft.LoraConfig(r=2, target_modules=TARGETS, alora_invocation_tokens=[1]))
+    sped_up.set_adapter("other")
+    report = fastlora.report(sped_up)
     assert not report.replaced
     assert "the adapter is a variant, ALoraLinearVariant" in {row.reason for row in report.rows}
     assert report.summary().startswith("0 of 15 linear layers replaced")
 
 
 def saved(directory, base=llama, seed=5, **options):
-    """The folder of an adapter of its own weights."""
+    """The folder of an adapter with weights of its own."""
     model = plain(base, **options)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -128,7 +128,7 @@ def test_hot_swap(tmp_path, base):
 
 @pytest.mark.parametrize("base", [llama, bnb_llama])
 def test_a_scaling_in_a_tensor(base):
-    """As peft's hot-swap prepares it: the same numbers and gradients, fused."""
+    """As peft's hot-swap prepares it: the same numbers and gradients, sped up."""
     models = [each.train() for each in pair(base)]
     found = []
     for model in models:
@@ -144,21 +144,21 @@ def test_a_scaling_in_a_tensor(base):
 
 @pytest.mark.parametrize(("base", "options"), [(llama, {"use_dora": True}), (bnb_llama, {"use_rslora": True})])
 def test_save_pretrained_and_from_pretrained(tmp_path, base, options):
-    """A fused model's files are peft's; a model loaded from them and fused gives the same bits."""
-    peft_model, fused = pair(base, **options)
+    """A sped-up model's files are peft's; a model loaded from them and sped up gives the same bits."""
+    peft_model, sped_up = pair(base, **options)
     peft_model.save_pretrained(tmp_path / "peft")
-    fused.save_pretrained(tmp_path / "fused")
+    sped_up.save_pretrained(tmp_path / "sped up")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
+        assert (tmp_path / "sped up" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
     model = base()
     if base is bnb_llama:
         model.is_loaded_in_4bit = True
-    loaded = fastlora.replace_linear(peft.PeftModel.from_pretrained(model, tmp_path / "fused")).eval()
-    assert torch.equal(logits(loaded), logits(fused))
+    loaded = fastlora.replace_linear(peft.PeftModel.from_pretrained(model, tmp_path / "sped up")).eval()
+    assert torch.equal(logits(loaded), logits(sped_up))
     assert calls(loaded) == (6, 0)
 
 
-def test_a_copy_is_trained_apart():
+def test_a_copy_is_trained_separately():
     _, model = pair()
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     before = logits(model)
@@ -170,7 +170,7 @@ def test_a_copy_is_trained_apart():
         assert torch.equal(logits(model), before)
 
 
-def test_an_unpickled_model_fuses_later_layers_in_a_process_that_never_called_replace_linear(monkeypatch):
+def test_an_unpickled_model_speeds_up_later_layers_in_a_process_that_never_called_replace_linear(monkeypatch):
     _, model = pair()
     data = pickle.dumps(model)
     inject = peft.tuners.lora.LoraModel.inject_adapter

@@ -1,4 +1,4 @@
-"""`torch.compile` of whole fused models: one graph without a break, no recompilation per step, the eager numbers."""
+"""`torch.compile` of whole models: one graph without a break, no recompilation per step, the eager numbers."""
 
 import copy
 

@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3 on two CPU processes: the numbers of one process, fused where the parameters are there.
+"""DeepSpeed ZeRO-2 and ZeRO-3 on two CPU processes: the numbers of one process.
 
-ZeRO-3 hooks every module to gather its parameters, so a peft layer, whose base, A and B would be read past their hooks,
-steps back to peft, which calls them; fastlora's own layers are gathered when they read their parameters.
-DeepSpeed compiles its communication at first use, which takes a minute.
+ZeRO-3 gathers parameters by hooks on every module. A sped-up layer of peft's would read its base, A and B without
+calling them, so it steps back to peft's forward, which calls them. fastlora's own layers cause the gathering when they
+read their parameters. DeepSpeed compiles its communication at first use, which takes a minute.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "alone", "calls"),
+    ("name", "make", "calls"),
     [
         ("zero 2", processes.plain_peft, (CALLS, 0, set())),
         ("zero 3", processes.plain_peft, (0, CALLS, {"the base layer has hooks or a forward of its own"})),
@@ -36,8 +36,8 @@ def results(tmp_path_factory):
         ("zero 3, own", processes.own, (0, 0, set())),
     ],
 )
-def test_zero_trains_as_one_process_does(results, name, alone, calls):
-    found, expected = results[name], processes.train(alone())
+def test_zero_trains_as_one_process_does(results, name, make, calls):
+    found, expected = results[name], processes.train(make())
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-6, atol=0)
     assert found["trained"].keys() == expected["trained"].keys()
     for key, value in found["trained"].items():

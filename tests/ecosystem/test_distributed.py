@@ -1,7 +1,7 @@
-"""DDP and FSDP2 by accelerate, two processes over gloo: fused models train as plain peft does in one process.
+"""DDP and FSDP2 by accelerate, two processes over gloo: models train as with plain peft in one process.
 
-Under FSDP2 a layer's parameters are DTensors until the unit that holds them is called, and plain tensors while it runs:
-the fused path must read them there, step back where they are not gathered, and keep nothing from one step to the next.
+Under FSDP2 a layer's parameters are DTensors until the unit that holds them is called, and plain tensors while it runs.
+A layer must read them then, step back where they are not gathered, and keep nothing from one step to the next.
 The oracle is plain peft in fp64 in one process, the baseline plain peft in the dtypes under test.
 """
 
@@ -30,14 +30,14 @@ def results(tmp_path_factory):
     return processes.run_two("tests.support.processes", out)
 
 
-_alone = {}
+_in_one_process = {}
 
 
-def alone(name, make):
+def in_one_process(name, make):
     """Losses and trained parameters of a model in this process only; made once."""
-    if name not in _alone:
-        _alone[name] = processes.train(make())
-    return _alone[name]
+    if name not in _in_one_process:
+        _in_one_process[name] = processes.train(make())
+    return _in_one_process[name]
 
 
 def dequantized_peft():
@@ -66,31 +66,31 @@ def test_two_processes_train_as_plain_peft_in_one(results, name):
     assert found["kind"].startswith("FSDP" if name.startswith("fsdp2") else "DistributedDataParallel")
     assert found["losses"][0] != found["losses"][-1]
     if name.endswith("qlora"):
-        check(found, alone("qlora", processes.plain_qlora), alone("nf4, oracle", dequantized_peft))
+        check(found, in_one_process("qlora", processes.plain_qlora), in_one_process("nf4, oracle", dequantized_peft))
         return
     if name.endswith("own"):
-        oracle = alone("own, oracle", lambda: processes.plain_peft(torch.float64, lora_alpha=32))
-        check(found, alone("own", processes.own), oracle)
+        oracle = in_one_process("own, oracle", lambda: processes.plain_peft(torch.float64, lora_alpha=32))
+        check(found, in_one_process("own", processes.own), oracle)
         return
     if name.endswith("own nf4"):
-        check(found, alone("own nf4", processes.own_nf4), alone("nf4, oracle", dequantized_peft))
+        check(found, in_one_process("own nf4", processes.own_nf4), in_one_process("nf4, oracle", dequantized_peft))
         return
     use_dora = "dora" in name
-    baseline = alone(f"peft {use_dora}", lambda: processes.plain_peft(use_dora=use_dora))
-    oracle = alone(f"oracle {use_dora}", lambda: processes.plain_peft(torch.float64, use_dora=use_dora))
+    baseline = in_one_process(f"peft {use_dora}", lambda: processes.plain_peft(use_dora=use_dora))
+    oracle = in_one_process(f"oracle {use_dora}", lambda: processes.plain_peft(torch.float64, use_dora=use_dora))
     check(found, baseline, oracle)
 
 
 def test_mixed_precision_under_fsdp2(results):
-    """One small matrix in bf16 is one draw of the model's rounding: the adapters are held to the rule together."""
-    oracle = alone("oracle False", lambda: processes.plain_peft(torch.float64))
+    """A small matrix in bf16 is one sample of the model's rounding, so the rule applies to all adapters together."""
+    oracle = in_one_process("oracle False", lambda: processes.plain_peft(torch.float64))
     runs = results["fsdp2, bf16"], results["fsdp2, bf16, plain peft"], oracle
     assert runs[0]["trained"].keys() == runs[1]["trained"].keys() == oracle["trained"].keys()
     assert_as_accurate(*(torch.cat([value.flatten() for value in run["trained"].values()]) for run in runs))
     torch.testing.assert_close(runs[0]["losses"], oracle["losses"], rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
-def test_every_call_is_fused_while_its_parameters_are_gathered(results):
+def test_every_call_is_sped_up_while_its_parameters_are_gathered(results):
     for name, found in results.items():
         if "own" in name or "plain peft" in name:
             continue
@@ -102,7 +102,7 @@ def test_every_call_is_fused_while_its_parameters_are_gathered(results):
 
 
 def test_the_report_of_a_sharded_model(results):
-    """Between calls the weights are DTensors; what counts is what happened when the layers were called."""
+    """Between calls the weights are DTensors; the report goes by what happened when the layers were called."""
     rows = results["fsdp2"]["report"].rows
     assert sum(row.replaced for row in rows) == LAYERS
     assert {row.kind for row in rows if row.replaced} == {"Linear(Linear)"}
@@ -113,11 +113,11 @@ def test_the_report_of_a_sharded_model(results):
     assert sum(row.replaced for row in results["fsdp2, own nf4"]["report"].rows) == 14
 
 
-def test_a_layer_that_fsdp_has_made_its_own_class_is_still_known():
+def test_a_layer_whose_class_fsdp_has_changed_is_still_known():
     """`fully_shard` gives a unit a class of its own: it stays sped up, and `restore` says what to do."""
     linear = pytest.importorskip("fastlora.peft_layers.linear")
 
-    model = processes.fused_peft()
+    model = processes.sped_up_peft()
     layer = next(module for module in model.modules() if isinstance(module, linear.SpedUpLinear))
     layer.__class__ = type("FSDPLinear", (type(layer),), {})
     assert linear.standing_reason(layer) == ""

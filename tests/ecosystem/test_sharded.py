@@ -1,4 +1,4 @@
-"""Adapters of models that FSDP2 has spread over two gloo processes: saved and loaded as by one process; compiled."""
+"""Adapters of models that FSDP2 has spread over two gloo processes: saved, loaded and compiled as in one process."""
 
 import json
 
@@ -27,13 +27,13 @@ def results(tmp_path_factory):
 def test_the_files_are_those_of_one_process(results, name, tmp_path):
     directory, found = results
     fastlora.save_adapter(sharded.MODELS[name](), tmp_path)
-    mine, alone = (load_file(path / "adapter_model.safetensors") for path in (directory / name, tmp_path))
-    assert mine.keys() == alone.keys()
-    assert all(torch.equal(mine[key], alone[key]) for key in alone)
-    mine, alone = (json.loads((path / "adapter_config.json").read_text()) for path in (directory / name, tmp_path))
-    if "peft" in name:  # from a set, whose order is another one in each process
-        mine["target_modules"], alone["target_modules"] = (sorted(each["target_modules"]) for each in (mine, alone))
-    assert mine == alone
+    mine, single = (load_file(path / "adapter_model.safetensors") for path in (directory / name, tmp_path))
+    assert mine.keys() == single.keys()
+    assert all(torch.equal(mine[key], single[key]) for key in single)
+    mine, single = (json.loads((path / "adapter_config.json").read_text()) for path in (directory / name, tmp_path))
+    if "peft" in name:  # from a set, whose order differs between processes
+        mine["target_modules"], single["target_modules"] = (sorted(each["target_modules"]) for each in (mine, single))
+    assert mine == single
     assert sorted(path.name for path in (directory / name).iterdir()) == sorted(
         path.name for path in tmp_path.iterdir()
     )
@@ -54,23 +54,23 @@ def test_what_cannot_be_done_to_a_sharded_model_says_so(results):
     assert bare == gathered == "the model is sharded, and without adapters: call load_adapter before fully_shard"
     assert theirs == "the model is sharded, and with peft's adapters: call load_adapter before fully_shard"
     assert "its weight is a DTensor, not a plain tensor" in replaced
-    for told in merged:
-        assert told.startswith("the model is sharded: save_adapter(model, directory), then load_adapter into the model")
+    for text in merged:
+        assert text.startswith("the model is sharded: save_adapter(model, directory), then load_adapter into the model")
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile_over_fsdp2(results, backend):
-    """Both processes see the same batch: the loss and the gradients are those of one."""
+    """Both processes see the same batch, so the loss and the gradients are those of one process."""
     expected, found = sharded.step(sharded.own()), results[1]["compiled", backend]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda told, name=name: name + told)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: name + m)
 
 
 def test_eva_sees_the_data_of_all_processes(results):
-    """Half of each batch in each process: ranks and vectors as from whole batches in one."""
+    """Half of each batch in each process: ranks and vectors are those from whole batches in one process."""
     model = fastlora.replace_linear(sharded.spread(llama()), eva_dataloader=sharded.batches(), **sharded.EVA)
     expected, found = sharded.step(model), results[1]["eva"]
     assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in expected.items()}
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=lambda told, name=name: name + told)
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: name + m)

@@ -1,4 +1,4 @@
-"""transformers' own ways through a fused model: gradient checkpointing of both kinds, generation with either cache."""
+"""transformers' own features on adapted models: gradient checkpointing of both kinds, generation with either cache."""
 
 import copy
 
@@ -40,7 +40,7 @@ MODELS = {
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradients_are_the_same_with_checkpointing(kind, dropout, use_reentrant):
-    """The recomputation draws the masks of the forward pass again, and gives every gradient to the bit."""
+    """The recomputation draws the masks of the forward pass again, and every gradient is the same bit for bit."""
     model = MODELS[kind](lora_dropout=dropout).train()
     loss, expected = gradients(model)
     assert len(expected) in (2 * 6, 2 * 14)
@@ -54,9 +54,9 @@ def test_gradients_are_the_same_with_checkpointing(kind, dropout, use_reentrant)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert torch.equal(gradient, expected[name]), name
-    fused, back = counts(model)
+    sped_up, back = counts(model)
     assert back == 0
-    assert fused == 3 * before, "each layer runs forward, forward again, and recomputes"
+    assert sped_up == 3 * before, "each layer runs forward, forward again, and recomputes"
 
 
 def test_dropout_is_drawn_anew_at_every_step():
@@ -72,58 +72,59 @@ def test_dropout_is_drawn_anew_at_every_step():
 @pytest.mark.parametrize("base", [llama, qwen2])
 def test_generation_gives_pefts_tokens(base, cache):
     plain = in_peft(base).eval()
-    fused = fastlora.replace_linear(copy.deepcopy(plain))
+    sped_up = fastlora.replace_linear(copy.deepcopy(plain))
     options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
     given = {"input_ids": tokens()[:, :5], "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])}
     expected, found = (
-        model.generate(**given, **options, output_logits=True, return_dict_in_generate=True) for model in (plain, fused)
+        model.generate(**given, **options, output_logits=True, return_dict_in_generate=True)
+        for model in (plain, sped_up)
     )
     assert expected.sequences.shape == (2, 17)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
-    assert counts(fused) == (6 * 12, 0)
+    assert counts(sped_up) == (6 * 12, 0)
     with plain.disable_adapter():
         assert not torch.equal(plain.generate(**given, **options), expected.sequences), "the update is seen"
 
 
 def test_generation_over_bitsandbytes():
-    """Decoding repacks no weight of a fused layer, which would lose precision."""
+    """Decoding repacks no weight of a sped-up layer; that would lose precision."""
     plain = in_peft(bnb_llama, target_modules="all-linear").train()  # in eval mode bitsandbytes repacks weights
-    fused = fastlora.replace_linear(in_peft(bnb_llama, target_modules="all-linear")).eval()
+    sped_up = fastlora.replace_linear(in_peft(bnb_llama, target_modules="all-linear")).eval()
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
     given = {"input_ids": tokens()[:, :5], "attention_mask": torch.ones(2, 5, dtype=torch.long)}
-    assert torch.equal(fused.generate(**given, **options), plain.generate(**given, **options))
-    assert counts(fused) == (14 * 8, 0)
+    assert torch.equal(sped_up.generate(**given, **options), plain.generate(**given, **options))
+    assert counts(sped_up) == (14 * 8, 0)
 
 
 def test_generation_compiled_by_transformers():
     """A static cache lets `generate` compile the decoding step: one graph for all tokens, the eager tokens."""
-    fused = fastlora.replace_linear(in_peft(lambda: llama(num_hidden_layers=1))).eval()
+    sped_up = fastlora.replace_linear(in_peft(lambda: llama(num_hidden_layers=1))).eval()
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
     given = {"input_ids": tokens()[:, :5], "attention_mask": torch.ones(2, 5, dtype=torch.long)}
-    expected = fused.generate(**given, **options)
-    before = counts(fused)[0]
+    expected = sped_up.generate(**given, **options)
+    before = counts(sped_up)[0]
     torch._dynamo.reset()
     counters.clear()
     how = transformers.CompileConfig(backend="aot_eager", fullgraph=True)
     how._compile_all_devices = True  # on the CPU, where transformers would not
-    assert torch.equal(fused.generate(**given, **options, compile_config=how), expected)
+    assert torch.equal(sped_up.generate(**given, **options, compile_config=how), expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert counts(fused)[0] - before < before, "what is compiled is not counted"
+    assert counts(sped_up)[0] - before < before, "what is compiled is not counted"
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("base", [llama, bnb_llama])
 def test_training_after_inference_mode(base, use_dora):
-    """What a layer keeps from a call in inference mode, a later training step must be able to save."""
-    fused, fresh = (
+    """A training step must be able to save for backward what a layer kept from a call in inference mode."""
+    sped_up, fresh = (
         fastlora.replace_linear(in_peft(base, target_modules="all-linear", use_dora=use_dora)) for _ in "ab"
     )
     with torch.inference_mode():
-        fused.eval()(tokens())
-    loss, found = gradients(fused.train())
+        sped_up.eval()(tokens())
+    loss, found = gradients(sped_up.train())
     expected_loss, expected = gradients(fresh.train())
     assert torch.equal(loss, expected_loss)
     assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
-    assert counts(fused) == (28, 0)
+    assert counts(sped_up) == (28, 0)

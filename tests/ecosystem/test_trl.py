@@ -1,6 +1,6 @@
-"""TRL's trainers take peft models with a fused forward: the losses, the reference model and the adapter are peft's.
+"""TRL's trainers take sped-up peft models: the losses, the reference model and the adapter are peft's.
 
-Each run is made three times from the same start: peft in fp64 (the oracle), peft in fp32 (the baseline), and fused in
+Each run is made three times from the same start: peft in fp64 (the oracle), peft in fp32 (the baseline), and sped up in
 fp32; the losses of all steps and the trained adapters are held to the rule of `numerics`.
 """
 
@@ -81,12 +81,12 @@ def dpo(out, tokenizer, dtype, model=None, **options):
     )  # fmt: skip
 
 
-def trained(make, out, tokenizer, dtype=torch.float32, fused=False, **options):
+def trained(make, out, tokenizer, dtype=torch.float32, sped_up=False, **options):
     """(losses, adapter by name, trainer) of a short training."""
     torch.manual_seed(3)
     trainer = make(out, tokenizer, dtype, **options)
     randomize(trainer.model)
-    if fused:
+    if sped_up:
         fastlora.replace_linear(trainer.model)
     losses = Losses(trainer)
     trainer.train()
@@ -102,11 +102,11 @@ def counts(model):
 
 
 def check(make, tmp_path, tokenizer, **options):
-    """Train three times and compare; the fused trainer, to look at further."""
+    """Train three times and compare. Returns the sped-up trainer, for further checks."""
     options["learning_rate"] = STABLE_RATE
     true_losses, true_adapter, _ = trained(make, tmp_path / "oracle", tokenizer, torch.float64, **options)
     base_losses, base_adapter, _ = trained(make, tmp_path / "peft", tokenizer, **options)
-    losses, adapter, trainer = trained(make, tmp_path / "fused", tokenizer, fused=True, **options)
+    losses, adapter, trainer = trained(make, tmp_path / "sped up", tokenizer, sped_up=True, **options)
     assert true_losses[0] != true_losses[-1], "it trains"
     assert_as_accurate(losses, base_losses, true_losses, "losses")
     assert adapter.keys() == true_adapter.keys()
@@ -118,8 +118,8 @@ def check(make, tmp_path, tokenizer, **options):
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_sft(tmp_path, tokenizer, checkpointing):
     trainer = check(sft, tmp_path, tokenizer, gradient_checkpointing=checkpointing)
-    fused, back, _ = counts(trainer.model)
-    assert fused == 7 * STEPS * (2 if checkpointing else 1)
+    sped_up, back, _ = counts(trainer.model)
+    assert sped_up == 7 * STEPS * (2 if checkpointing else 1)
     assert back == 0
 
 
@@ -129,7 +129,7 @@ def test_sft_packs_without_padding(tmp_path, tokenizer):
 
 
 def test_the_adapter_of_sft_is_saved_and_loaded(tmp_path, tokenizer):
-    _, adapter, trainer = trained(sft, tmp_path, tokenizer, fused=True, gradient_checkpointing=False)
+    _, adapter, trainer = trained(sft, tmp_path, tokenizer, sped_up=True, gradient_checkpointing=False)
     trainer.save_model(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
@@ -145,8 +145,8 @@ def test_the_adapter_of_sft_is_saved_and_loaded(tmp_path, tokenizer):
 def test_dpo_with_adapters_off_as_reference(tmp_path, tokenizer):
     trainer = check(dpo, tmp_path, tokenizer, gradient_checkpointing=False)
     assert trainer.ref_model is None
-    fused, back, reasons = counts(trainer.model)
-    assert (fused, back) == (7 * STEPS, 7 * STEPS)
+    sped_up, back, reasons = counts(trainer.model)
+    assert (sped_up, back) == (7 * STEPS, 7 * STEPS)
     assert reasons == {"adapters are disabled"}
     trainer.save_model(tmp_path / "saved")
     loaded = peft.PeftModel.from_pretrained(base(torch.float32), tmp_path / "saved")
@@ -155,21 +155,21 @@ def test_dpo_with_adapters_off_as_reference(tmp_path, tokenizer):
 
 
 def test_dpo_with_a_frozen_copy_of_the_adapter_as_reference(tmp_path, tokenizer):
-    """A model that brings its own adapter is its own reference: TRL adds a copy of it after replace_linear."""
+    """A model with an adapter of its own is its own reference: TRL adds a copy of the adapter after replace_linear."""
     found = {}
-    for kind, dtype in (("oracle", torch.float64), ("peft", torch.float32), ("fused", torch.float32)):
+    for kind, dtype in (("oracle", torch.float64), ("peft", torch.float32), ("sped up", torch.float32)):
         torch.manual_seed(3)
         model = randomize(peft.get_peft_model(base(dtype), config()))
-        if kind == "fused":
+        if kind == "sped up":
             fastlora.replace_linear(model)
         trainer = dpo(tmp_path / kind, tokenizer, dtype, model, gradient_checkpointing=False)
         losses = Losses(trainer)
         trainer.train()
         found[kind] = torch.stack(losses.values)
-    assert_as_accurate(found["fused"], found["peft"], found["oracle"], "losses")
+    assert_as_accurate(found["sped up"], found["peft"], found["oracle"], "losses")
     assert found["oracle"][0].item() == pytest.approx(math.log(2)), "the copy is the adapter at the start"
     assert list(trainer.model.peft_config) == ["default", "ref"]
-    assert counts(trainer.model)[:2] == (2 * 7 * STEPS, 0), "the reference runs fused too"
+    assert counts(trainer.model)[:2] == (2 * 7 * STEPS, 0), "the reference is sped up too"
 
 
 def loaded_in_nf4():
@@ -202,13 +202,13 @@ def test_sft_of_a_plain_model_in_nf4(tmp_path, tokenizer, make):
 
 
 def test_qlora_over_bitsandbytes(tmp_path, tokenizer):
-    """TRL turns the adapters of a 4-bit model to bf16; those run fused, and learn as peft's do."""
+    """TRL turns the adapters of a 4-bit model to bf16; these are sped up and learn as in peft."""
     pytest.importorskip("bitsandbytes")
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     rows, found = [{"text": "Once upon a time there was a small red hen."}] * 8, []
-    for fused in (False, True):
+    for sped_up in (False, True):
         torch.manual_seed(3)
         model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=quantization)
         settings = arguments(trl.SFTConfig, tmp_path, max_length=32, gradient_checkpointing=True)
@@ -216,7 +216,7 @@ def test_qlora_over_bitsandbytes(tmp_path, tokenizer):
             model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
             peft_config=config(),
         )  # fmt: skip
-        if fused:
+        if sped_up:
             fastlora.replace_linear(trainer.model)
         losses = Losses(trainer)
         trainer.train()

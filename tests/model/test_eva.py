@@ -319,15 +319,15 @@ def test_inputs_that_are_not_finite_and_searches_without_end(monkeypatch):
 
 @pytest.mark.parametrize("base", [llama, bnb_llama])
 def test_pefts_own_start_on_a_model_sped_up_before(base):
-    """peft's search runs with the adapters off, so by its own forward, and leaves fused layers behind."""
+    """peft's search runs with the adapters off, so with peft's forward; the layers are sped up afterwards."""
     peft = pytest.importorskip("peft")
     options = {"r": 4, "target_modules": TARGETS, "init_lora_weights": "eva", "eva_config": peft.EvaConfig()}
     found = []
-    for fused in (False, True):
+    for sped_up in (False, True):
         model = spread(base())
         model.is_loaded_in_4bit = base is bnb_llama
         model = peft.get_peft_model(model, peft.LoraConfig(**options))
-        if fused:
+        if sped_up:
             fastlora.replace_linear(model)
         peft.initialize_lora_eva_weights(model, batches(), show_progress_bar=False)
         found.append(randomize(model).train())

@@ -1,4 +1,4 @@
-"""Merging and unmerging whole models, plain, in NF4, and peft's: what is lost is told, what was there comes back."""
+"""Merging and unmerging whole models, plain, in NF4, and peft's: losses are reported, unmerging restores every bit."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ def logits(model):
 
 
 def wrapped(base=llama, **options):
-    """A fused PeftModel with an update that can be seen; without gradients in the base."""
+    """A sped-up PeftModel with an update that can be seen; without gradients in the base."""
     model = base()
     if base is bnb_llama:
         model.is_loaded_in_4bit = True
@@ -197,8 +197,8 @@ def small(model, size):
     return model
 
 
-def told(caught):
-    """Share and error out of the warning."""
+def reported(caught):
+    """Share and error, from the warning."""
     message = next(str(w.message) for w in caught if "merged into NF4" in str(w.message))
     assert "merge(model, dtype=torch.bfloat16) keeps all of it" in message
     share, error = re.search(r"hold (-?\d+)% of the update, and an error ([\d.]+) times", message).groups()
@@ -214,7 +214,7 @@ def told(caught):
     ],
     ids=["ours", "adopted", "peft"],
 )
-def test_merging_into_nf4_tells_what_is_lost(make):
+def test_merging_into_nf4_reports_what_is_lost(make):
     """The figures in the warning are those of the logits' own weights, measured here once more."""
     model = small(make(), 0.02).train()
     is_peft = hasattr(model, "peft_config")
@@ -232,7 +232,7 @@ def test_merging_into_nf4_tells_what_is_lost(make):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merged = merge(model) if is_peft else merge(model, quantize="nf4")
-    share, error = told(caught)
+    share, error = reported(caught)
     along = size = missed = 0.0
     for name, (weight, update) in before.items():
         layer = merged.get_submodule(name)
@@ -326,7 +326,7 @@ COMBINATIONS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("base", [llama, bnb_llama])
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_adapters_combined_by_peft_run_fused(combination, base):
+def test_adapters_combined_by_peft_are_sped_up(combination, base):
     model = wrapped(base)
     model.add_adapter("other", peft.LoraConfig(r=4, target_modules=TARGETS))
     randomize(model)

@@ -1,4 +1,4 @@
-"""replace_linear on plain and bitsandbytes models: which layers, why, and that a refusal changes nothing."""
+"""replace_linear on plain and bitsandbytes models: which layers, why, and that an error changes nothing."""
 
 import copy
 import io
@@ -89,7 +89,7 @@ def test_rank_and_alpha_patterns():
         replace_linear(llama(), rank_pattern={"z_proj": 2})
 
 
-def test_the_report_speaks_of_every_linear_layer():
+def test_the_report_covers_every_linear_layer():
     model = llama()
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: None)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_quantized_are_refused_beforehand():
         replace_linear(model, quantize="nf4")
 
 
-def test_memory_running_out_is_told(monkeypatch):
+def test_running_out_of_memory_is_reported(monkeypatch):
     model = llama()
     original, calls = NF4Linear.from_linear, []
 
@@ -206,6 +206,17 @@ def test_memory_running_out_is_told(monkeypatch):
     monkeypatch.setattr(replace.NF4Linear, "from_linear", failing)
     with pytest.raises(RuntimeError, match="failed after 2 layers had been replaced; load the model again"):
         replace_linear(model, quantize="nf4")
+
+
+def test_a_peft_model_takes_no_options():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    before = snapshot(model)
+    for option in ({"r": 8}, {"blocksize": 32}, {"config": peft.LoraConfig()}):
+        with pytest.raises(ValueError, match=rf"replace_linear\(model\) without {next(iter(option))}"):
+            replace_linear(model, **option)
+    assert snapshot(model) == before
+    replace_linear(model, r=16, rank_pattern={}, adapter_name="default")  # the defaults
 
 
 def test_called_twice():
@@ -440,7 +451,7 @@ def test_gradient_checkpointing_reaches_the_adapters(reentrant, before):
         torch.testing.assert_close(found[name], gradient, msg=name)
 
 
-def test_report_looks_anew():
+def test_report_says_what_is_true_now():
     model = llama()
     with pytest.raises(ValueError, match=r"call fastlora\.replace_linear"):
         fastlora.report(model)

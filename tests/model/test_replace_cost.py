@@ -12,7 +12,7 @@ LAYERS = 32
 
 
 def weights(model):
-    """Where each base weight lies, by its name without what peft and fastlora put before and after."""
+    """The address of each base weight, by its name without what peft and fastlora add to it."""
     return {
         name.replace(".base_layer", "").removeprefix("base_model.model."): parameter.data_ptr()
         for name, parameter in model.named_parameters()

@@ -87,7 +87,7 @@ def test_tied_weights_stay_tied_and_are_saved_under_both_names(tmp_path):
 
 
 def test_a_file_with_one_of_two_tied_modules_unties_them(tmp_path):
-    """peft trains a copy of a tied head alone; so must it be here, or the embedding would change too."""
+    """peft trains a copy of a tied head only; here too, as the embedding would change otherwise."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.warns(UserWarning, match="tied"):

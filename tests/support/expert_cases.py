@@ -35,7 +35,7 @@ BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def stack(name="mixtral", dtype=torch.float32, adapters=torch.float32, targets=BOTH, **options):
-    """A peft model with adapters on its experts alone, and its outermost wrapper."""
+    """A peft model with adapters only on its experts, and its outermost wrapper."""
     torch.manual_seed(0)
     model = MODELS[name]()
     for key, parameter in model.named_parameters():

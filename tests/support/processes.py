@@ -1,8 +1,8 @@
-"""One of two processes that train tiny models together, as test_ecosystem_distributed starts them.
+"""One of two processes that train tiny models together; tests/ecosystem/test_distributed.py starts them.
 
     python -m tests.support.processes OUT
 
-Each of `CASES` is trained for a few steps under DDP or FSDP2; process 0 writes what they gave to OUT.
+Each of `CASES` is trained for a few steps under DDP or FSDP2; process 0 writes the results to OUT.
 """
 
 import os
@@ -32,18 +32,26 @@ def plain_peft(dtype=torch.float32, **options):
 
 
 def plain_qlora():
-    """A PeftModel over weights of bitsandbytes."""
+    """A PeftModel over bitsandbytes' weights."""
     model = bnb_llama()
     model.is_loaded_in_4bit = True
     return randomize(peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=32, target_modules=TARGETS))).train()
 
 
-def fused_qlora():
+def sped_up_qlora():
     return fastlora.replace_linear(plain_qlora())
 
 
-def fused_peft(**options):
+def sped_up_peft(**options):
     return fastlora.replace_linear(plain_peft(**options))
+
+
+def sped_up_after_an_nn_linear():
+    """accelerate finds a class by its name, the first in the model: here nn.Linear, not peft's lora.Linear."""
+    model = sped_up_peft()
+    attention = model.base_model.model.model.layers[0].self_attn._modules
+    attention["q_proj"] = attention.pop("q_proj")  # to the end
+    return model
 
 
 def own(quantize=None):
@@ -113,13 +121,13 @@ def train(model, accelerator=None, reentrant=None):
 
 
 def calls(model):
-    """(fused, stepped back, reasons) over all layers of peft's."""
+    """(calls sped up, calls stepped back, reasons) over all of peft's layers."""
     found = [module.fastlora_calls for module in model.modules() if hasattr(module, "fastlora_calls")]
     return sum(c.sped_up for c in found), sum(c.stepped_back for c in found), {c.last_reason for c in found} - {""}
 
 
 def run_two(module, out, **environment):
-    """What `python -m module OUT` writes to the file `out` in two processes that know of one another."""
+    """What `python -m module OUT` writes to the file `out` in two processes of one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,11 +143,11 @@ def run_two(module, out, **environment):
         for rank in "01"
     ]
     try:
-        told = [process.communicate(timeout=300)[0] for process in started]
+        outputs = [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(text[-3000:] for text in told)
+    assert all(process.returncode == 0 for process in started), "\n".join(text[-3000:] for text in outputs)
     return torch.load(out, weights_only=False)
 
 
@@ -153,21 +161,21 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "ddp": Case(fused_peft),
-    "ddp, checkpointing": Case(fused_peft, reentrant=False),
-    "ddp, reentrant checkpointing": Case(fused_peft, reentrant=True),
+    "ddp": Case(sped_up_peft),
+    "ddp, checkpointing": Case(sped_up_peft, reentrant=False),
+    "ddp, reentrant checkpointing": Case(sped_up_peft, reentrant=True),
     "ddp, own nf4": Case(own_nf4),
-    "fsdp2": Case(fused_peft, {}),
-    "fsdp2, checkpointing": Case(fused_peft, {}, reentrant=False),
-    "fsdp2, loaded by one": Case(fused_peft, {"cpu_ram_efficient_loading": True}),
-    "fsdp2, dora": Case(lambda: fused_peft(use_dora=True), {}),
-    "fsdp2, qlora": Case(fused_qlora, {}),
+    "fsdp2": Case(sped_up_peft, {}),
+    "fsdp2, checkpointing": Case(sped_up_peft, {}, reentrant=False),
+    "fsdp2, loaded by one": Case(sped_up_peft, {"cpu_ram_efficient_loading": True}),
+    "fsdp2, dora": Case(lambda: sped_up_peft(use_dora=True), {}),
+    "fsdp2, qlora": Case(sped_up_qlora, {}),
     "fsdp2, own": Case(own, {}),
     "fsdp2, own nf4": Case(own_nf4, {}),
-    "fsdp2, bf16": Case(fused_peft, {}, mixed_precision="bf16"),
+    "fsdp2, bf16": Case(sped_up_peft, {}, mixed_precision="bf16"),
     "fsdp2, bf16, plain peft": Case(plain_peft, {}, mixed_precision="bf16"),
-    "fsdp2, a unit for each sped-up layer": Case(fused_peft, {"transformer_cls_names_to_wrap": ["Linear"]}),
-    "fsdp2, a unit for each nn.Linear": Case(fused_peft, {"transformer_cls_names_to_wrap": ["Linear"]}),
+    "fsdp2, a unit for each sped-up layer": Case(sped_up_peft, {"transformer_cls_names_to_wrap": ["Linear"]}),
+    "fsdp2, a unit for each nn.Linear": Case(sped_up_after_an_nn_linear, {"transformer_cls_names_to_wrap": ["Linear"]}),
 }
 
 
@@ -178,7 +186,7 @@ def accelerator_for(case):
         return accelerate.Accelerator(cpu=True, mixed_precision=case.mixed_precision)
     plugin = fsdp2(**case.fsdp2)
     accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
-    # accelerate shards over processes with a device each, and must be told that these of the CPU are such
+    # accelerate shards only over processes that have a device each, so these CPU processes are declared to be such
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = accelerate.DistributedType.FSDP, plugin
     if case.mixed_precision != "no":
         plugin.set_mixed_precision(case.mixed_precision)

@@ -1,4 +1,4 @@
-"""One of two processes that train a tiny model by DeepSpeed ZeRO, as test_ecosystem_deepspeed starts them.
+"""One of two processes that train a tiny model by DeepSpeed ZeRO, which tests/ecosystem/test_deepspeed.py starts.
 
 python -m tests.support.processes_deepspeed OUT
 """
@@ -13,8 +13,8 @@ from deepspeed import zero
 from tests.support import processes as processes
 
 CASES = {  # name: (model, stage)
-    "zero 2": (processes.fused_peft, 2),
-    "zero 3": (processes.fused_peft, 3),
+    "zero 2": (processes.sped_up_peft, 2),
+    "zero 3": (processes.sped_up_peft, 3),
     "zero 2, own nf4": (processes.own_nf4, 2),
     "zero 3, own nf4": (processes.own_nf4, 3),
     "zero 3, own": (processes.own, 3),

@@ -1,8 +1,8 @@
-"""One of two processes over which FSDP2 spreads tiny models, as test_ecosystem_sharded starts them.
+"""One of two processes over which FSDP2 spreads tiny models; tests/ecosystem/test_sharded.py starts them.
 
     python -m tests.support.processes_sharded OUT
 
-Each of `MODELS` is sharded and its adapter saved to a directory beside OUT; process 0 writes the rest to OUT.
+Each of `MODELS` is sharded and its adapter saved to a directory next to OUT; process 0 writes the rest to OUT.
 """
 
 import os
@@ -40,7 +40,7 @@ MODELS = {
     "tokens": lambda: own(trainable_token_indices=[3, 60]),
     "experts": lambda: experts(target_modules=["q_proj"]),
     "peft": plain_peft,
-    "fused peft": lambda: fastlora.replace_linear(plain_peft()),
+    "sped-up peft": lambda: fastlora.replace_linear(plain_peft()),
     "peft with biases": lambda: plain_peft(qwen2, bias="all"),
     "peft with its layers' biases": lambda: fastlora.replace_linear(plain_peft(qwen2, bias="lora_only")),
     "peft with an embedding": lambda: plain_peft(targets=[*TARGETS, "embed_tokens"]),
@@ -110,7 +110,7 @@ def main(out):
         fastlora.save_adapter(model, directory / name)
         found["there", name, rank] = (directory / name / "adapter_model.safetensors").is_file()
     found["loaded"] = loaded(directory)
-    bare, theirs = sharded(llama()), sharded(MODELS["fused peft"]())
+    bare, theirs = sharded(llama()), sharded(MODELS["sped-up peft"]())
     found["refused"] = [
         refusal(lambda: fastlora.load_adapter(bare, directory / "own")),
         refusal(lambda: fastlora.load_adapter(theirs, directory / "peft")),

@@ -1,4 +1,4 @@
-"""The loop: normalisation, resume bit for bit, checkpoints that are damaged, interruption, what it refuses."""
+"""The loop: normalisation, resuming bit for bit, damaged checkpoints, interruption, and what it refuses."""
 
 import json
 import os
@@ -405,7 +405,7 @@ def test_progress_prints_lines_where_there_is_no_terminal(base: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(base: Path, tmp_path: Path) -> None:
-    """The same examples a step, dealt out to two; the last micro-batch of an epoch leaves one with none."""
+    """The same examples per step, split between two; in the last micro-batch of an epoch one of them has none."""
     values = {"max_steps": 8, "eval_file": str(base / "eval.jsonl"), "quantize": "nf4", "save_steps": 6}
     values |= {"train_file": str(tmp_path / "train.jsonl")}
     rows = (base / "train.jsonl").read_text().splitlines(keepends=True)[:21]
