@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a source checkout the kernels lie beside this package, at the repository's top level.
+# In a source checkout the kernels are next to this package, at the repository's top level.
 _root = Path(__file__).resolve().parent
 if not (_root / "kernels").is_dir():
     __path__.append(str(_root.parent))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.layers import sharded
-from fastlora.layers.bases import AdoptedWeight, is_linear4bit, plain_layer
+from fastlora.layers.bases import AdoptedWeight, is_linear4bit
+from fastlora.layers.dense import plain_layer
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear

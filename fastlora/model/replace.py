@@ -99,13 +99,11 @@ def replace_linear(
         RuntimeError: memory ran out while quantizing. The model is half quantized: load it again.
     """
     asked = {name: value for name, value in locals().items() if name not in ("model", "config")}
-    defaults: dict[str, Any] = replace_linear.__kwdefaults__ or {}
-    given = [name for name, value in asked.items() if value not in (defaults[name], {})]
     if carries_peft(model):
-        return _speed_up_peft(model, given if config is None else ["config", *given])
+        return _speed_up_peft(model, config, asked)
     of_lora = {option.name: asked.pop(option.name) for option in fields(LoRASettings) if option.name in asked}
     if config is not None:
-        if both := [name for name in given if name in of_lora]:
+        if both := _not_default(of_lora):
             raise ValueError(f"give either config or {both[0]}, not both: set {both[0]} in the config")
         settings = settings_from_config(config)
     else:
@@ -288,11 +286,19 @@ def carries_peft(model: nn.Module) -> bool:
     )
 
 
-def _speed_up_peft(model: nn.Module, given: list[str]) -> nn.Module:
-    """Change the class of peft's layers, once no option is found to be given."""
+def _not_default(options: dict[str, Any]) -> list[str]:
+    """The options of `replace_linear` that do not have their default value; an empty mapping is no value."""
+    defaults: dict[str, Any] = replace_linear.__kwdefaults__ or {}
+    return [name for name, value in options.items() if value not in (defaults[name], {})]
+
+
+def _speed_up_peft(model: nn.Module, config: Any, options: dict[str, Any]) -> nn.Module:
+    """Change the class of peft's layers, after checking that no option was given."""
+    given = [] if config is None else ["config"]
+    given += _not_default(options)
     if given:
         raise ValueError(
-            "the model carries peft's adapters already, and their options were given to peft: call "
+            "the model already carries peft's adapters, which got their options from peft: call "
             f"replace_linear(model) without {given[0]}"
         )
     from fastlora.peft_layers import swap

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.operands import BLOCKSIZES
 from fastlora.layers import starts
 from fastlora.model import eva
 from fastlora.model.names import (
@@ -25,7 +26,6 @@ from fastlora.model.names import (
     shown,
     within,
 )
-from fastlora.kernels.operands import BLOCKSIZES
 
 # Options that do not affect the computation, whatever their value; fan_in_fan_out is read off the layers.
 _INERT = ("fan_in_fan_out", "peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size")

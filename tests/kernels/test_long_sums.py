@@ -12,7 +12,7 @@ from fastlora.ops import nf4
 triton = pytest.importorskip("triton")
 from fastlora.kernels import decode, dora, fused, lora_plan  # noqa: E402
 from fastlora.kernels import lora as kernel  # noqa: E402
-from fastlora.kernels.fused import Config  # noqa: E402
+from fastlora.kernels.fused_config import Config  # noqa: E402
 from fastlora.kernels.segments import by_offsets  # noqa: E402
 
 from tests.support.kernel_cases import DEVICE, KERNELS  # noqa: E402
