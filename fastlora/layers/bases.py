@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastlora.kernels.operands import FLOAT_DTYPES
 from fastlora.layers.dense import dense_weight, is_conv1d, is_dense
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.ops.linear import kernels
+from fastlora.ops.linear import computed_by
 from fastlora.ops.nf4 import NF4Weight
 
 
@@ -76,6 +76,12 @@ def compute_dtype(linear4bit: Any, x: Tensor) -> torch.dtype:
     return linear4bit.compute_dtype or x.dtype
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing but the class's own forward runs when the module is called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
 def frozen(
     base: Any, x: Tensor, adopted: AdoptedWeight
 ) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None, torch.dtype | None]:
@@ -111,8 +117,8 @@ def base_weight(base: Any, adopted: AdoptedWeight | None = None) -> Tensor | NF4
     )
 
 
-def kernels_of(base: Any, shape: tuple[int, int], r: int, quantize: bool = False) -> str:
-    """What computes a linear over this base, by the number of tokens, in words; "" where the weight is transposed.
+def computed_over(base: Any, shape: tuple[int, int], r: int, quantize: bool = False) -> tuple[str, str]:
+    """The paths that compute a linear over this base, and how by the number of tokens; "" over a `Conv1D`'s weight.
 
     shape: (N, K). quantize: the base is about to become NF4.
     """
@@ -120,9 +126,9 @@ def kernels_of(base: Any, shape: tuple[int, int], r: int, quantize: bool = False
     state = getattr(weight, "quant_state", None)
     dtype = weight.dtype if weight.dtype in FLOAT_DTYPES else getattr(base, "compute_dtype", None) or torch.bfloat16
     blocksize = weight.blocksize if isinstance(weight, NF4Weight) else state.blocksize if state is not None else 0
-    if blocksize == 0 and not quantize and is_conv1d(base):
-        return ""
-    return kernels(*shape, r, blocksize or (64 if quantize else 0), dtype, weight.device)
+    if blocksize == 0 and not quantize and is_conv1d(base):  # a transposed view, which linear_cpu_bf16 does not take
+        return computed_by(*shape, r, 0, torch.float32, weight.device)[0], ""
+    return computed_by(*shape, r, blocksize or (64 if quantize else 0), dtype, weight.device)
 
 
 def check_adapter_dtype(dtype: torch.dtype | None, weight: Tensor | NF4Weight) -> None:

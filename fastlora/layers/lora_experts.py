@@ -22,8 +22,7 @@ from fastlora.layers import experts
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Row
 from fastlora.ops.autograd import computed_in
-from fastlora.ops.backend import backend
-from fastlora.ops.grouped import kernels
+from fastlora.ops.grouped import computed_by
 from fastlora.ops.nf4 import NF4Weight, quantize
 from fastlora.ops.operands import in_dtype
 
@@ -148,10 +147,10 @@ class LoRAExperts(nn.Module):
         for parameter, r in self.r.items():
             (a, b, _), weight = self.adapter(parameter), self.weight(parameter)
             shape, size = (b.shape[0], a.shape[1]), weight.blocksize if isinstance(weight, NF4Weight) else blocksize
-            packed, computed = size > 0, kernels(a.device, weight.dtype, self.num_experts, *shape, size, r)
+            path, kernels = computed_by(a.device, weight.dtype, self.num_experts, *shape, size, r)
+            kind, packed = type(self.base_layer).__name__, size > 0
             said = f"adapters r={r} on {self.num_experts} experts" + (", weight quantized to NF4" if packed else "")
-            kind, path = type(self.base_layer).__name__, backend(a.device).name
-            yield Row(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=computed)
+            yield Row(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=kernels)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={r}, scaling={self.scaling[name]:g}" for name, r in self.r.items())

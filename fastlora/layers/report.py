@@ -41,7 +41,7 @@ class Row:
         shape: (out_features, in_features).
         replaced: whether fastlora computes it from now on.
         reason: what was done and why, or why nothing was.
-        path: what computes it: "triton", "cpp" or "torch" where replaced, else "unchanged".
+        path: what computes it, named as its file in `ops/` ("linear_cuda"); "unchanged" where nothing of ours does.
         r: rank of the adapter, 0 without one.
         quantized: whether the base weight is NF4.
         calls: counts for a layer of peft's, None elsewhere.

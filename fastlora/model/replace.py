@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.bases import check_adapter_dtype, is_linear4bit, kernels_of
+from fastlora.layers.bases import check_adapter_dtype, computed_over, is_linear4bit
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
@@ -135,23 +135,23 @@ def report(model: nn.Module) -> Report:
     known: Report | None = getattr(model, "fastlora_report", None)
     if known is None:
         raise ValueError("nothing to report on: call fastlora.replace_linear(model) on this model first")
-    rows, live, experts, modules = [], {}, adapted_experts(model), dict(model.named_modules())
+    rows, used, experts, modules = [], [], adapted_experts(model), dict(model.named_modules())
     for row in known.rows:
         name = row.name.rpartition(".")[0]
         module: Any = modules.get(row.name)
         if row.replaced and name in experts:
             (row,) = (new for new in experts[name].rows(name) if new.name == row.name)
-            live[row.path] = backend(next(experts[name].parameters()).device)
+            used.append(backend(next(experts[name].parameters()).device))
         elif row.replaced and isinstance(module, (LoRALinear, NF4Linear)):
             base: Any = module.base_layer if isinstance(module, LoRALinear) else module
-            found = backend(base.weight.device)
-            live[found.name] = found
-            row = dataclasses.replace(row, path=found.name, kernels=kernels_of(base, row.shape, row.r))
+            used.append(backend(base.weight.device))
+            path, kernels = computed_over(base, row.shape, row.r)
+            row = dataclasses.replace(row, path=path, kernels=kernels)
         elif row.replaced:
             row = dataclasses.replace(row, replaced=False, path="unchanged", reason="removed since", r=0)
         rows.append(row)
-    first = next(iter(live.values()), None)
-    return Report(rows, first.name if first else "", first.reason if first else "nothing", known.notes)
+    name, reason = used[0] if used else ("", "nothing")
+    return Report(rows, name, reason, known.notes)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora.kernels.operands import FLOAT_DTYPES
-from fastlora.layers.bases import AdoptedWeight, is_linear4bit, kernels_of
+from fastlora.layers.bases import AdoptedWeight, computed_over, is_linear4bit, is_plain
 from fastlora.layers.dense import is_dense
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Report, Row
@@ -102,7 +102,7 @@ def layer_obstacle(module: Any) -> str:
         return "parametrized: its weight is computed by other modules"
     if hasattr(module, "_hf_hook"):
         return "accelerate moves its inputs or weights (device_map over several devices): load the model on one device"
-    if has_hooks(module):
+    if not is_plain(module):
         return "it has hooks or a forward of its own, which a LoRALinear would not run"
     if is_linear4bit(module):
         try:
@@ -120,17 +120,6 @@ def layer_obstacle(module: Any) -> str:
     if weight.dtype not in FLOAT_DTYPES:
         return f"its weight is {weight.dtype}; fp32, bf16 or fp16 can be replaced"
     return ""
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything but the class's own forward runs when the module is called."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in module.__dict__
 
 
 def output_head(model: nn.Module) -> str | None:
@@ -182,9 +171,10 @@ def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = 
     rows = list(stacks)
     for name, site in sites.items():
         replaced = site.adapt or site.quantize
-        path = backend(site.module.weight.device).name if replaced else "unchanged"
         in_nf4 = site.quantize or (site.adapt and not is_dense(site.module))
-        kernels = kernels_of(site.module, site.shape, site.r, site.quantize) if replaced else ""
+        path, kernels = "unchanged", ""
+        if replaced:
+            path, kernels = computed_over(site.module, site.shape, site.r, site.quantize)
         reason = _reason(site, head)
         rows.append(Row(name, site.kind, site.shape, replaced, reason, path, site.r, in_nf4, kernels=kernels))
     first = next(iter(backends.values()))

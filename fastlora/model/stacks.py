@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastlora.kernels.operands import FLOAT_DTYPES
+from fastlora.layers.bases import is_plain
 from fastlora.layers.experts import IMPLEMENTATIONS, INTERFACE, computes_in_fp32, projections
 from fastlora.layers.lora_experts import LoRAExperts, stacked
 from fastlora.model import trained_modules
 from fastlora.model.names import means, nearest, within
 from fastlora.model.settings import LayerOptions, LoRASettings
-from fastlora.model.sites import has_hooks
 
 _STARTS = (True, False, "gaussian")
 
@@ -77,7 +77,7 @@ def stack_obstacle(module: Any, name: str) -> str:
         return f"{name} is none of the projections {projections(module)}"
     if parametrize.is_parametrized(module):
         return "the experts are parametrized"
-    if has_hooks(module):
+    if not is_plain(module):
         return "the experts have hooks or a forward of their own"
     weight = module._parameters[name]
     if type(weight) is not nn.Parameter or weight.ndim != 3 or weight.dtype not in FLOAT_DTYPES:

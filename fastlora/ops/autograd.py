@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+_Found = TypeVar("_Found")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
@@ -82,3 +83,13 @@ def constant_under_compile(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_captured: list[Any] = []
+
+
+def keep_if_captured(found: _Found, device: torch.device) -> _Found:
+    """Tensors that a CUDA graph which is being captured will read again: held for as long as the process lives."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found

@@ -105,15 +105,19 @@ def _fits_grouped_mm(device: torch.device, dtype: torch.dtype, n: int, k: int) -
     return torch.compiler.is_compiling()
 
 
-def kernels(device: torch.device, dtype: torch.dtype, experts: int, n: int, k: int, blocksize: int, rank: int) -> str:
-    """What computes the grouped linear of a frozen stack of experts [N, K], in words.
+def computed_by(
+    device: torch.device, dtype: torch.dtype, experts: int, n: int, k: int, blocksize: int, rank: int
+) -> tuple[str, str]:
+    """The path that computes the grouped linear of a frozen stack of experts [N, K], and how, in words.
 
     Args:
         dtype: of the rows. blocksize: of an NF4 stack, 0 for a dense one. rank: of the adapters, 0 for none.
     """
     if not grouped_cuda.reason(device, dtype, dtype, experts, blocksize, rank):
-        return grouped_cuda.words(device, n, k, blocksize, rank)
-    return "grouped_mm (torch)" if _fits_grouped_mm(device, dtype, n, k) else "expert by expert"
+        return "grouped_cuda", grouped_cuda.words(device, n, k, blocksize, rank)
+    if _fits_grouped_mm(device, dtype, n, k):
+        return "grouped", "grouped_mm (torch)"
+    return "grouped_loop", "expert by expert"
 
 
 class _PackedProduct(torch.autograd.Function):

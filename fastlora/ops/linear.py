@@ -16,19 +16,19 @@ once a pass. Each has `forward` and `backward` over rows [M, K].
 Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.kernels.operands import FLOAT_DTYPES, Lora
+from fastlora.kernels.operands import Lora
 from fastlora.ops import dequantize, linear_cpu, linear_cpu_bf16
 from fastlora.ops.autograd import refuse_func_gradients, refuse_second_derivative, seen_by_others
 from fastlora.ops.backend import backend
+from fastlora.ops.checks import as_autocast, check, check_adapter_shapes, check_adapters
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import Gradients, Needs, in_dtype
+from fastlora.ops.operands import Gradients, Needs, Step
 
 LEAST_DROPOUT = 2.0**-17  # half a step of the mask's rate
 _OPERANDS = (
@@ -72,9 +72,9 @@ def lora_linear(
     """
     if not 0.0 <= dropout_p < 1.0 - LEAST_DROPOUT:
         raise ValueError(f"dropout_p must be at least 0 and below 1, by 2**-17 or more; got {dropout_p}")
-    x, weight, bias = _autocast(x, weight, bias)
-    _check(x, weight, bias)
-    _check_adapters(x, weight.shape, lora_a, lora_b)
+    x, weight, bias = as_autocast(x, weight, bias)
+    check(x, weight, bias)
+    check_adapters(x, weight.shape, lora_a, lora_b)
     seed = None
     if training and dropout_p >= LEAST_DROPOUT:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
@@ -91,8 +91,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    x, _, bias = _autocast(x, weight, bias)
-    _check(x, weight, bias)
+    x, _, bias = as_autocast(x, weight, bias)
+    check(x, weight, bias)
     return _call(x, weight, None, bias)
 
 
@@ -114,82 +114,27 @@ def nf4_dequantize(
     if (lora_a is None) != (lora_b is None):
         raise ValueError("nf4_dequantize merges lora_a and lora_b together: give both or neither")
     if lora_a is not None and lora_b is not None:
-        _check_adapter_shapes(weight.shape, lora_a, lora_b)
+        check_adapter_shapes(weight.shape, lora_a, lora_b)
         lora_a, lora_b = lora_a.detach(), lora_b.detach()
     return dequantize.nf4_dequantize(weight, dtype or weight.dtype, lora_a, lora_b, scaling)
 
 
-def _autocast(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None
-) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None]:
-    """x and a dense weight in autocast's dtype; a bias in fp32 stays, so that its gradient is not rounded."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    if bias is not None and bias.dtype != torch.float32:
-        bias = bias.to(dtype)
-    return x.to(dtype), in_dtype(weight, dtype), bias
-
-
-def _check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
-    dtype, shape = x.dtype, weight.shape
-    if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x must be bf16, fp16 or fp32; got {dtype}")
-    if len(shape) != 2:
-        raise ValueError(f"weight must be [N, K]; got {list(shape)}")
-    n, k = shape
-    if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"x has {list(x.shape)}, the weight [N, K] = {[n, k]}: the last dimension of x must be {k}")
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device}, the weight on {weight.device}: move one of them")
-    if weight.dtype is not dtype and isinstance(weight, Tensor):
-        raise ValueError(f"x is {dtype}, the weight {weight.dtype}: cast one of them, or run under autocast")
-    if bias is not None and (bias.shape != (n,) or bias.dtype not in (dtype, torch.float32)):
-        raise ValueError(f"bias must be [{n}] in {dtype} or fp32; got {list(bias.shape)} in {bias.dtype}")
-
-
-def _check_adapters(x: Tensor, shape: Sequence[int], lora_a: Tensor, lora_b: Tensor) -> None:
-    _check_adapter_shapes(shape, lora_a, lora_b)
-    dtype, device = x.dtype, x.device
-    for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if adapter.dtype is not torch.float32 and adapter.dtype is not dtype:
-            raise ValueError(f"{name} must be fp32 or {dtype} like x; got {adapter.dtype}")
-        if adapter.device != device:
-            raise ValueError(f"x is on {device}, {name} on {adapter.device}: move one of them")
-
-
-def _check_adapter_shapes(shape: Sequence[int], lora_a: Tensor, lora_b: Tensor) -> None:
-    n, k = shape
-    r = lora_a.shape[0] if lora_a.ndim == 2 else 0
-    if r and lora_a.shape[1] == k and lora_b.shape == (n, r):
-        return
-    if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1] or lora_a.shape[0] == 0:
-        raise ValueError(
-            f"lora_a must be [R, K] and lora_b [N, R] with the same R >= 1; "
-            f"got {list(lora_a.shape)} and {list(lora_b.shape)}"
-        )
-    if lora_a.shape[1] != k or lora_b.shape[0] != n:
-        raise ValueError(
-            f"the weight is [N, K] = {[n, k]}; lora_a {list(lora_a.shape)} must end in {k}, "
-            f"lora_b {list(lora_b.shape)} must begin with {n}"
-        )
-
-
-def kernels(n: int, k: int, r: int, blocksize: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What computes a linear [N, K] by its number of tokens, in words: "up to 16 tokens decode, above ...".
+def computed_by(n: int, k: int, r: int, blocksize: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """The paths that compute a linear [N, K], and how by its number of tokens: "up to 16 tokens decode, above ...".
 
     Args:
         r: rank of the adapter, 0 for none. blocksize: of an NF4 weight, 0 for a dense one. dtype: of x.
     """
-    steps: list[tuple[int, str]] = []
-    for bound, words in path_on(device).steps(n, k, blocksize, r, dtype, device):
-        steps[-1:] = [(bound, words)] if steps and steps[-1][1] == words else [*steps[-1:], (bound, words)]
-    *below, (_, last) = steps
-    said = [f"up to {bound} tokens {words}" for bound, words in below]
-    return ", ".join([*said, f"above {last}"]) if said else last
+    steps: list[Step] = []
+    for step in _path_on(device).steps(n, k, blocksize, r, dtype, device):
+        steps[-1:] = [step] if steps and steps[-1].words == step.words else [*steps[-1:], step]
+    *below, last = steps
+    said = [f"up to {step.m} tokens {step.words}" for step in below]
+    said.append(f"above {last.words}" if said else last.words)
+    return ", ".join(dict.fromkeys(step.path for step in steps)), ", ".join(said)
 
 
-def path_on(device: torch.device) -> ModuleType:
+def _path_on(device: torch.device) -> ModuleType:
     """The module with what there is to say about the linears on a device."""
     if backend(device).name == "triton":
         from fastlora.ops import linear_cuda

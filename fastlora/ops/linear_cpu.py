@@ -25,7 +25,7 @@ from fastlora.native import linear as native_linear
 from fastlora.native import lora as native_lora
 from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import Gradients, Needs, affine, dense, merged, with_rows
+from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, affine, dense, merged, with_rows
 
 GEMV_UP_TO_M = 8  # above, expanding the weight and one product are quicker than decoding it for every few rows
 SPLIT_FROM_M = 128
@@ -79,19 +79,21 @@ def backward(
     return Gradients(_sum(update, dy, weight, packed, transposed=True), da, db)
 
 
-def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, str]]:
-    """(largest M, what computes y of so many tokens), without dropout; blocksize 0: a dense weight."""
-    cpp, packed, any_m = backend(device).name == "cpp", blocksize > 0, 1 << 62
-    rest = [(any_m, "torch's product, update first")]
+def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: torch.device) -> list[Step]:
+    """What computes y by the number of tokens, without dropout; blocksize 0: a dense weight."""
+    cpp, packed = backend(device).name == "cpp", blocksize > 0
+    found = [Step(ANY_M, "linear_cpu", "torch's product, update first")]
     if packed:
-        by_merging = (any_m, "expand and merge, then torch's product")
-        rest = [(min(n, k) - 1, "expand, then torch's product, update first"), *([by_merging] if r else [])]
-        rest = rest if r else [(any_m, "expand, then torch's product")]
-        rest = [(GEMV_UP_TO_M, "C++ product over packed codes"), *rest] if cpp else rest
+        found = [Step(ANY_M, "linear_cpu", "expand, then torch's product")]
+        if r:
+            first = Step(min(n, k) - 1, "linear_cpu", "expand, then torch's product, update first")
+            found = [first, Step(ANY_M, "linear_cpu", "expand and merge, then torch's product")]
+        if cpp:
+            found = [Step(GEMV_UP_TO_M, "linear_cpu", "C++ product over packed codes"), *found]
     if cpp and dtype is torch.bfloat16 and native_linear.supports(1, n, k, r, packed):
-        few = any_m if native_linear.supports(any_m, n, k, r, packed) else native_linear.FEW_TOKENS
-        rest = [(few, "one C++ product"), *(step for step in rest if step[0] > few)]
-    return rest
+        few = ANY_M if native_linear.supports(ANY_M, n, k, r, packed) else native_linear.FEW_TOKENS
+        found = [Step(few, "linear_cpu_bf16", "one C++ product"), *(step for step in found if step.m > few)]
+    return found
 
 
 def _merges(x: Tensor, weight: Tensor | NF4Weight, lora: Lora) -> bool:

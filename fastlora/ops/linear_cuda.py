@@ -30,7 +30,7 @@ from fastlora.kernels.operands import Lora
 from fastlora.native import cuda
 from fastlora.ops.backend import compiled_decode
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import Gradients, Needs, affine, dense, merged
+from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, affine, dense, merged
 
 _DECODERS = {"decode-cuda": cuda, "decode": decode}
 _NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
@@ -161,15 +161,15 @@ _WORDS = {
 }
 
 
-def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: torch.device) -> list[tuple[int, str]]:
-    """(largest M, what computes y of so many tokens), without dropout; blocksize 0: a dense weight."""
+def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: torch.device) -> list[Step]:
+    """What computes y by the number of tokens, without dropout; blocksize 0: a dense weight."""
     if not blocksize:
-        return [(choice.ANY_M, "cuBLAS, update first")]
+        return [Step(ANY_M, "linear_cuda", "cuBLAS, update first")]
     found = []
     for bound, chosen in choice.steps("linear", n, k, r, False, device, compiled_decode(device)[0]):
         while refusal(chosen.kernel, dtype, min(bound, k), k, n, blocksize, r):
             chosen = Choice(_NEXT[chosen.kernel])
-        found.append((bound, _WORDS[chosen.kernel]))
+        found.append(Step(bound, "linear_cuda", _WORDS[chosen.kernel]))
     return found
 
 

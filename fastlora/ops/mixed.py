@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.kernels.operands import Lora
-from fastlora.ops.autograd import computed_in, seen_by_others
+from fastlora.ops.autograd import computed_in, keep_if_captured, seen_by_others
 from fastlora.ops.backend import backend
 from fastlora.ops.linear import nf4_linear
 from fastlora.ops.nf4 import NF4Weight
@@ -263,17 +263,12 @@ def _in_segments(
     return update.index_select(0, _kept(_indices, tuple(back), x.device))
 
 
-_captured: list[Tensor] = []  # what CUDA graphs will read again
-
-
 def _kept(make: Any, *key: Any) -> Tensor:
     """make(*key) on the device; one copy serves all layers of a step, and all steps of a generation."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return make.__wrapped__(*key, False)  # type: ignore[no-any-return]  # it belongs to a graph or a mode
     found: Tensor = make(*key, torch.is_inference_mode_enabled())
-    if found.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(found)
-    return found
+    return keep_if_captured(found, found.device)
 
 
 @lru_cache(maxsize=256)

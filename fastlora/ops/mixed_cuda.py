@@ -26,7 +26,7 @@ from fastlora.kernels import lora as kernel
 from fastlora.kernels.lora_plan import Dropout
 from fastlora.kernels.segments import KEEP, Segments
 from fastlora.ops import linear_cuda
-from fastlora.ops.autograd import refuse_second_derivative
+from fastlora.ops.autograd import keep_if_captured, refuse_second_derivative
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.ops.operands import Needs, dense
 
@@ -39,9 +39,6 @@ class Rows(NamedTuple):
     drops: bool
 
 
-_captured: list[Rows] = []  # what CUDA graphs will read again
-
-
 def rows_of(places: tuple[int, ...], rows: int, facts: tuple[tuple[float, float], ...], device: torch.device) -> Rows:
     """The stretches of a batch of samples with `rows` rows each; one copy serves all layers of a step.
 
@@ -49,10 +46,7 @@ def rows_of(places: tuple[int, ...], rows: int, facts: tuple[tuple[float, float]
         places: for each sample the place of its adapter, or -1.
         facts: for each adapter its scaling and its rate of dropout, 0 where nothing is dropped.
     """
-    found = _rows_of(places, rows, facts, device, torch.is_inference_mode_enabled())
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(found)
-    return found
+    return keep_if_captured(_rows_of(places, rows, facts, device, torch.is_inference_mode_enabled()), device)
 
 
 @lru_cache(maxsize=256)

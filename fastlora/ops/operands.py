@@ -14,6 +14,16 @@ from fastlora.kernels.operands import Lora as Lora
 from fastlora.kernels.operands import Packed
 from fastlora.ops.dequantize import nf4_expand
 
+ANY_M = 1 << 62  # no bound on the number of tokens
+
+
+class Step(NamedTuple):
+    """What computes y up to so many tokens, in words; a path is named as its file."""
+
+    m: int
+    path: str
+    words: str
+
 
 class Gradients(NamedTuple):
     """What a backward pass gives; None for what nobody asked for."""

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from fastlora.kernels.operands import FLOAT_DTYPES, Lora
-from fastlora.layers.bases import compute_dtype, is_linear4bit
+from fastlora.layers.bases import compute_dtype, is_linear4bit, is_plain
 from fastlora.layers.dense import dense_weight, is_conv1d, is_dense
 
 try:
@@ -225,9 +225,3 @@ def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], dora: bool, 
         return f"DoRA with dropout and {told} adapters over {dtype}: peft multiplies in {told}"
     trained = not four_bit and dense_weight(base).requires_grad
     return f"DoRA with {told} adapters over a trained {dtype} weight" if trained else ""
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether nothing but the class's own forward runs when the module is called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__

@@ -25,7 +25,7 @@ from fastlora.layers.experts import (
 )
 from fastlora.layers.report import Row
 from fastlora.ops.autograd import computed_in
-from fastlora.ops.grouped import kernels
+from fastlora.ops.grouped import computed_by
 from fastlora.peft_layers.conditions import EXPECTED, active_names, adapter, is_plain
 from fastlora.peft_layers.linear import SPED_UP, SpedUp, count
 
@@ -117,8 +117,8 @@ def updates_of(wrappers: list[Any]) -> dict[str, Lora]:
     return found
 
 
-def row(name: str, layer: Any, reason: str, path: str) -> Row:
-    """A row of the report; `reason` says why peft computes the layer, empty where `path` does."""
+def row(name: str, layer: Any, reason: str) -> Row:
+    """A row of the report; `reason` says why peft computes the layer, empty where fastlora does."""
     experts, rank = layer.get_base_layer(), next(iter(layer.r.values()), 0)
     shape, kind = (layer.out_features, layer.in_features), f"ParamWrapper({type(experts).__name__})"
     if reason:
@@ -129,8 +129,8 @@ def row(name: str, layer: Any, reason: str, path: str) -> Row:
     device = (stored.original if stored else getattr(experts, layer.parameter_name)).device
     dtype = stored[0].quant_state.dtype if stored else getattr(experts, layer.parameter_name).dtype
     blocksize = stored[0].quant_state.blocksize if stored else 0
-    computed = kernels(device, dtype, layer.num_experts, *shape, blocksize, rank)
-    return Row(name, kind, shape, True, said, path, rank, packed, layer.fastlora_calls, computed)
+    path, kernels = computed_by(device, dtype, layer.num_experts, *shape, blocksize, rank)
+    return Row(name, kind, shape, True, said, path, rank, packed, layer.fastlora_calls, kernels)
 
 
 def _unpack(wrapper: Any, name: str) -> Lora:

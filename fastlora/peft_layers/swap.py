@@ -14,7 +14,7 @@ from typing import Any
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
-from fastlora.layers.bases import is_linear4bit, kernels_of
+from fastlora.layers.bases import computed_over, is_linear4bit
 from fastlora.layers.dense import is_conv1d
 from fastlora.layers.report import Report, Row
 from fastlora.ops.backend import backend
@@ -113,11 +113,12 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
                 continue
             backends.append(backend(base.weight.device))
             said = f"peft's layer sped up in place, r={rank}"
-            packed, path, kernels = is_linear4bit(base), backends[-1].name, kernels_of(base, shape, rank)
-            rows.append(Row(name, kind, shape, True, said, path, rank, packed, module.fastlora_calls, kernels))
+            path, kernels = computed_over(base, shape, rank)
+            packed, calls = is_linear4bit(base), module.fastlora_calls
+            rows.append(Row(name, kind, shape, True, said, path, rank, packed, calls, kernels))
         elif name in found and experts.is_wrapper(module):
             backends.append(backend(next(module.parameters()).device))
-            rows.append(experts.row(name, module, reasons[name], backends[-1].name))
+            rows.append(experts.row(name, module, reasons[name]))
         elif (isinstance(module, nn.Linear) or is_conv1d(module)) and not name.startswith(inside):
             k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
             shape = (n, k)

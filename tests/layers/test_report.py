@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from fastlora.kernels import choice
 from fastlora.kernels.operands import Lora
 
 import fastlora
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import linear, linear_cpu, linear_cpu_bf16, linear_cuda, nf4
-from fastlora.ops.backend import backend
+from fastlora.ops.operands import ANY_M, Step
 from tests.support.models import gpt2, llama
 
 CPU = torch.device("cpu")
@@ -27,8 +26,8 @@ def test_steps_on_the_cpu_are_what_the_path_does(r):
     n, k = 96, 64
     weight, lora = operands(n, k, r)
     steps = linear_cpu.steps(n, k, 64, r, torch.float32, CPU)
-    assert [bound for bound, _ in steps] == sorted({bound for bound, _ in steps})
-    for bound, words in steps:
+    assert [step.m for step in steps] == sorted({step.m for step in steps})
+    for bound, _, words in steps:
         for m in {max(1, bound - 1), bound} if bound < 1 << 20 else {4096}:
             x = torch.empty(m, k)
             assert linear_cpu._reads_packed(x, weight) == ("packed codes" in words)
@@ -45,7 +44,7 @@ def test_one_product_is_said_where_it_serves(packed):
         weight = torch.zeros(n, k, dtype=torch.bfloat16)
     steps = linear_cpu.steps(n, k, 64 * packed, r, torch.bfloat16, CPU)
     for m in (1, 64, 5000):
-        words = next(words for bound, words in steps if m <= bound)
+        words = next(step.words for step in steps if m <= step.m)
         served = linear_cpu_bf16.takes(torch.empty(m, k, dtype=torch.bfloat16), weight, lora)
         assert served == (words == "one C++ product")
 
@@ -56,22 +55,25 @@ def test_steps_on_a_gpu_are_the_choices():
     n, k, r = 256, 512, 8
     weight, lora = operands(n, k, r, dtype=torch.bfloat16)
     steps = linear_cuda.steps(n, k, 64, r, torch.bfloat16, CPU)
-    assert steps[-1][0] == choice.ANY_M
-    for bound, words in steps:
+    assert steps[-1].m == ANY_M
+    for bound, _, words in steps:
         m = min(bound, 5000)
         chosen = linear_cuda._choose(
             "linear", torch.empty(m, k, dtype=torch.bfloat16), weight, lora, lambda other: None
         )
         assert linear_cuda._WORDS[chosen.kernel] == words, m
-    assert linear_cuda.steps(n, k, 0, r, torch.bfloat16, CPU) == [(choice.ANY_M, "cuBLAS, update first")]
+    assert linear_cuda.steps(n, k, 0, r, torch.bfloat16, CPU) == [(ANY_M, "linear_cuda", "cuBLAS, update first")]
 
 
 def test_words(monkeypatch):
-    steps = [(8, "a"), (16, "a"), (64, "b"), (1 << 62, "c")]
+    steps = [Step(8, "p", "a"), Step(16, "p", "a"), Step(64, "q", "b"), Step(ANY_M, "p", "c")]
     monkeypatch.setattr(linear_cpu, "steps", lambda *_: steps)
-    assert linear.kernels(2, 2, 1, 0, torch.float32, CPU) == "up to 16 tokens a, up to 64 tokens b, above c"
+    assert linear.computed_by(2, 2, 1, 0, torch.float32, CPU) == (
+        "p, q",
+        "up to 16 tokens a, up to 64 tokens b, above c",
+    )
     monkeypatch.setattr(linear_cpu, "steps", lambda *_: steps[-1:])
-    assert linear.kernels(2, 2, 1, 0, torch.float32, CPU) == "c"
+    assert linear.computed_by(2, 2, 1, 0, torch.float32, CPU) == ("p", "c")
 
 
 def test_the_report_has_them(capsys):
@@ -79,7 +81,7 @@ def test_the_report_has_them(capsys):
     before = fastlora.replace_linear(model, r=4, quantize="nf4").fastlora_report
     report = fastlora.report(model)
     replaced = [row for row in report.rows if row.replaced]
-    expected = {linear.kernels(*row.shape, 4, 64, torch.bfloat16, CPU) for row in replaced}
+    expected = {linear.computed_by(*row.shape, 4, 64, torch.bfloat16, CPU)[1] for row in replaced}
     assert {row.kernels for row in replaced} == {row.kernels for row in before.replaced} == expected
     assert {row["kernels"] for row in json.loads(report.to_json())["rows"]} == expected | {""}
     report.print()
@@ -92,4 +94,4 @@ def test_a_transposed_weight_is_not_spoken_for():
     model = gpt2()
     fastlora.replace_linear(model, r=2)
     assert {row.kernels for row in fastlora.report(model).replaced} == {""}
-    assert backend(CPU).name in {row.path for row in fastlora.report(model).rows}
+    assert linear.computed_by(8, 8, 2, 0, torch.float32, CPU)[0] in {row.path for row in fastlora.report(model).rows}
