@@ -32,7 +32,7 @@ FLOORS = (
     "cli",
     "__main__",
 )
-BENCH_FLOORS = ("measure", "machine_code", "compare", "tune", "report", "gpu", "cli", "__main__")
+BENCH_FLOORS = ("measure", "report", "machine_code", "compare", "tune", "gpu", "cli", "__main__")
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -48,7 +48,7 @@ def modules(package: str) -> dict[str, Path]:
 
 def floor(module: str) -> str:
     """The folder, or the file, of the package that a module belongs to; empty for the package itself."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:

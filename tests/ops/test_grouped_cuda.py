@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlora.ops import nf4
-from fastlora.ops.grouped import grouped_lora_linear, kernels
+from fastlora.ops.grouped import computed_by, grouped_lora_linear
 from tests.support.numerics import assert_as_accurate
 
 triton = pytest.importorskip("triton")
@@ -212,9 +212,10 @@ def test_what_it_does_not_take_goes_another_way(launched):
 
 def test_the_ways_in_words(monkeypatch):
     here, shape = torch.device(DEVICE), (EXPERTS, 512, 1024)
-    assert kernels(here, torch.bfloat16, *shape, 0, 16) == "grouped product (Triton)"
-    said = kernels(here, torch.float16, *shape, 64, 16)
+    assert computed_by(here, torch.bfloat16, *shape, 0, 16) == ("grouped_cuda", "grouped product (Triton)")
+    _, said = computed_by(here, torch.float16, *shape, 64, 16)
     assert "rows an expert grouped fused dequantize-GEMM, above dequantize, then grouped product (Triton)" in said
-    assert kernels(here, torch.float32, *shape, 64, 16) == "expert by expert"
+    assert computed_by(here, torch.float32, *shape, 64, 16) == ("grouped_loop", "expert by expert")
     monkeypatch.setenv("FASTLORA_BACKEND", "torch")
-    assert kernels(torch.device("cpu"), torch.bfloat16, *shape, 0, 16) == "expert by expert"
+    cpu = torch.device("cpu")
+    assert computed_by(cpu, torch.bfloat16, *shape, 0, 16) == ("grouped_loop", "expert by expert")
