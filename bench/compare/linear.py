@@ -27,10 +27,11 @@ from bench.compare.layers import Provider
 from bench.compare.providers import find_providers
 from bench.compare.shape import DeviceLostError, Effort, ShapeBench
 from bench.measure.floors import Rates
+from bench.measure.machine import gb_per_s, measure_machine, tflop_per_s
 from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE, KERNELS, MODES, Problem
 from bench.measure.record import Point, Recorder
-from bench.measure.timing import Machine, device_name, measure_machine
+from bench.measure.timing import device_name
 from bench.report import goals, table
 
 SUMMARY = "one LoRA linear: fastlora against peft, bitsandbytes, unsloth, torch.compile and the bare product"
@@ -150,8 +151,8 @@ def run(arguments: argparse.Namespace) -> int:
     recorder = Recorder(arguments.out or Path("bench/results") / place / "kernels.csv", name)
     print(f"{name}, torch {torch.__version__}, bf16", flush=True)
     machine = measure_machine(plan.device, budget_s=min(3.0, plan.effort.budget_s))
-    print(f"copy {machine.gb_per_s:.1f} GB/s, bf16 product {machine.tflop_per_s:.3f} TFLOP/s", flush=True)
-    recorder.write(machine_points(machine))
+    print(f"copy {gb_per_s(machine.copy):.1f} GB/s, bf16 product {tflop_per_s(machine.matmul):.3f} TFLOP/s", flush=True)
+    recorder.write(machine)
     points: list[Point] = []
     status = 0
     try:
@@ -206,15 +207,6 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         with_launches=not arguments.no_launches and arguments.device == "cuda",
         deadline=time.monotonic() + (float("inf") if arguments.limit is None else arguments.limit),
     )
-
-
-def machine_points(machine: Machine) -> list[Point]:
-    """The machine's own speed as rows."""
-    (rows, cols), (m, k, n) = machine.copy_shape, machine.matmul_shape
-    return [
-        Point("copy", "torch", "forward", "time", rows, cols, 0, 0, *machine.copy),
-        Point("matmul", "torch", "forward", "time", m, k, n, 0, *machine.matmul),
-    ]
 
 
 def measure(plan: Plan, rates: Rates) -> Iterator[list[Point]]:
@@ -279,8 +271,7 @@ def say(points: list[Point], elapsed_s: float | None) -> None:
         return
     p = points[0]
     stamp = f"{elapsed_s:4.0f} s  " if elapsed_s is not None else "launches  "
-    what = f"{p.kernel} {p.K}x{p.N} M={p.M} r={p.R} p={p.dropout:g} {p.mode}"
-    print(f"{stamp}{what}: {', '.join(_figure(point) for point in points)}", flush=True)
+    print(f"{stamp}{p.case}: {', '.join(_figure(point) for point in points)}", flush=True)
 
 
 def _figure(point: Point) -> str:

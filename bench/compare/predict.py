@@ -229,5 +229,4 @@ def _show(gpu: Gpu, points: list[Point]) -> None:
     )
     for point in points:
         if point.provider == PREDICTED + "fastlora" and point.kernel != "bf16_linear":
-            what = f"{point.kernel} {point.K}x{point.N} M={point.M} r={point.R} p={point.dropout:g} {point.mode}"
-            print(f"  {what:<60} {point.p50 * 1e3:10.1f} us  {point.share_of_floor or 0:.2f} of the floor")
+            print(f"  {point.case:<60} {point.p50 * 1e3:10.1f} us  {point.share_of_floor or 0:.2f} of the floor")

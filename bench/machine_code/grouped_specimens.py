@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from bench.machine_code.specimen import Specimen
+from bench.machine_code.specimen import NF4_TYPES, Specimen
 
 N, K, EXPERTS = 2048, 2048, 128
 
@@ -66,9 +66,9 @@ def _packed(op: str, rows: int, adapter: str, archs: tuple[int, ...]) -> Specime
     cut = grouped.default_config(op, rows, True, N, K, capability)
     types, constants = _common(cut, op, adapter)
     of_weight = (cut.block_k, cut.block_n) if op == "linear_t" else (cut.block_n, cut.block_k)
-    types |= {"codes_ptr": f"tensordesc<i32[{of_weight[0]}, {of_weight[1] // 8}]>" if cut.tma else "*u8"}
-    types |= {"absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32", "offset_ptr": "*fp32"}
-    types |= {"code_ptr": "*fp32"} | dict.fromkeys(("N", "K", "row_words"), "i32")
+    types |= NF4_TYPES | dict.fromkeys(("N", "K", "row_words"), "i32")
+    if cut.tma:
+        types |= {"codes_ptr": f"tensordesc<i32[{of_weight[0]}, {of_weight[1] // 8}]>"}
     constants |= {"TRANSPOSED": op == "linear_t", "BLOCKSIZE": 64, "NESTED": True, "LOOKUP": "shfl"}
     constants |= {"MMA_SYNC": uses_mma_sync(capability, cut.block_m)}
     return Specimen(

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+NF4_TYPES = {"codes_ptr": "*u8", "absmax_ptr": "*u8"}  # of a weight with nested scales
+NF4_TYPES |= dict.fromkeys(("absmax2_ptr", "code2_ptr", "offset_ptr", "code_ptr"), "*fp32")
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may use
 
 

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from bench.machine_code import grouped_specimens
-from bench.machine_code.specimen import Specimen
+from bench.machine_code.specimen import NF4_TYPES, Specimen
 
 RANKS = (16, 32, 64)
 
@@ -37,13 +37,12 @@ def _nf4_specimen(
     """A launch of the dequantize kernel: nested scales, aligned and even shapes, unless `flags` say otherwise."""
     from fastlora.kernels import nf4
 
-    kinds = {"codes_ptr": "*u8", "absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32"}
-    kinds |= {"offset_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": "*bf16"}
+    kinds = NF4_TYPES | {"row_scale_ptr": "*fp32", "out_ptr": "*bf16"}
     kinds |= {"lora_a_ptr": "*bf16", "lora_b_ptr": "*bf16", "scaling": "fp32", "K": "i32", "R": "i32"}
     kinds |= {"stride_ar": "i32", "stride_bn": "i32", "stride_on": "i32"}
     constants: dict[str, Any] = {"stride_ak": 1, "stride_br": 1, "BLOCKSIZE": 64}
     constants |= {"NESTED": True, "ALIGNED": True, "EVEN": True}
-    constants |= {"MERGE": False, "LOOKUP": "shfl", "PRECISION": "none"}
+    constants |= {"MERGE": False, "EXTEND": False, "ROW_SCALE": False, "LOOKUP": "shfl", "PRECISION": "none"}
     constants |= {"INTERPRETED": False, "WHOLE_R": True, "STEPS": cut.steps, "BLOCK_R": cut.block_r}
     constants |= {"BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
     if cut == nf4.FLAT:
@@ -154,11 +153,10 @@ def _fused_specimen(op: str, m: int, adapter: str, flags: Mapping[str, Any], arc
     transposed, capability = op == "linear_t", (archs[0] // 10, archs[0] % 10)
     cut = fused.default_config(op, m, 4096, 4096, capability)
     rows, columns = (cut.block_k, cut.block_n) if transposed else (cut.block_n, cut.block_k)
-    types = {"x_ptr": "*bf16", "codes_ptr": "*u8", "absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32"}
+    types = NF4_TYPES | {"x_ptr": "*bf16", "h_ptr": "*fp32", "b_ptr": f"*{adapter}", "seed_ptr": "*i64"}
     if cut.tma:
         types |= {"x_ptr": f"tensordesc<bf16[{cut.block_m}, {cut.block_k}]>"}
         types |= {"codes_ptr": f"tensordesc<i32[{rows}, {columns // 8}]>"}
-    types |= {"offset_ptr": "*fp32", "code_ptr": "*fp32", "h_ptr": "*fp32", "b_ptr": f"*{adapter}", "seed_ptr": "*i64"}
     types |= {"bias_ptr": "*bf16", "out_ptr": "*fp32" if "SPLIT" in flags else "*bf16", "scaling": "fp32"}
     types |= dict.fromkeys(("M", "N", "K", "R", "row_words", "per_split", "threshold", "stride_xm"), "i32")
     types |= {"stride_br" if transposed else "stride_bn": "i32"}
@@ -180,8 +178,7 @@ def _fused_specimen(op: str, m: int, adapter: str, flags: Mapping[str, Any], arc
 def _decode_specimens() -> Iterator[Specimen]:
     from fastlora.kernels import decode
 
-    kinds = {"x_ptr": "*bf16", "codes_ptr": "*u8", "absmax_ptr": "*u8", "absmax2_ptr": "*fp32", "code2_ptr": "*fp32"}
-    kinds |= {"offset_ptr": "*fp32", "code_ptr": "*fp32", "base_ptr": "*fp32", "h_ptr": "*fp32", "M": "i32"}
+    kinds = NF4_TYPES | {"x_ptr": "*bf16", "base_ptr": "*fp32", "h_ptr": "*fp32", "M": "i32"}
     kinds |= dict.fromkeys(("N", "K", "R", "k_per_split", "k_per_h", "stride_xm", "stride_ar"), "i32")
     kinds |= dict.fromkeys(("splits", "h_splits", "h_programs"), "i32")
     constants = {"stride_ak": 1, "BLOCKSIZE": 64, "NESTED": True, "LOOKUP": "shfl", "EVEN": True, "DTYPE": "bf16"}
@@ -215,8 +212,7 @@ def _decode_specimens() -> Iterator[Specimen]:
 def _dora_specimens() -> Iterator[Specimen]:
     from fastlora.kernels import dora
 
-    kinds = {"changed_ptr": "*i32", "weight_ptr": "*bf16", "codes_ptr": "*u8", "absmax_ptr": "*u8", "scaling": "fp32"}
-    kinds |= dict.fromkeys(("absmax2_ptr", "code2_ptr", "offset_ptr", "code_ptr", "out_ptr"), "*fp32")
+    kinds = NF4_TYPES | {"changed_ptr": "*i32", "weight_ptr": "*bf16", "out_ptr": "*fp32", "scaling": "fp32"}
     kinds |= dict.fromkeys(("N", "K", "R", "stride_wn", "stride_ar", "stride_bn"), "i32")
     constants: dict[str, Any] = {"stride_wk": 1, "stride_ak": 1, "stride_br": 1, "BLOCKSIZE": 64, "NESTED": True}
     constants |= {"ALIGNED": True, "LOOKUP": "shfl", "PRECISION": "tf32x3"}

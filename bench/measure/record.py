@@ -68,6 +68,11 @@ class Point:
     dtype: str = "bfloat16"
 
     @property
+    def case(self) -> str:
+        """What was measured, for a line of output."""
+        return f"{self.kernel} {self.K}x{self.N} M={self.M} r={self.R} p={self.dropout:g} {self.mode}"
+
+    @property
     def unit(self) -> str:
         """The unit of p50, p20 and p80."""
         return UNITS[self.metric]

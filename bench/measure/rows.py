@@ -1,9 +1,10 @@
 """Reading the benchmark CSV: the newest row of each case, measured and predicted ones apart."""
 
 import csv
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from bench.measure.record import COLUMNS, PREDICTED, Point
 
@@ -71,27 +72,7 @@ def measured_on_one_device(rows: list[Row], device: str | None = None) -> list[R
 
 def _row(cells: dict[str, str], where: str) -> Row:
     try:
-        return Row(
-            kernel=cells["kernel"],
-            provider=cells["provider"],
-            mode=cells["mode"],
-            metric=cells["metric"],
-            M=int(cells["M"]),
-            K=int(cells["K"]),
-            N=int(cells["N"]),
-            R=int(cells["R"]),
-            p50=float(cells["p50"]),
-            p20=_optional(cells["p20"]),
-            p80=_optional(cells["p80"]),
-            share_of_floor=_optional(cells["share_of_floor"]),
-            dropout=float(cells["dropout"]),
-            dtype=cells["dtype"],
-            device=cells["device"],
-            torch=cells["torch"],
-            triton=cells["triton"],
-            commit=cells["commit"],
-            timestamp=cells["timestamp"],
-        )
+        return Row(**{field.name: _READ.get(field.type, _optional)(cells[field.name]) for field in fields(Row)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -100,11 +81,4 @@ def _optional(cell: str) -> float | None:
     return float(cell) if cell else None
 
 
-def gb_per_s(copy: Point) -> float:
-    """Copy bandwidth of a `copy` row, bytes read and written both counted."""
-    return 4 * copy.M * copy.K / copy.p50 / 1e6
-
-
-def tflop_per_s(product: Point) -> float:
-    """Rate of a product's row, forward: 2 M N K FLOP."""
-    return 2 * product.M * product.K * product.N / product.p50 / 1e9
+_READ: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: float}  # by the type of a field

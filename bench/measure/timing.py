@@ -1,4 +1,4 @@
-"""How a time is taken: providers in turn, medians, inputs rotated past the cache, the machine's own speed first.
+"""How a time is taken: providers in turn, medians, inputs rotated past the cache.
 
 On a shared machine the same call takes 10% more or less from one minute to the next, so a number means something only
 next to its rivals' from the same moment. Each round calls every candidate once, in a new random order, each on the next
@@ -20,10 +20,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy
 import torch
-import torch.nn.functional as F
 
 from bench.measure.cuda import head_start
-from bench.measure.floors import Rates
 from bench.measure.operands import error_line
 
 _DEFAULT_CACHE = 32 << 20
@@ -183,49 +181,3 @@ def device_name(device: torch.device) -> str:
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
     return f"{name} ({torch.get_num_threads()} threads)"
-
-
-class Machine(NamedTuple):
-    """The machine's own speed: a copy of `copy_shape` bf16 values, a bf16 product of `matmul_shape` (M, K, N)."""
-
-    copy: Spread
-    copy_shape: tuple[int, int]
-    matmul: Spread
-    matmul_shape: tuple[int, int, int]
-
-    @property
-    def gb_per_s(self) -> float:
-        """Copy bandwidth, bytes read and bytes written both counted."""
-        rows, cols = self.copy_shape
-        return 4 * rows * cols / self.copy.p50 / 1e6
-
-    @property
-    def tflop_per_s(self) -> float:
-        """Rate of the bf16 matrix product."""
-        m, k, n = self.matmul_shape
-        return 2 * m * k * n / self.matmul.p50 / 1e9
-
-    @property
-    def rates(self) -> Rates:
-        """The two as floors take them."""
-        return Rates(self.gb_per_s * 1e9, self.tflop_per_s * 1e12)
-
-
-def measure_machine(device: torch.device, size: int | None = None, budget_s: float = 3.0) -> Machine:
-    """Copy [4 size, size] and multiply [M, size] by [size, size], both bf16.
-
-    On a CPU size is 4096 and M a quarter of it; on a CUDA device both are 8192, far past its cache.
-    """
-    on_cuda = device.type == "cuda"
-    size = size or (8192 if on_cuda else 4096)
-    rows, m = 4 * size, size if on_cuda else size // 4
-    source = torch.randn(rows, size, dtype=torch.float32, device=device).bfloat16()
-    target = torch.empty_like(source)
-    x, weight = source[:m], source[m : m + size]
-    found = interleave(
-        {"copy": lambda _: target.copy_(source), "matmul": lambda _: F.linear(x, weight)},
-        device,
-        budget_s,
-        min_rounds=5,
-    )
-    return Machine(found["copy"], (rows, size), found["matmul"], (m, size, size))

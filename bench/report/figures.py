@@ -5,16 +5,16 @@ bars carry their names, so there is no legend to look up.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from bench.measure.floors import BF16_BYTES, EXPAND_BYTES, PACKED_BYTES
+from bench.measure.floors import BF16_BYTES, EXPAND_BYTES, PACKED_BYTES, Rates
+from bench.measure.machine import Machine
 from bench.measure.operands import DEQUANTIZE
 from bench.measure.record import GRAPH, Point
-from bench.measure.rows import gb_per_s, tflop_per_s
-from bench.report.cases import MODES, OURS, Case, Comparison, Run, comparisons, in_order
+from bench.report.cases import MODES, OURS, Case, Run, comparisons, in_order
 
 
 class Look(NamedTuple):
@@ -48,13 +48,21 @@ def look(provider: str) -> Look:
 
 def _dress(axes: Any, x: str, y: str = "", title: str = "", grid: bool = False) -> None:
     """Labels, small ticks, no frame on the right and on top."""
-    axes.set_title(title, fontsize=10, loc="left")
+    if title:
+        axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     if grid:
         axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def _marked(provider: str, size: int) -> dict[str, Any]:
+    """Options of a line's or a point's marker; that of a replayed graph is hollow."""
+    shown = look(provider)
+    face = "white" if provider.endswith(GRAPH) else shown.color
+    return {"color": shown.color, "marker": shown.marker, "markersize": size, "markerfacecolor": face}
 
 
 def all_figures(points: Sequence[Point]) -> dict[str, Figure]:
@@ -68,122 +76,97 @@ def all_figures(points: Sequence[Point]) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
+def _panels(
+    cases: Iterable[Case], width: float, height: Callable[[list[Case]], float]
+) -> tuple[Figure, list[tuple[Any, list[Case]]]]:
+    """A figure with a panel a kernel, rank and dropout (rows) and shape (columns); each panel with its cases.
+
+    height: inches of a panel, by its cases; the tallest of a row counts.
+    """
+    found: dict[tuple[Any, Any], list[Case]] = {}
+    for c in sorted(cases):
+        found.setdefault(((c.kernel != "nf4_linear", c.kernel, c.dropout, c.R), (c.K, c.N)), []).append(c)
+    rows, shapes = (sorted({key[i] for key in found}) for i in range(2))
+    heights = [max(height(found.get((row, shape), [])) for shape in shapes) for row in rows]
+    figure = Figure(figsize=(width * len(shapes) + 0.5, sum(heights) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), len(shapes), squeeze=False, height_ratios=heights)
+    panels = []
+    for axes, key in zip(grid.flat, itertools.product(rows, shapes), strict=True):
+        if key in found:
+            (_, kernel, dropout, r), (k, n) = key
+            p = f", p={dropout:g}" if dropout else ""
+            axes.set_title(f"{_TITLES[kernel]} {k} → {n}, r={r}{p}", fontsize=10, loc="left")
+            panels.append((axes, found[key]))
+        else:
+            axes.set_axis_off()
+    return figure, panels
+
+
 def speedup(points: Iterable[Point], mode: str) -> Figure | None:
-    """Bars: each peer's time over ours, a panel a kernel, dropout and shape; None without such rows."""
-    found = [c for c in comparisons(points) if c.case.mode == mode and c.case.kernel != DEQUANTIZE]
-    rows = sorted(
-        {(c.case.kernel, c.case.dropout, c.case.R) for c in found}, key=lambda row: (row[0] != "nf4_linear", row)
-    )
-    shapes = sorted({(c.case.K, c.case.N) for c in found})
+    """Bars: each peer's time over ours; None without such rows."""
+    found: dict[Case, dict[str, float]] = {}
+    for c in comparisons(points):
+        if c.case.mode == mode and c.case.kernel != DEQUANTIZE:
+            found.setdefault(c.case, {})[c.peer] = c.speedup
     if not found:
         return None
-    panels = {
-        (row, shape): [c for c in found if ((c.case.kernel, c.case.dropout, c.case.R), c.case[2:4]) == (row, shape)]
-        for row in rows
-        for shape in shapes
-    }
-    tallest = [max(_slots(panels[row, shape]) for shape in shapes) for row in rows]
-    heights = [0.19 * slots + 0.9 for slots in tallest]
-    figure = Figure(figsize=(4.6 * len(shapes) + 0.6, sum(heights) + 0.5), layout="constrained")
-    grid = figure.subplots(len(rows), len(shapes), squeeze=False, height_ratios=heights)
-    for i, row in enumerate(rows):
-        for j, shape in enumerate(shapes):
-            kernel, dropout, r = row
-            p = f", p={dropout:g}" if dropout else ""
-            _speedup_panel(grid[i][j], panels[row, shape], f"{_TITLES[kernel]} {shape[0]} → {shape[1]}, r={r}{p}")
+    figure, panels = _panels(found, 4.6, lambda cases: 0.9 + 0.19 * sum(1 + len(found[case]) for case in cases))
+    for axes, cases in panels:
+        _speedup_panel(axes, {case.M: found[case] for case in cases})
     figure.suptitle(f"How many times as fast as each peer: {MODES[mode]}", fontsize=12)
     return figure
 
 
-def _slots(found: Sequence[Comparison]) -> int:
-    """Lines of text that a panel's bars take: one a bar, one a heading."""
-    return len(found) + len({c.case.M for c in found})
-
-
-def _speedup_panel(axes: Any, found: Sequence[Comparison], title: str) -> None:
-    if not found:
-        axes.set_axis_off()
-        axes.set_title(title, fontsize=10, loc="left")
-        return
-    _dress(axes, "peer's time over fastlora's; hatched: the peer is faster", title=title)
-    y, ticks, names = 0.0, [], []
-    for m in sorted({c.case.M for c in found}):
-        ticks.append(y)
-        names.append(f"M = {m}")
-        of_m = {c.peer: c for c in found if m == c.case.M}
-        for peer in in_order(of_m, list(LOOKS)):
+def _speedup_panel(axes: Any, found: dict[int, dict[str, float]]) -> None:
+    """For each M a heading, and a bar a peer."""
+    _dress(axes, "peer's time over fastlora's; hatched: the peer is faster")
+    y, names = 0.0, {}
+    for m, speedups in found.items():
+        names[y] = f"M = {m}"
+        for peer in in_order(speedups, list(LOOKS)):
             y += 1
-            ticks.append(y)
-            names.append(peer)
-            value = of_m[peer].speedup
-            axes.barh(
-                y, value, height=0.78, color=look(peer).color, hatch="" if value >= 1 else "////", edgecolor="white"
-            )
+            names[y], value = peer, speedups[peer]
+            hatch = "" if value >= 1 else "////"
+            axes.barh(y, value, height=0.78, color=look(peer).color, hatch=hatch, edgecolor="white")
             axes.text(max(value, 1), y, f" {value:.2f}×", va="center", fontsize=8)
         y += 1
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(ticks, names, fontsize=8)
+    axes.set_yticks(list(names), list(names.values()), fontsize=8)
     for label in axes.get_yticklabels():
-        if label.get_text().startswith("M ="):
-            label.set_fontweight("bold")
+        label.set_fontweight("bold" if label.get_text().startswith("M =") else "normal")
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(y - 0.4, -0.6)
-    axes.set_xlim(0, max(1.2, *(c.speedup for c in found)) * 1.18)
+    axes.set_xlim(0, max(1.2, *(value for speedups in found.values() for value in speedups.values())) * 1.18)
 
 
 def share_of_floor(points: Iterable[Point], mode: str) -> Figure | None:
-    """Lines: the floor's time over each provider's against M, at dropout 0; None without such rows.
-
-    A panel a kernel, shape and rank.
-    """
+    """Lines: the floor's time over each provider's against M, at dropout 0; None without such rows."""
     cases = {
-        case: timed
+        case: shares
         for case, timed in Run(points).cases().items()
-        if case.mode == mode and case.kernel != DEQUANTIZE and not case.dropout and _has_share(timed)
+        if case.mode == mode and case.kernel != DEQUANTIZE and not case.dropout
+        if (shares := {name: p.share_of_floor for name, p in timed.items() if p.share_of_floor is not None})
     }
     if not cases:
         return None
-    rows = sorted({(c.kernel, c.R) for c in cases}, key=lambda row: (row[0] != "nf4_linear", row))
-    shapes = sorted({(c.K, c.N) for c in cases})
-    figure = Figure(figsize=(4.8 * len(shapes) + 0.4, 3.7 * len(rows) + 0.5), layout="constrained")
-    grid = figure.subplots(len(rows), len(shapes), squeeze=False)
-    for axes, ((kernel, r), (k, n)) in zip(grid.flat, itertools.product(rows, shapes), strict=True):
-        timed = [points for case, points in cases.items() if (case.kernel, case.R, case.K, case.N) == (kernel, r, k, n)]
-        if not timed:
-            axes.set_axis_off()
-            continue
-        _dress(axes, "tokens, M", "floor's time over the provider's", f"{_TITLES[kernel]} {k} → {n}, r={r}", grid=True)
-        _share_panel(axes, timed)
+    figure, panels = _panels(cases, 4.8, lambda _: 3.7)
+    for axes, of_panel in panels:
+        _dress(axes, "tokens, M", "floor's time over the provider's", grid=True)
+        _share_panel(axes, {case.M: cases[case] for case in of_panel})
     figure.suptitle(f"Share of the floor: {MODES[mode]}, no dropout", fontsize=12)
     return figure
 
 
-def _has_share(timed: dict[str, Point]) -> bool:
-    return any(point.share_of_floor is not None for point in timed.values())
-
-
-def _share_panel(axes: Any, timed: Sequence[dict[str, Point]]) -> None:
+def _share_panel(axes: Any, shares: dict[int, dict[str, float]]) -> None:
     """A line a provider, named at its right end."""
     ends: list[tuple[str, float, float]] = []
-    for provider in in_order((name for points in timed for name in points), list(LOOKS)):
-        shares = ((points[provider].M, points[provider].share_of_floor) for points in timed if provider in points)
-        xy = sorted((m, share) for m, share in shares if share is not None)
-        if not xy:
-            continue
-        shown, replayed = look(provider), provider.endswith(GRAPH)
-        axes.plot(
-            *zip(*xy, strict=True),
-            color=shown.color,
-            marker=shown.marker,
-            markersize=5,
-            linewidth=2.2 if provider.startswith(OURS) else 1.3,
-            linestyle="--" if replayed else "-",
-            markerfacecolor="white" if replayed else shown.color,
-        )
+    for provider in in_order((name for found in shares.values() for name in found), list(LOOKS)):
+        xy = [(m, found[provider]) for m, found in shares.items() if provider in found]
+        width, style = 2.2 if provider.startswith(OURS) else 1.3, "--" if provider.endswith(GRAPH) else "-"
+        axes.plot(*zip(*xy, strict=True), **_marked(provider, 5), linewidth=width, linestyle=style)
         ends.append((provider, *xy[-1]))
-    ms = sorted({point.M for points in timed for point in points.values()})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ms, [str(m) for m in ms], fontsize=8)
+    axes.set_xticks(list(shares), [str(m) for m in shares], fontsize=8)
     axes.minorticks_off()
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_ylim(0, max(1.05, axes.get_ylim()[1]))
@@ -201,13 +184,9 @@ def _name_ends(axes: Any, ends: list[tuple[str, float, float]]) -> None:
         places.append((name, above))
     under = min(0.0, above)
     for name, height in places:
-        shown, where = look(name), height - under
-        face = "none" if name.endswith(GRAPH) else shown.color
-        axes.plot(
-            1.02, where, marker=shown.marker, markersize=5, color=shown.color, markerfacecolor=face,
-            transform=axes.transAxes, clip_on=False,
-        )  # fmt: skip
-        axes.text(1.04, where, name, transform=axes.transAxes, fontsize=8, va="center", color=shown.color)
+        where = height - under
+        axes.plot(1.02, where, **_marked(name, 5), transform=axes.transAxes, clip_on=False)
+        axes.text(1.04, where, name, transform=axes.transAxes, fontsize=8, va="center", color=look(name).color)
 
 
 def dequantize(points: Iterable[Point]) -> Figure | None:
@@ -247,19 +226,19 @@ def roofline(points: Sequence[Point]) -> Figure | None:
     }
     if not copies or not products or not cases:
         return None
-    bytes_per_s, flop_per_s = gb_per_s(copies[-1]) * 1e9, tflop_per_s(products[-1]) * 1e12
+    rates = Machine(copies[-1], products[-1]).rates
     kernels = sorted({case.kernel for case in cases}, reverse=True)
     figure = Figure(figsize=(6.2 * len(kernels) + 0.4, 5.0), layout="constrained")
+    labels = "FLOP per byte that must be moved", "TFLOP/s of the products"
     for axes, kernel in zip(figure.subplots(1, len(kernels), squeeze=False)[0], kernels, strict=True):
-        of_kernel = {case: timed for case, timed in cases.items() if case.kernel == kernel}
-        labels = "FLOP per byte that must be moved", "TFLOP/s of the products"
         _dress(axes, *labels, f"{_TITLES[kernel]} base", grid=True)
-        _roofline_panel(axes, of_kernel, bytes_per_s, flop_per_s)
+        of_kernel = {case: timed for case, timed in cases.items() if case.kernel == kernel}
+        _roofline_panel(axes, of_kernel, rates)
     figure.suptitle("Roofline: forward + backward, and decode (hollow: replayed from a CUDA graph)", fontsize=12)
     return figure
 
 
-def _roofline_panel(axes: Any, cases: dict[Case, dict[str, Point]], bytes_per_s: float, flop_per_s: float) -> None:
+def _roofline_panel(axes: Any, cases: dict[Case, dict[str, Point]], rates: Rates) -> None:
     ends: dict[str, tuple[float, float]] = {}
     xs = []
     for case, timed in cases.items():
@@ -270,24 +249,16 @@ def _roofline_panel(axes: Any, cases: dict[Case, dict[str, Point]], bytes_per_s:
         xs.append(x)
         for name in in_order(timed, list(LOOKS)):
             y = flop / timed[name].p50 / 1e9
-            shown = look(name)
-            face = "none" if name.endswith(GRAPH) else shown.color
-            axes.plot(
-                x, y, marker=shown.marker, markersize=6, color=shown.color, markerfacecolor=face, linestyle="none"
-            )
+            axes.plot(x, y, **_marked(name, 6), linestyle="none")
             if x >= ends.get(name, (0.0, 0.0))[0]:
                 ends[name] = (x, y)
     low, high = min(xs) / 2, max(xs) * 2
-    corner = flop_per_s / bytes_per_s
-    roof = [
-        (x, min(x * bytes_per_s, flop_per_s) / 1e12) for x in sorted({low, high, *([corner] * (low < corner < high))})
-    ]
+    corner = min(max(rates.balance, low), high)
+    roof = [(x, min(x * rates.bytes_per_s, rates.flop_per_s) / 1e12) for x in (low, corner, high)]
     axes.plot(*zip(*roof, strict=True), color="black", linewidth=1.5)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
-    axes.text(
-        0.98, 0.03, f"roof: {bytes_per_s / 1e9:.0f} GB/s, {flop_per_s / 1e12:.3g} TFLOP/s, measured",
-        transform=axes.transAxes, fontsize=8, ha="right",
-    )  # fmt: skip
+    text = f"roof: {rates.bytes_per_s / 1e9:.0f} GB/s, {rates.flop_per_s / 1e12:.3g} TFLOP/s, measured"
+    axes.text(0.98, 0.03, text, transform=axes.transAxes, fontsize=8, ha="right")
     _name_ends(axes, [(name, *end) for name, end in ends.items()])
 
 

@@ -57,37 +57,26 @@ def _nf4(mode: str, m: int, k: int, n: int, dropout: float = 0.0) -> Case:
     return Case("nf4_linear", mode, k, n, m, 16, dropout)
 
 
-def _ms(run: Run[Point], case: Case, provider: str) -> float | None:
-    found = run.find(case, provider)
-    return found.p50 if found else None
+def _ratios(case: Case, above: str, below: str, names: dict[str, str]) -> Find:
+    """The time of one provider over another's; {} in their names stands for each key of `names`, key -> shown name."""
 
+    def find(run: Run[Point]) -> Found:
+        found: Found = []
+        for key, name in names.items():
+            over, under = run.find(case, above.format(key)), run.find(case, below.format(key))
+            found += [(name, over.p50 / under.p50)] if over and under else []
+        return found
 
-def _ratio(above: float | None, below: float | None, name: str) -> Found:
-    return [(name, above / below)] if above and below else []
+    return find
 
 
 def _over_bare(m: int, k: int, n: int, dropout: float) -> Find:
-    case = _nf4("both", m, k, n, dropout)
-
-    def find(run: Run[Point]) -> Found:
-        found: Found = []
-        for precision in PRECISIONS:
-            found += _ratio(_ms(run, case, OURS + precision), _ms(run, case, "torch"), precision)
-        return found
-
-    return find
+    return _ratios(_nf4("both", m, k, n, dropout), f"{OURS}{{}}", "torch", {p: p for p in PRECISIONS})
 
 
 def _against(peer: str, ours: str, mode: str, m: int, k: int, n: int) -> Find:
-    case = _nf4(mode, m, k, n)
-
-    def find(run: Run[Point]) -> Found:
-        found: Found = []
-        for suffix, name in ((GRAPH, "replayed"), ("", "eager")) if mode == "decode" else (("", ours),):
-            found += _ratio(_ms(run, case, peer + suffix), _ms(run, case, ours + suffix), name)
-        return found
-
-    return find
+    names = {GRAPH: "replayed", "": "eager"} if mode == "decode" else {"": ours}
+    return _ratios(_nf4(mode, m, k, n), f"{peer}{{}}", f"{ours}{{}}", names)
 
 
 def _over_decode_floor(run: Run[Point]) -> Found:
@@ -97,14 +86,12 @@ def _over_decode_floor(run: Run[Point]) -> Found:
 
 def _against_expanding(run: Run[Point]) -> Found:
     case = _nf4("forward", 256, 4096, 14336)
-    expanding = _ms(run, case._replace(kernel=DEQUANTIZE, M=0, R=0), "fastlora-bf16")
-    bare = _ms(run, case, "torch")
+    expanding = run.find(case._replace(kernel=DEQUANTIZE, M=0, R=0), "fastlora-bf16")
+    bare = run.find(case, "torch")
     if expanding is None or bare is None:
         return []
-    found: Found = []
-    for precision in PRECISIONS:
-        found += _ratio(expanding + bare, _ms(run, case, OURS + precision), precision)
-    return found
+    ours = {p: run.find(case, OURS + p) for p in PRECISIONS}
+    return [(p, (expanding.p50 + bare.p50) / point.p50) for p, point in ours.items() if point]
 
 
 def _against_peft(kernels: tuple[str, ...] = KERNELS, modes: tuple[str, ...] = MODES, least_m: int = 0) -> Find:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from bench.measure import rows
+from bench.measure.machine import gb_per_s, tflop_per_s
 from bench.measure.operands import KERNELS
 from bench.measure.record import PREDICTED
 from bench.measure.rows import Row
@@ -111,18 +112,13 @@ def _device(device: str, found: list[Row]) -> str:
 
 def _facts(found: list[Row]) -> Table:
     stamps = sorted(row.timestamp for row in found)
-    facts = [
-        ("torch", ", ".join(sorted({row.torch for row in found}))),
-        ("triton", ", ".join(sorted({row.triton for row in found}))),
-        ("commit", ", ".join(sorted({row.commit for row in found}))),
-        ("measured", f"{stamps[0]} to {stamps[-1]}"),
-        ("rows", str(len(found))),
-    ]
+    facts = [(name, ", ".join(sorted({getattr(row, name) for row in found}))) for name in ("torch", "triton", "commit")]
+    facts += [("measured", f"{stamps[0]} to {stamps[-1]}"), ("rows", str(len(found)))]
     for row in found:
         if row.kernel == "copy":
-            facts.append(("copy bandwidth", f"{rows.gb_per_s(row):.1f} GB/s"))
+            facts.append(("copy bandwidth", f"{gb_per_s(row):.1f} GB/s"))
         if row.kernel == "matmul":
-            facts.append(("bf16 product", f"{rows.tflop_per_s(row):.3g} TFLOP/s"))
+            facts.append(("bf16 product", f"{tflop_per_s(row):.3g} TFLOP/s"))
     return ("fact", "value"), [(escape(name), escape(value)) for name, value in facts]
 
 
@@ -140,14 +136,7 @@ def _slower(found: list[Row]) -> str:
     if not faster:
         return "<p>Nowhere, among what was measured.</p>"
     cells = [
-        (
-            *_case_cells(c.case),
-            escape(c.ours),
-            f"{c.ours_ms:.4g}",
-            escape(c.peer),
-            f"{c.peer_ms:.4g}",
-            f"{c.speedup:.2f}",
-        )
+        (*_case_cells(c.case), c.ours, f"{c.ours_ms:.4g}", escape(c.peer), f"{c.peer_ms:.4g}", f"{c.speedup:.2f}")
         for c in faster
     ]
     headings = (*_CASE_HEADINGS, "ours", "ms", "peer", "ms", "peer's time over ours")

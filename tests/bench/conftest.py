@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from bench.compare import linear
-from bench.measure.timing import measure_machine
+from bench.measure.machine import measure_machine
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ from bench.compare import linear
 from bench.compare.accuracy import Judge
 from bench.compare.providers import PROVIDERS, find_providers
 from bench.measure import cuda
+from bench.measure.machine import gb_per_s, measure_machine, tflop_per_s
 from bench.measure.operands import KERNELS, Problem, draw_inputs, make_operands
-from bench.measure.timing import interleave, measure_machine
+from bench.measure.timing import interleave
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -118,6 +119,6 @@ def test_launches_are_counted():
 
 def test_the_machine_is_measured():
     machine = measure_machine(GPU, size=2048, budget_s=0.05)
-    assert machine.matmul_shape == (2048, 2048, 2048)
-    assert 50 < machine.gb_per_s < 20000
-    assert 1 < machine.tflop_per_s < 5000
+    assert (machine.matmul.M, machine.matmul.K, machine.matmul.N) == (2048, 2048, 2048)
+    assert 50 < gb_per_s(machine.copy) < 20000
+    assert 1 < tflop_per_s(machine.matmul) < 5000
