@@ -37,12 +37,12 @@ def _nf4_specimen(
     """A launch of the dequantize kernel: nested scales, aligned and even shapes, unless `flags` say otherwise."""
     from fastlora.kernels import nf4
 
-    kinds = NF4_TYPES | {"row_scale_ptr": "*fp32", "out_ptr": "*bf16"}
+    kinds = NF4_TYPES | {"out_ptr": "*bf16"}
     kinds |= {"lora_a_ptr": "*bf16", "lora_b_ptr": "*bf16", "scaling": "fp32", "K": "i32", "R": "i32"}
     kinds |= {"stride_ar": "i32", "stride_bn": "i32", "stride_on": "i32"}
     constants: dict[str, Any] = {"stride_ak": 1, "stride_br": 1, "BLOCKSIZE": 64}
     constants |= {"NESTED": True, "ALIGNED": True, "EVEN": True}
-    constants |= {"MERGE": False, "EXTEND": False, "ROW_SCALE": False, "LOOKUP": "shfl", "PRECISION": "none"}
+    constants |= {"MERGE": False, "LOOKUP": "shfl", "PRECISION": "none"}
     constants |= {"INTERPRETED": False, "WHOLE_R": True, "STEPS": cut.steps, "BLOCK_R": cut.block_r}
     constants |= {"BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
     if cut == nf4.FLAT:
