@@ -1,5 +1,7 @@
 """On a CUDA device: the decode product, compiled and in Triton, for 1 to 16 tokens; streams, graphs, bits."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -31,13 +33,11 @@ class Case:
 
     def __init__(self, m, k, n, r, dtype, adapter=FP32, blocksize=64, nested=True, bias=None, seed=0):
         self.generator = torch.Generator("cuda").manual_seed(seed)
-        self.blocksize, self.n = blocksize, n
         self.weight = nf4.quantize(self.draw(n, k, std=k**-0.5), blocksize, nested)
         self.x = self.draw(m, k, dtype=dtype)
         self.a = self.draw(r, k, dtype=adapter, std=k**-0.5) if r else None
         self.b = self.draw(n, r, dtype=adapter, std=r**-0.5) if r else None
         self.bias = self.draw(n, dtype=bias) if bias else None
-        self.code = torch.tensor(reference.NF4_CODE, device="cuda")
 
     def draw(self, *shape, dtype=FP32, std=1.0):
         return (torch.randn(*shape, generator=self.generator, device="cuda") * std).to(dtype)
@@ -45,7 +45,7 @@ class Case:
     def run(self, decode, x=None):
         adapters = (self.a, self.b, SCALING) if self.a is not None else (None, None, 0.0)
         x = self.x if x is None else x
-        return decode(x, *self.weight.tensors(), self.code, self.blocksize, self.n, *adapters, self.bias)
+        return decode(x, self.weight, *adapters, self.bias)
 
     def expected(self, dtype):
         """y in the reference's arithmetic of `dtype`; the oracle where it is fp64."""
@@ -101,10 +101,10 @@ def test_strides_and_addresses(decode):
         wide[:, start : start + 1024] = case.x
         assert torch.equal(case.run(decode, wide[:, start : start + 1024]), y)
     assert torch.equal(case.run(decode, case.x.t().contiguous().t()), y)
-    codes, *scales = case.weight.tensors()
+    codes = case.weight.codes
     shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8, device="cuda")[1:].copy_(codes)
-    again = decode(case.x, shifted, *scales, case.code, 64, 512, case.a, case.b, SCALING, None)
-    assert torch.equal(again, y)
+    case.weight = dataclasses.replace(case.weight, codes=shifted)
+    assert torch.equal(case.run(decode), y)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16])

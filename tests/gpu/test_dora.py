@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastlora.ops import dora, nf4
+from fastlora.peft_layers.kept_norms import KeptNorms
 from tests.support.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +57,7 @@ def check(base, tokens, adapter_dtype, device):
         return (base_part + (factor - 1) * base_part + factor * (h @ given["b"].t()) * 2.0 + given["bias"]).to(w.dtype)
 
     given = leaves()
-    norms = dora.KeptNorms().of(weight, given["a"], given["b"], 2.0)
+    norms = KeptNorms().of(weight, given["a"], given["b"], 2.0)
     y = dora.dora_linear(given["x"], weight, given["a"], given["b"], 2.0, given["m"], norms, given["bias"])
     ours = gradients(y, given)
     frozen = exact if base == "nf4" else weight
@@ -70,7 +71,7 @@ def check(base, tokens, adapter_dtype, device):
 
 def test_norms_that_stay_need_no_word_from_the_device():
     packed, given = drawn(torch.float32, 4)
-    weight, kept = packed.to("cuda"), dora.KeptNorms()
+    weight, kept = packed.to("cuda"), KeptNorms()
     first = kept.of(weight, given["a"], given["b"], 1.0).clone()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -84,7 +85,7 @@ def test_norms_that_stay_need_no_word_from_the_device():
 
 def test_captured_norms_follow_the_adapters():
     packed, given = drawn(torch.float32, 8)
-    weight, kept = packed.to("cuda"), dora.KeptNorms()
+    weight, kept = packed.to("cuda"), KeptNorms()
     operands = given["a"], given["b"], 1.0
 
     def step():

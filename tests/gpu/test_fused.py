@@ -1,5 +1,6 @@
 """The fused dequantize-GEMM on a CUDA device: bf16, every candidate configuration, bits, streams and graphs."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from fastlora import reference
-from fastlora.ops import dequantize, nf4
+from fastlora.ops import nf4
 from tests.support.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +30,7 @@ class Case:
     ):
         from fastlora.kernels.lora_plan import Dropout
 
-        self.op, self.n, self.k, self.dtype, self.blocksize = op, n, k, dtype, blocksize
+        self.op, self.dtype = op, dtype
         self.weight = nf4.quantize(draw(n, k, dtype=torch.float32, std=k**-0.5), blocksize, nested)
         length, columns = (k, n) if op == "linear" else (n, k)
         self.x = draw(m, length, dtype=dtype, seed=1)
@@ -45,10 +46,9 @@ class Case:
     def __call__(self, config=None):
         from fastlora.kernels import fused
 
-        weight = (*self.weight.tensors(), dequantize.level_table(self.x.device), self.blocksize)
         if self.op == "linear":
-            return fused.linear(self.x, *weight, self.n, self.h, self.b, SCALING, self.bias, config)
-        return fused.linear_t(self.x, *weight, self.k, SCALING * self.h, self.b.t(), self.dropout, config)
+            return fused.linear(self.x, self.weight, self.h, self.b, SCALING, self.bias, config)
+        return fused.linear_t(self.x, self.weight, SCALING * self.h, self.b.t(), self.dropout, config)
 
     def expected(self, dtype):
         w = self.weight.dequantize(torch.float32).to(dtype)
@@ -124,8 +124,7 @@ def test_the_weight_is_bit_for_bit_the_expanded_one(op, m):
     """Products with rows of the unit matrix, by pointers and by tensor maps."""
     from fastlora.kernels import fused
 
-    code = dequantize.level_table(torch.device("cuda", torch.cuda.current_device()))
-    function, columns, length = (fused.linear, N, K) if op == "linear" else (fused.linear_t, K, N)
+    function, length = (fused.linear, K) if op == "linear" else (fused.linear_t, N)
     weight = nf4.quantize(draw(N, K, dtype=torch.float32))
     exact = weight.dequantize(torch.bfloat16)
     exact = exact.t() if op == "linear" else exact
@@ -133,7 +132,7 @@ def test_the_weight_is_bit_for_bit_the_expanded_one(op, m):
     for tma in (False, True):
         config = default_config(op, m)._replace(tma=tma)
         for rows in (slice(0, m), slice(length // 2, length // 2 + m), slice(length - m, length)):
-            ours = function(unit[rows], *weight.tensors(), code, 64, columns, config=config)
+            ours = function(unit[rows], weight, config=config)
             assert torch.equal(ours, exact[rows])
 
 
@@ -147,10 +146,10 @@ def test_strides_and_addresses_without_alignment():
     padded[:, 3 : K + 3] = case.x
     codes = torch.empty(case.weight.codes.numel() + 1, dtype=torch.uint8, device="cuda")
     codes[1:] = case.weight.codes
-    weight = (codes[1:], *case.weight.tensors()[1:], dequantize.level_table(case.x.device), 64)
+    weight = dataclasses.replace(case.weight, codes=codes[1:])
     for x in (padded[:, 3 : K + 3], case.x.t().contiguous().t()):
         for tma in (False, True):
-            ours = fused.linear(x, *weight, N, case.h, case.b, SCALING, case.bias, config._replace(tma=tma))
+            ours = fused.linear(x, weight, case.h, case.b, SCALING, case.bias, config._replace(tma=tma))
             assert torch.equal(ours, expected)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora.ops import dequantize, grouped_cuda, nf4
+from fastlora.ops import grouped_cuda, nf4
 from fastlora.ops.grouped import grouped_lora_linear
 from tests.support.numerics import assert_as_accurate
 
@@ -96,14 +96,13 @@ def test_the_weight_is_bit_for_bit_the_expanded_one(op):
     from fastlora.kernels.segments import by_offsets
 
     layer = Layer(16, "nf4")
-    packed = grouped.Packed(*layer.stack.tensors(), dequantize.level_table(layer.x.device), 64, N, K)
     length, function = (K, grouped.grouped_linear) if op == "linear" else (N, grouped.grouped_linear_t)
     exact = layer.values.mT if op == "linear" else layer.values
     unit = torch.eye(length, dtype=torch.bfloat16, device="cuda").repeat(EXPERTS, 1)
     offsets = length * torch.arange(1, EXPERTS + 1, dtype=torch.int32, device="cuda")
     for rows in (16, 64, 128):
         config = grouped.default_config(op, rows, True, N, K, torch.cuda.get_device_capability())
-        found = function(unit, packed, by_offsets(offsets, len(unit)), config=config)
+        found = function(unit, layer.stack, by_offsets(offsets, len(unit)), config=config)
         assert torch.equal(found, exact.reshape(found.shape))
     layer.check()
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastlora.ops import mixed, nf4
-from fastlora.ops.mixed import Adapter, mixed_linear
+from fastlora.ops.mixed import mixed_linear
+from fastlora.ops.operands import Lora
 from tests.support.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +33,7 @@ def run(device, dtype, adapter_dtype, tokens, base, p):
             name: value.detach().to(wide or value.dtype, copy=True).requires_grad_() for name, value in drawn.items()
         }
         adapters = {
-            name: Adapter(given[f"a{serial}"], given[f"b{serial}"], scaling, None, p, True)
+            name: Lora(given[f"a{serial}"], given[f"b{serial}"], scaling, p)
             for name, serial, scaling in (("one", 1, 2.0), ("two", 2, 0.75))
         }
         if ours:
@@ -43,8 +44,8 @@ def run(device, dtype, adapter_dtype, tokens, base, p):
             w = values.to(device, given["x"].dtype)
             y = torch.stack([each @ w.t() for each in given["x"]])
             own = [
-                adapters[name].scaling * (each.to(adapters[name].lora_a.dtype) @ adapters[name].lora_a.t())
-                @ adapters[name].lora_b.t() if name in adapters else torch.zeros_like(y[0])
+                adapters[name].scaling * (each.to(adapters[name].a.dtype) @ adapters[name].a.t())
+                @ adapters[name].b.t() if name in adapters else torch.zeros_like(y[0])
                 for each, name in zip(given["x"], NAMES, strict=True)
             ]  # fmt: skip
             y = (y + torch.stack([each.to(torch.promote_types(each.dtype, y.dtype)) for each in own])).to(

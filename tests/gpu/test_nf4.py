@@ -3,12 +3,13 @@
 Each case is a compilation of a second or more, so options are crossed only where their code paths meet.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
 from fastlora import reference
 from fastlora.ops import nf4
-from fastlora.ops.dequantize import level_table
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,14 +28,13 @@ def draw(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
 
 
-def expand(kernel, weight, dtype, extra=0, padding=0, **options):
-    """The kernel's output in a poisoned matrix, whose padding must stay as it was."""
+def expand(kernel, weight, dtype, *merged, padding=0):
+    """The kernel's output in a poisoned matrix, whose padding must stay as it was. merged: A, B and the scaling."""
     n, k = weight.shape
-    whole = torch.full((n, k + extra + padding), float("nan"), device="cuda", dtype=dtype)
-    out = whole[:, : k + extra]
-    kernel.dequantize(*weight.tensors(), level_table(weight.device), weight.blocksize, out, **options)
-    assert whole[:, k + extra :].isnan().all()
-    return out
+    whole = torch.full((n, k + padding), float("nan"), device="cuda", dtype=dtype)
+    kernel.dequantize(weight, whole[:, :k], *merged)
+    assert whole[:, k:].isnan().all()
+    return whole[:, :k]
 
 
 def exact_values(weight):
@@ -59,19 +59,9 @@ def test_the_bits_of_bitsandbytes(kernel, shape, blocksize, nested):
         )
         theirs = bnb.functional.dequantize_4bit(codes, state)
         assert theirs.dtype == dtype
-        second = state.state2
-        out = torch.full(shape, float("nan"), device="cuda", dtype=dtype)
-        kernel.dequantize(
-            codes.view(torch.uint8).view(-1),
-            state.absmax,
-            second.absmax if nested else None,
-            second.code if nested else None,
-            state.offset if nested else None,
-            level_table(out.device),
-            blocksize,
-            out,
-        )
-        assert torch.equal(out, theirs)
+        weight = nf4.NF4Weight.from_quant_state(codes, state)
+        assert weight.nested == nested
+        assert torch.equal(expand(kernel, weight, dtype), theirs)
 
 
 @pytest.mark.parametrize("lookup", ["shfl", "gather"])
@@ -90,7 +80,6 @@ def test_both_lookups_give_the_bits_of_the_cpu(kernel, monkeypatch, shape, block
         assert torch.equal(expand(kernel, weight, torch.bfloat16, padding=padding), exact.bfloat16())
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
     ("shape", "r", "adapter", "dtype", "lookup"),
     [((256, 1024), 16, torch.bfloat16, torch.bfloat16, "gather")]
@@ -100,52 +89,22 @@ def test_both_lookups_give_the_bits_of_the_cpu(kernel, monkeypatch, shape, block
     + [((70, 128), 40, torch.float32, dtype, "shfl") for dtype in (torch.bfloat16, torch.float16)]
     + [(shape, 5, torch.float32, torch.bfloat16, "shfl") for shape in ((70, 192), (33, 70))],
 )
-def test_merging_rounds_once(kernel, monkeypatch, shape, r, adapter, dtype, lookup, scaled):
+def test_merging_rounds_once(kernel, monkeypatch, shape, r, adapter, dtype, lookup):
     monkeypatch.setattr(kernel, "lookup", lambda device: lookup)
     weight = nf4.quantize(draw(*shape))
     n, k = shape
     a, b = draw(k, r, dtype=adapter, seed=1).t() / k**0.5, draw(n, r, dtype=adapter, seed=2)
-    scale = draw(n, seed=3) if scaled else torch.ones(n, device="cuda")
-    rows = scale.double()[:, None]
-    exact = rows * (exact_values(weight).double() + 0.5 * b.double() @ a.double())
-    products = rows.abs() * (0.5 * b.double().abs() @ a.double().abs())
-    out = expand(kernel, weight, dtype, lora_a=a, lora_b=b, scaling=0.5, row_scale=scale if scaled else None).double()
+    exact = exact_values(weight).double() + 0.5 * b.double() @ a.double()
+    products = 0.5 * b.double().abs() @ a.double().abs()
+    out = expand(kernel, weight, dtype, a, b, 0.5).double()
     inexact = 2**-14 if kernel.precision(dtype, adapter) == "split" else 2**-18
     assert ((out - exact).abs() <= (HALF_ULP[dtype] + 2**-22) * exact.abs() + inexact * products + 1e-6).all()
 
 
-@pytest.mark.parametrize("shape", [(256, 1024), (70, 128), (33, 70)])
-def test_a_row_scale_alone_keeps_the_bits(kernel, shape):
-    weight, scale = nf4.quantize(draw(*shape)), draw(shape[0], seed=3)
-    scaled = exact_values(weight) * scale[:, None]
-    for dtype in DTYPES:
-        assert torch.equal(expand(kernel, weight, dtype, row_scale=scale), scaled.to(dtype))
-
-
-@pytest.mark.parametrize("shape", [(256, 1024), (70, 128), (33, 70)])
-@pytest.mark.parametrize("r", [3, 16, 40])
-def test_extend_appends_lora_b(kernel, shape, r):
-    weight, b = nf4.quantize(draw(*shape)), draw(r, shape[0], dtype=torch.bfloat16, seed=1).t()
-    both = torch.cat((exact_values(weight), b), dim=1)
-    for padding in (0, 5):
-        out = expand(kernel, weight, torch.bfloat16, extra=r, padding=padding, extend=b)
-        assert torch.equal(out, both.bfloat16())
-
-
-def test_extend_rounds_and_scales_wider_adapters(kernel):
-    weight, b, scale = nf4.quantize(draw(70, 128)), draw(70, 16, seed=1), draw(70, seed=2)
-    both = torch.cat((exact_values(weight), b), dim=1) * scale[:, None]
-    for dtype in DTYPES:
-        out = expand(kernel, weight, dtype, extra=16, extend=b, row_scale=scale)
-        assert torch.equal(out, both.to(dtype))
-
-
 def test_codes_at_odd_addresses(kernel):
     weight = nf4.quantize(draw(64, 256))
-    code, shifted = level_table(weight.device), torch.empty(64 * 128 + 1, dtype=torch.uint8, device="cuda")[1:]
-    shifted.copy_(weight.codes)
-    out = torch.full((64, 256), float("nan"), device="cuda", dtype=torch.bfloat16)
-    kernel.dequantize(shifted, *weight.tensors()[1:], code, 64, out)
+    shifted = torch.empty(64 * 128 + 1, dtype=torch.uint8, device="cuda")[1:].copy_(weight.codes)
+    out = expand(kernel, dataclasses.replace(weight, codes=shifted), torch.bfloat16)
     assert torch.equal(out, exact_values(weight).bfloat16())
 
 
@@ -155,41 +114,46 @@ def test_more_weights_than_32_bits_count(kernel):
         pytest.skip("needs 12 GB of free device memory")
     codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device="cuda")
     absmax = torch.rand(n * k // 64, device="cuda") + 0.5
-    code, out = level_table(codes.device), torch.empty(n, k, device="cuda", dtype=torch.bfloat16)
+    weight = nf4.NF4Weight(codes, absmax, (n, k), torch.bfloat16, 64)
     last = torch.empty(tail, k, device="cuda", dtype=torch.bfloat16)
     kernel.dequantize(
-        codes[-tail * k // 2 :].clone(), absmax[-tail * k // 64 :].clone(), None, None, None, code, 64, last
+        nf4.NF4Weight(
+            codes[-tail * k // 2 :].clone(), absmax[-tail * k // 64 :].clone(), (tail, k), torch.bfloat16, 64
+        ),
+        last,
     )
-    for row_scale in (None, torch.ones(n, device="cuda")):  # the flat run, and rows
+    for padding in (0, 16):  # the flat run, and rows
+        out = torch.empty(n, k + padding, device="cuda", dtype=torch.bfloat16)[:, :k]
         out[-tail:].fill_(float("nan"))
-        kernel.dequantize(codes, absmax, None, None, None, code, 64, out, row_scale=row_scale)
+        kernel.dequantize(weight, out)
         assert torch.equal(out[-tail:], last)
+        del out
 
 
 def test_a_captured_graph_expands_what_the_codes_hold_when_it_runs(kernel):
     weight, other = nf4.quantize(draw(256, 512)), nf4.quantize(draw(256, 512, seed=1))
-    code, out = level_table(weight.device), torch.empty(256, 512, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(256, 512, device="cuda", dtype=torch.bfloat16)
     a, b = draw(16, 512, seed=2), draw(256, 16, seed=3)
-    kernel.dequantize(*weight.tensors(), code, 64, out, a, b, 0.5)
+    kernel.dequantize(weight, out, a, b, 0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.dequantize(*weight.tensors(), code, 64, out, a, b, 0.5)
+        kernel.dequantize(weight, out, a, b, 0.5)
     for mine, new in zip(weight.tensors(), other.tensors(), strict=True):
         mine.copy_(new)
     out.fill_(float("nan"))
     graph.replay()
     expected = torch.empty_like(out)
-    kernel.dequantize(*other.tensors(), code, 64, expected, a, b, 0.5)
+    kernel.dequantize(other, expected, a, b, 0.5)
     assert torch.equal(out, expected)
 
 
 def test_the_same_input_gives_the_same_bits_on_a_side_stream(kernel):
     weight = nf4.quantize(draw(512, 1024))
     a, b = draw(16, 1024, seed=2), draw(512, 16, seed=3)
-    first = expand(kernel, weight, torch.bfloat16, lora_a=a, lora_b=b, scaling=0.5)
+    first = expand(kernel, weight, torch.bfloat16, a, b, 0.5)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        second = expand(kernel, weight, torch.bfloat16, lora_a=a, lora_b=b, scaling=0.5)
+        second = expand(kernel, weight, torch.bfloat16, a, b, 0.5)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(first, second)

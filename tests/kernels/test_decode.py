@@ -1,5 +1,7 @@
 """The decode product in Triton, interpreted: 1 to 16 tokens against the fp64 oracle, every option, poisoned memory."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,17 +16,19 @@ from fastlora.kernels import decode as kernel  # noqa: E402
 from tests.support.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 
 pytestmark = KERNELS
-CODE = torch.tensor(reference.NF4_CODE, device=DEVICE)
 SCALING = 0.5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def quantized(n, k, blocksize=64, nested=True):
+    return nf4.quantize(draw(n, k).cpu() / k**0.5, blocksize, nested).to(DEVICE)
 
 
 class Case:
     """Operands of a product, and what the oracle and the baseline make of them."""
 
     def __init__(self, m, k, n, r, dtype, adapter=FP32, blocksize=64, nested=True, bias=True):
-        self.blocksize, self.n = blocksize, n
-        self.weight = nf4.quantize(draw(n, k).cpu() / k**0.5, blocksize, nested).to(DEVICE)
+        self.weight = quantized(n, k, blocksize, nested)
         self.x = draw(m, k, dtype=dtype, seed=1)
         self.a = draw(r, k, dtype=adapter, seed=2) / k**0.5 if r else None
         self.b = draw(n, r, dtype=adapter, seed=3) / r**0.5 if r else None
@@ -33,7 +37,7 @@ class Case:
     def run(self, x=None):
         x = self.x if x is None else x
         adapters = (self.a, self.b, SCALING) if self.a is not None else (None, None, 0.0)
-        return kernel.decode(x, *self.weight.tensors(), CODE, self.blocksize, self.n, *adapters, self.bias)
+        return kernel.decode(x, self.weight, *adapters, self.bias)
 
     def expected(self, dtype):
         """y in the reference's arithmetic of `dtype`; the oracle where it is fp64."""
@@ -95,8 +99,8 @@ def test_codes_at_odd_addresses():
     case = Case(1, 256, 70, 8, FP16)
     y, codes = case.run(), case.weight.codes
     shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].copy_(codes)
-    again = kernel.decode(case.x, shifted, *case.weight.tensors()[1:], CODE, 64, 70, case.a, case.b, SCALING, case.bias)
-    assert torch.equal(again, y)
+    case.weight = dataclasses.replace(case.weight, codes=shifted)
+    assert torch.equal(case.run(), y)
 
 
 def test_no_tokens_and_the_same_bits_twice():
@@ -105,7 +109,7 @@ def test_no_tokens_and_the_same_bits_twice():
     assert torch.equal(case.run(), case.run())
 
 
-@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="on a device the asm itself runs: test_gpu_decode.py")
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="on a device the asm itself runs: gpu/test_decode.py")
 @pytest.mark.parametrize("m", [1, 2, 9])
 def test_the_asm_of_the_lookup_gives_the_bits_of_gather(m, monkeypatch):
     case = Case(m, 128, 70, 8, FP16)
@@ -123,19 +127,22 @@ def test_the_asm_of_the_lookup_gives_the_bits_of_gather(m, monkeypatch):
     [
         ({"x": torch.zeros(17, 256)}, "17 tokens"),
         ({"x": torch.zeros(1, 256, dtype=torch.float64)}, "float64"),
-        ({"blocksize": 512}, "multiples of the blocksize"),
-        ({"n": 71}, r"do not fit a weight of \[71, 256\]"),
+        ({"x": torch.zeros(256)}, r"expected \[M, K\]"),
+        ({"x": torch.zeros(1, 192)}, "the weight's K = 256"),
+        ({"x": torch.zeros(1, 256, device="meta")}, "the weight is on"),
+        ({"weight": (70, 256, 512)}, "multiples of the blocksize"),
+        ({"weight": (71, 256)}, r"do not fit a weight of \[71, 256\]"),
         ({"lora_a": None}, "go together"),
         ({"bias": torch.zeros(69)}, r"expected \[70\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     case = Case(1, 256, 70, 8, FP32)
-    names = ("x", "codes", "absmax", "absmax2", "code2", "offset", "code", "blocksize", "n")
-    operands = dict(zip(names, (case.x, *case.weight.tensors(), CODE, 64, 70), strict=True))
-    operands |= {"lora_a": case.a, "lora_b": case.b, "scaling": SCALING, "bias": case.bias}
+    operands = {"x": case.x, "weight": case.weight, "lora_a": case.a, "lora_b": case.b, "bias": case.bias} | change
+    if "weight" in change:
+        operands["weight"] = quantized(*change["weight"])
     with pytest.raises(ValueError, match=message):
-        kernel.decode(**{**operands, **change})
+        kernel.decode(**operands, scaling=SCALING)
 
 
 def test_supports_names_what_it_cannot_take():

@@ -1,5 +1,6 @@
 """DoRA's kernels, interpreted: norms of rows and when they are formed anew, the factor in scales, rescaling."""
 
+import dataclasses
 import weakref
 
 import pytest
@@ -104,11 +105,11 @@ def test_a_backward_after_the_norms_have_changed_is_that_of_its_own_forward():
 def test_scales_carry_the_factor(nested):
     weight, values = case(24, 256, "nf4", nested=nested)
     factor = draw(24, seed=1)
-    _, *scales = weight.tensors()
-    absmax = kernel.scaled_absmax(*scales, factor, 4)
-    exact = reference.nf4_scales(*scales).view(24, 4) * factor[:, None]
+    absmax = kernel.scaled_absmax(weight, factor)
+    exact = reference.nf4_scales(*weight.tensors()[1:]).view(24, 4) * factor[:, None]
     assert torch.equal(absmax.view(24, 4), exact)
-    scaled = dequantize.nf4_dequantize(weight.codes, absmax, None, None, None, 24, 256, 64, torch.float32)
+    carrying = dataclasses.replace(weight, absmax=absmax, absmax2=None, code2=None, offset=None)
+    scaled = dequantize.nf4_dequantize(carrying, torch.float32)
     torch.testing.assert_close(scaled.double(), values * factor[:, None].double(), rtol=1e-6, atol=0)
 
 

@@ -1,5 +1,6 @@
 """The fused dequantize-GEMM in the interpreter: both directions, every option, odd shapes; and its machine code."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from bench.machine_code.specimen import SHARED_LIMIT  # noqa: E402
 from tests.support.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 
 pytestmark = KERNELS
-CODE = torch.tensor(reference.NF4_CODE, device=DEVICE)
 SEED = torch.tensor([2**61 + 12345], device=DEVICE)
 SCALING = 0.5
 FEW = Config(block_m=16, block_n=64, block_k=64, splits=1, warps=4, stages=3, tma=False)
@@ -48,15 +48,11 @@ class Case:
             reference.dropout_mask(int(SEED.item()), m, k, p).to(DEVICE) if p else torch.ones(m, k, device=DEVICE)
         )
 
-    def operands(self):
-        return *self.weight.tensors(), CODE, self.weight.blocksize
-
     def y(self, config=None, scaling=SCALING):
-        n = self.weight.shape[0]
-        return fused.linear(self.x, *self.operands(), n, self.h, self.b, scaling, self.bias, config)
+        return fused.linear(self.x, self.weight, self.h, self.b, scaling, self.bias, config)
 
     def dx(self, config=None):
-        return fused.linear_t(self.dy, *self.operands(), self.weight.shape[1], self.g, self.a, self.dropout, config)
+        return fused.linear_t(self.dy, self.weight, self.g, self.a, self.dropout, config)
 
     def expected_y(self, dtype):
         w = self.weight.dequantize(torch.float32).to(dtype)
@@ -111,10 +107,9 @@ def test_the_weight_is_bit_for_bit_the_expanded_one(config, blocksize, nested):
     weight = quantized(n, k, blocksize, nested)
     exact = weight.dequantize(torch.float16)
     rows, columns = (torch.eye(size, dtype=torch.float16, device=DEVICE) for size in (n, k))
-    operands = (*weight.tensors(), CODE, blocksize)
     some = slice(k - 32, k)  # with the end of a row among them
-    assert torch.equal(fused.linear(columns[some], *operands, n, config=config), exact.t()[some])
-    assert torch.equal(fused.linear_t(rows, *operands, k, config=config), exact)
+    assert torch.equal(fused.linear(columns[some], weight, config=config), exact.t()[some])
+    assert torch.equal(fused.linear_t(rows, weight, config=config), exact)
 
 
 def test_splits_and_tensor_maps_change_nothing_but_the_order_of_sums():
@@ -145,9 +140,10 @@ def test_strided_operands_and_words_at_odd_addresses():
     padded = torch.full((20, 136), float("nan"), dtype=torch.float16, device=DEVICE)
     case.x = padded[:, 3:131].copy_(case.x)  # no tensor map can begin there
     assert torch.equal(case.y(FEW._replace(tma=True)), y)
-    codes, *rest, blocksize = case.operands()
-    odd = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].copy_(codes)
-    assert torch.equal(fused.linear(case.x, odd, *rest, blocksize, 40, case.h, case.b, SCALING, case.bias, FEW), y)
+    odd = torch.empty(case.weight.codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].copy_(case.weight.codes)
+    case.weight = dataclasses.replace(case.weight, codes=odd)
+    assert torch.equal(case.y(FEW), y)
+    assert torch.equal(case.dx(FEW), dx)
 
 
 def test_no_tokens():
@@ -158,7 +154,7 @@ def test_no_tokens():
 
 def test_an_adapter_of_rank_zero_is_none():
     case = Case(5, 40, 64, 0)
-    empty = fused.linear(case.x, *case.operands(), 40, case.x.new_empty(5, 0).float(), case.x.new_empty(40, 0))
+    empty = fused.linear(case.x, case.weight, case.x.new_empty(5, 0).float(), case.x.new_empty(40, 0))
     assert torch.equal(empty, case.y())
 
 
@@ -180,22 +176,26 @@ def test_the_tolerance_catches_a_lost_tile_a_wrong_scale_and_a_wrong_scaling():
 
 def test_what_cannot_be_done_is_named():
     case = Case(4, 40, 64, 5)
-    n, *weight = 40, *case.operands()
+    crossing = quantized(40, 96)  # its blocks go on in the next row
     assert fused.supports(torch.bfloat16, 4096, 14336, 64, 256) == ""
     assert "fp16" in fused.supports(torch.float32, 64, 64, 64, 0)
     assert "96" in fused.supports(torch.bfloat16, 96, 64, 64, 0)
     assert "257" in fused.supports(torch.bfloat16, 64, 64, 64, 257)
-    for x, h, b, message in (
-        (case.x.float(), None, None, "bf16 or fp16"),
-        (case.x[:, :32], None, None, "blocksize 64"),
-        (case.x.repeat(1, 2), None, None, "bytes of codes"),
-        (case.x, case.h, None, "together"),
-        (case.x, case.h, case.b[:39], "do not give"),
-        (case.x, case.h[:3], case.b, "do not give"),
-        (case.x, case.h.half(), case.b, "fp32"),
+    for x, weight, h, b, message in (
+        (case.x.float(), case.weight, None, None, "bf16 or fp16"),
+        (draw(4, 96, dtype=torch.float16), crossing, None, None, "blocksize 64"),
+        (case.x[:, :32], case.weight, None, None, r"expected \[M, 64\] for a weight of \[40, 64\]"),
+        (case.x.repeat(1, 2), case.weight, None, None, r"expected \[M, 64\]"),
+        (case.x[0], case.weight, None, None, r"expected \[M, 64\]"),
+        (case.x, case.weight, case.h, None, "together"),
+        (case.x, case.weight, case.h, case.b[:39], "do not give"),
+        (case.x, case.weight, case.h[:3], case.b, "do not give"),
+        (case.x, case.weight, case.h.half(), case.b, "fp32"),
     ):
         with pytest.raises(ValueError, match=message):
-            fused.linear(x, *weight, n, h, b, SCALING)
+            fused.linear(x, weight, h, b, SCALING)
+    with pytest.raises(ValueError, match=r"expected \[M, 40\] for a weight of \[40, 64\]"):
+        fused.linear_t(case.x, case.weight)
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)

@@ -1,9 +1,10 @@
 """The grouped product in the interpreter: both directions, every layout of a stack, uneven and empty experts."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from fastlora import reference
 from fastlora.ops import nf4
 from tests.support.numerics import assert_as_accurate
 
@@ -15,7 +16,6 @@ from fastlora.kernels.segments import Segments, by_offsets  # noqa: E402
 from tests.support.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 
 pytestmark = KERNELS
-CODE = torch.tensor(reference.NF4_CODE, device=DEVICE)
 SCALING = 0.5
 ENDS = [3, 3, 25, 26, 34]  # the second expert has no row
 ROWS = 36  # the last two are nobody's
@@ -36,9 +36,8 @@ class Case:
         experts = len(ends)
         values = draw(experts, n, k) / k**0.5
         if kind in ("nested", "plain"):
-            packed = nf4.quantize(values.view(-1, k).cpu(), blocksize, kind == "nested").to(DEVICE)
-            self.exact = packed.dequantize(dtype).view(experts, n, k)
-            self.weight = grouped.Packed(*packed.tensors(), CODE, blocksize, n, k)
+            self.weight = nf4.quantize(values.view(-1, k).cpu(), blocksize, kind == "nested").to(DEVICE)
+            self.exact = self.weight.dequantize(dtype).view(experts, n, k)
         else:
             self.weight = self.exact = values.to(dtype)
             if kind == "transposed":  # as gpt-oss keeps it
@@ -169,7 +168,7 @@ def test_strided_operands_and_words_at_odd_addresses(kind):
         case.weight = case.weight.repeat_interleave(3, dim=2)[..., ::3]
     else:
         odd = torch.empty(case.weight.codes.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:]
-        case.weight = case.weight._replace(codes=odd.copy_(case.weight.codes))
+        case.weight = dataclasses.replace(case.weight, codes=odd.copy_(case.weight.codes))
     assert torch.equal(case.y(FEW), y)
     assert torch.equal(case.dx(MANY), dx)
 
@@ -187,7 +186,11 @@ def test_the_tolerance_catches_a_wrong_scaling_and_another_experts_weight():
 
 
 def test_what_cannot_be_done_is_named():
-    case, packed = Case(n=40, k=64), Case("nested", n=40, k=64)
+    case = Case(n=40, k=64)
+
+    def packed(n, k=64):
+        return nf4.quantize(draw(n, k).cpu()).to(DEVICE)
+
     half, bf16 = torch.float16, torch.bfloat16
     assert grouped.supports(bf16, bf16, 128, 4096, 0, 256) == ""
     assert grouped.supports(half, None, 128, 4096, 64, 0) == ""
@@ -203,7 +206,11 @@ def test_what_cannot_be_done_is_named():
         ({"x": case.x.float()}, "bf16 or fp16"),
         ({"x": case.x[:, :32]}, r"must be \[S, 64\]"),
         ({"weight": case.weight[1:]}, r"weight must be \[5, N, K\]"),
-        ({"weight": packed.weight._replace(n=39)}, "bytes of codes"),
+        ({"weight": case.weight[0]}, r"weight must be \[5, N, K\]"),
+        ({"weight": packed(199)}, r"\[199, 64\] is no stack of 5 experts"),
+        ({"weight": packed(200, 128)}, r"must be \[S, 128\]"),
+        ({"weight": packed(200, 96), "x": case.x.repeat(1, 2)[:, :96]}, "96"),
+        ({"weight": packed(195)}, "do not give"),
         ({"h": None}, "both or neither"),
         ({"lora_b": case.b[:, :39]}, "do not give"),
         ({"h": case.h.half()}, "must be fp32"),

@@ -12,7 +12,6 @@ from tests.support import ptx
 triton = pytest.importorskip("triton")
 from fastlora.kernels import nf4 as nf4_kernel  # noqa: E402
 from fastlora.kernels import nf4_tile  # noqa: E402
-from fastlora.kernels.operands import LEVELS  # noqa: E402
 
 from tests.support.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 
@@ -122,7 +121,3 @@ def test_dequantize_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"out is \[8, 32\], the weight \[8, 64\]"):
         nf4_kernel.dequantize(weight, out[:, :32])
     assert not out.any()
-
-
-def test_the_levels_are_those_of_the_oracle():
-    assert LEVELS == reference.NF4_CODE

@@ -12,7 +12,6 @@ import torch
 
 from bench.machine_code import fatbin
 from bench.machine_code.specimen import ARCHITECTURES, SHARED_LIMIT
-from fastlora import reference
 from fastlora.native import build, cuda
 from fastlora.ops import nf4
 
@@ -35,6 +34,7 @@ def test_supports_names_what_it_cannot_take():
         ((BF16, 17, 4096, 4096, 64, 16), "17 tokens"),
         ((BF16, 1, 4000, 4096, 64, 16), "multiples of 64"),
         ((BF16, 1, 64, 64, 128, 16), "multiples of 128"),
+        ((BF16, 1, 96, 64, 48, 16), "blocksize is 48"),
         ((BF16, 1, 1 << 20, 1 << 20, 64, 16), "more blocks"),
     ):
         assert word in cuda.supports(*given)
@@ -43,7 +43,7 @@ def test_supports_names_what_it_cannot_take():
 def test_cpu_tensors_are_sent_away():
     weight = nf4.quantize(torch.randn(64, 128))
     with pytest.raises(ValueError, match="x is on cpu"):
-        cuda.decode(torch.zeros(1, 128, dtype=BF16), *weight.tensors(), torch.tensor(reference.NF4_CODE), 64, 64)
+        cuda.decode(torch.zeros(1, 128, dtype=BF16), weight)
     assert "CUDA devices" in cuda.usable(torch.device("cpu"))[1]
 
 

@@ -1,6 +1,7 @@
 """The CUDA kernels on an emulated GPU: every lane, copy and barrier against the fp64 oracle; how they are laid out."""
 
 import ctypes
+import dataclasses
 import itertools
 import math
 import random
@@ -13,13 +14,14 @@ from bench.machine_code.specimen import SHARED_LIMIT
 from fastlora import reference
 from fastlora.native import build, cuda
 from fastlora.ops import nf4
-from tests.support.emulation import Emulation, compile_objects, link
+from tests.support.emulation import Emulation, Operands, compile_objects, link
 from tests.support.long_sums import check as check_sum
 from tests.support.long_sums import drawn, other
 from tests.support.numerics import assert_as_accurate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SCALING = 2.0
+NO_LORA = {"lora_a": None, "lora_b": None}
 MACHINES = [(132, 2), (132, 1), (108, 1), (84, 1), (128, 1), (148, 2), (3, 1)]  # multiprocessors, blocks on each
 SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 28672), (512, 3584), (18944, 3584)]
 SHAPES += [(1, 64), (33, 320), (4864, 896), (152064, 3584)]  # rows and columns
@@ -45,17 +47,15 @@ def operands(m, k, n, r, dtype, adapter=FP32, blocksize=64, nested=True, bias=No
 
     weight = nf4.quantize(draw(n, k, std=k**-0.5), blocksize, nested)
     a, b = (draw(r, k, dtype=adapter, std=k**-0.5), draw(n, r, dtype=adapter, std=r**-0.5)) if r else (None, None)
-    return (
-        draw(m, k, dtype=dtype), *weight.tensors(), blocksize, n, a, b, SCALING if r else 0.0,
-        draw(n, dtype=bias) if bias else None,
-    )  # fmt: skip
+    x = draw(m, k, dtype=dtype)
+    return Operands(x, weight, a, b, SCALING if r else 0.0, draw(n, dtype=bias) if bias else None)
 
 
 def expected(given, dtype):
     """y in the reference's arithmetic of `dtype`; the oracle where it is fp64."""
-    x, codes, absmax, absmax2, code2, offset, blocksize, n, a, b, scaling, bias = given
-    scales = reference.nf4_scales(absmax, absmax2, code2, offset)
-    weight = reference.nf4_dequantize(codes, scales, (n, x.shape[1]), blocksize).to(dtype)
+    x, packed, a, b, scaling, bias = given
+    codes, *scales = packed.tensors()
+    weight = reference.nf4_dequantize(codes, reference.nf4_scales(*scales), packed.shape, packed.blocksize).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if a is None:
         return torch.nn.functional.linear(x.to(dtype), weight, bias)
@@ -64,7 +64,7 @@ def expected(given, dtype):
 
 
 def check(y, given):
-    assert y.dtype == given[0].dtype
+    assert y.dtype == given.x.dtype
     assert_as_accurate(y, expected(given, y.dtype), expected(given, torch.float64), "y")
 
 
@@ -96,7 +96,7 @@ def test_emulated_long_sums(gpu, k):
     """No warp sums more than a chunk in order: see `long_sums`. x Wᵀ and x Aᵀ in one."""
     x, weight = drawn("drift", 4, k, dtype=BF16), nf4.quantize(other("drift", 16, k), 64, double_quant=False)
     a, b = other("drift", 2, k), torch.ones(16, 2)
-    y = gpu.decode((x, *weight.tensors(), 64, 16, a, b, 1.0, None))
+    y = gpu.decode(Operands(x, weight, a, b, 1.0, None))
     check_sum("drift", k, y, x, weight.dequantize(FP32) + b @ a)
 
 
@@ -119,17 +119,17 @@ def test_strides_addresses_and_no_tokens(gpu):
     y = gpu.decode(given)
     wide = torch.zeros(3, 200, dtype=BF16)
     for start in (8, 3):  # a stride that the kernel follows; an address that it cannot take
-        x = wide[:, start : start + 128].copy_(given[0])
+        x = wide[:, start : start + 128].copy_(given.x)
         gpu.library.emulate_memory(wide.data_ptr(), wide.nbytes, 0)
-        spread = list(given)
-        spread[0] = x
-        assert torch.equal(decode_copying(gpu, spread), y)
+        assert torch.equal(decode_copying(gpu, given._replace(x=x)), y)
     one = operands(1, 128, 64, 8, BF16)
-    odd = torch.as_strided(one[0], (1, 128), (3, 1))  # the stride of a single row means nothing
-    assert torch.equal(decode_copying(gpu, (odd, *one[1:])), gpu.decode(one))
-    shifted = torch.zeros(one[1].numel() + 1, dtype=torch.uint8)[1:].copy_(one[1])
-    assert torch.equal(decode_copying(gpu, (one[0], shifted, *one[2:])), gpu.decode(one))
-    assert gpu.decode((given[0][:0], *given[1:])).shape == (0, 64)
+    odd = torch.as_strided(one.x, (1, 128), (3, 1))  # the stride of a single row means nothing
+    assert torch.equal(decode_copying(gpu, one._replace(x=odd)), gpu.decode(one))
+    codes = one.weight.codes
+    shifted = torch.zeros(codes.numel() + 1, dtype=torch.uint8)[1:].copy_(codes)
+    moved = one._replace(weight=dataclasses.replace(one.weight, codes=shifted))
+    assert torch.equal(decode_copying(gpu, moved), gpu.decode(one))
+    assert gpu.decode(given._replace(x=given.x[:0])).shape == (0, 64)
 
 
 def decode_copying(gpu, given):
@@ -144,7 +144,7 @@ def decode_copying(gpu, given):
         patch.setattr(torch.Tensor, "clone", lambda *args, **kwargs: known(clone(*args, **kwargs)))
         patch.setattr(torch.Tensor, "contiguous", lambda *args, **kwargs: known(contiguous(*args, **kwargs)))
         patch.setattr(gpu.library, "emulate", lambda *_: None)
-        gpu.library.emulate_memory(given[0].data_ptr(), 2 * given[0].shape[0] * max(given[0].stride(0), 128), 0)
+        gpu.library.emulate_memory(given.x.data_ptr(), 2 * given.x.shape[0] * max(given.x.stride(0), 128), 0)
         return gpu.decode(given)
 
 
@@ -271,27 +271,30 @@ def test_interfaces_agree(gpu):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: torch.zeros(17, 128, dtype=BF16)}, "17 tokens"),
-        ({0: torch.zeros(1, 128)}, "float32"),
-        ({0: torch.zeros(128, dtype=BF16)}, r"expected \[M, K\]"),
-        ({0: torch.zeros(1, 96, dtype=BF16), 8: None, 9: None}, "multiples of 64"),
-        ({6: 256}, "multiples of 256"),
-        ({6: 48}, "blocksize is 48"),
-        ({1: torch.zeros(64, dtype=torch.uint8)}, "codes has 64 elements, expected 4096"),
-        ({5: None}, "go together"),
-        ({2: torch.zeros(128)}, "absmax is torch.float32, expected torch.uint8"),
-        ({8: None}, "go together"),
-        ({9: torch.zeros(64, 7)}, "do not fit a weight"),
-        ({8: torch.zeros(8, 128, dtype=torch.int8)}, "lora_a is torch.int8"),
-        ({11: torch.zeros(63)}, r"expected \[64\]"),
+        ({"x": torch.zeros(17, 128, dtype=BF16)}, "17 tokens"),
+        ({"x": torch.zeros(1, 128)}, "float32"),
+        ({"x": torch.zeros(128, dtype=BF16)}, r"expected \[M, K\]"),
+        ({"x": torch.zeros(1, 192, dtype=BF16)}, "the weight's K = 128"),
+        ({"x": torch.zeros(1, 96, dtype=BF16), "weight": (64, 96, 32), **NO_LORA}, "multiples of 64"),
+        ({"weight": (64, 128, 256)}, "multiples of 256"),
+        ({"weight": (64, 128, 64, "meta")}, "the weight is on meta, expected cpu"),
+        ({"lora_a": None}, "go together"),
+        ({"lora_b": None}, "go together"),
+        ({"lora_b": torch.zeros(64, 7)}, "do not fit a weight"),
+        ({"lora_a": torch.zeros(8, 128, dtype=torch.int8)}, "lora_a is torch.int8"),
+        ({"bias": torch.zeros(63)}, r"expected \[64\]"),
+        ({"bias": torch.zeros(64, dtype=torch.int8)}, "bias is torch.int8"),
     ],
 )
 def test_what_does_not_fit_is_refused(gpu, changes, message):
-    given = list(operands(1, 128, 64, 8, BF16))
-    for place, value in changes.items():
-        given[place] = value
+    """A weight whose parts do not fit together cannot be made: tests/kernels/test_operands.py."""
+    given = operands(1, 128, 64, 8, BF16)
+    if "weight" in changes:
+        n, k, blocksize, *device = changes["weight"]
+        weight = nf4.quantize(torch.ones(n, k), blocksize)
+        changes = changes | {"weight": weight.to(*device) if device else weight}
     with pytest.raises(ValueError, match=message):
-        gpu.decode(given)
+        gpu.decode(given._replace(**changes))
 
 
 def test_the_library_refuses_what_python_lets_through(gpu):

@@ -4,11 +4,13 @@ import ctypes
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from fastlora.native import build, cuda
+from fastlora.ops.nf4 import NF4Weight
 
 HOOKS = Path(__file__).with_name("cuda_hooks.cpp")
 _FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
@@ -43,6 +45,17 @@ def link(folder: Path) -> Path:
     return library
 
 
+class Operands(NamedTuple):
+    """What a product takes, in the order in which it takes it."""
+
+    x: torch.Tensor
+    weight: NF4Weight
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+    scaling: float
+    bias: torch.Tensor | None
+
+
 class Emulation:
     """The emulated library, and calls of it that know which memory they may touch."""
 
@@ -57,11 +70,12 @@ class Emulation:
         return list(out) if count else result
 
     def decode(self, operands, lot=1, machine=(3, 2)):
-        """`operands`: x, the five parts of the weight, blocksize, n, lora_a, lora_b, scaling, bias."""
-        x, *weight = operands[:6]
+        """The product of some `Operands`."""
         self.library.emulate(lot, *machine)
         cuda._workspace.cache_clear()
-        for tensor in (*operands[:6], *operands[8:10], operands[11]):
+        for tensor in (
+            operands.x, *operands.weight.tensors(), operands.lora_a, operands.lora_b, operands.bias
+        ):  # fmt: skip
             if tensor is not None:
                 self.library.emulate_memory(tensor.data_ptr(), tensor.nbytes, 0)
         empty = torch.empty
@@ -75,7 +89,7 @@ class Emulation:
 
         torch.empty = poisoned
         try:
-            return cuda._decode(self.library, 0, x, tuple(weight), *operands[6:])
+            return cuda._decode(self.library, 0, *operands)
         finally:
             torch.empty = empty
             cuda._workspace.cache_clear()

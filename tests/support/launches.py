@@ -17,6 +17,7 @@ os.environ["FASTLORA_BACKEND"] = "triton"
 import torch
 import triton
 from fastlora.kernels import choice, decode, fused
+from fastlora.kernels import dora as dora_kernel
 from fastlora.kernels import nf4 as nf4_kernel
 from fastlora.kernels.choice import Choice
 from fastlora.kernels.operands import Lora
@@ -25,7 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from bench.machine_code.sass import dump
 from fastlora.ops import backend, dora, grouped, linear_cuda, mixed_cuda, nf4
-from fastlora.ops.operands import Base, Needs
+from fastlora.ops.operands import Needs
+from fastlora.peft_layers.kept_norms import KeptNorms
 
 ALL = Needs(True, True, True)
 
@@ -69,7 +71,7 @@ def pretend(arch: int) -> None:
     backend._no_triton = lambda *_: ""
     choice.gpu_of = lambda device: ("unknown", capability)
     fused._device = lambda index: (capability, 132)
-    nf4_kernel.lookup = decode.lookup = lambda *_: "shfl"
+    nf4_kernel.lookup = decode.lookup = dora_kernel.lookup = lambda *_: "shfl"
 
 
 def step(
@@ -77,14 +79,13 @@ def step(
 ) -> None:
     """Forward and backward at m tokens, by a kernel both ways where it can do both."""
     weight = nf4.quantize(torch.randn(n, k))
-    base = Base(*weight.tensors(), n, k, weight.blocksize)
     seed = torch.tensor([7]) if p else None
     r = 40 if m > 64 else 16
     lora = Lora(torch.randn(r, k).to(adapter), torch.randn(n, r).to(adapter), 2.0, p, seed)
     x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
-    _, h = linear_cuda.forward_by(Choice(kernel), x, base, lora, dy[0] if bias else None, True)
+    _, h = linear_cuda.forward_by(Choice(kernel), x, weight, lora, dy[0] if bias else None, True)
     backward = "fused" if kernel == "decode" else kernel
-    linear_cuda.backward_by(Choice(backward), dy, x, h, base, lora, ALL)
+    linear_cuda.backward_by(Choice(backward), dy, x, h, weight, lora, ALL)
 
 
 def stack(rows: int, kind: str, adapter: torch.dtype, n: int = 256, k: int = 512) -> None:
@@ -118,17 +119,17 @@ def experts(arch: int) -> None:
 def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
     """Forward and backward of a batch whose samples have different adapters, with biases."""
     rows = mixed_cuda.rows_of((0, 1, -1, 0), 40, ((2.0, p), (1.0, 0.0)), torch.device("cpu"))
-    base = Base(torch.randn(n, k).bfloat16(), None, None, None, None, n, k, 0)
+    weight = torch.randn(n, k).bfloat16()
     a, b = torch.randn(2, 16, k).to(adapter).requires_grad_(), torch.randn(2, n, 16).to(adapter).requires_grad_()
     x = torch.randn(160, k).bfloat16().requires_grad_()
     bias = torch.randn(3, n).requires_grad_()
-    y = mixed_cuda.linear(x, base, a, b, bias, True, rows, torch.bfloat16, torch.bfloat16)
+    y = mixed_cuda.linear(x, weight, a, b, bias, True, rows, torch.bfloat16, torch.bfloat16)
     y.backward(torch.ones_like(y))
 
 
 def decomposed(adapter: torch.dtype, base: str, k: int = 512, n: int = 768, m: int = 300) -> None:
     """DoRA forward and backward, twice, so that the norms of the first call are kept."""
-    dense, kept = torch.randn(n, k), dora.KeptNorms()
+    dense, kept = torch.randn(n, k), KeptNorms()
     weight = nf4.quantize(dense) if base == "nf4" else dense.bfloat16()
     a, b = torch.randn(16, k).to(adapter).requires_grad_(), torch.randn(n, 16).to(adapter).requires_grad_()
     x, magnitude = torch.randn(m, k).bfloat16().requires_grad_(), torch.ones(n, requires_grad=True)
