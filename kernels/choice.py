@@ -1,32 +1,32 @@
 """Which kernel runs a product over an NF4 weight, and how the low-rank kernels are tiled: a table, not a search.
 
-`choice.csv`, beside this file, has one row for a rung of M. Its columns:
+`choice.csv`, next to this file, has one row for a rung of M. Its columns:
 
     gpu       a GPU's name as torch reports it ("NVIDIA H200"), or sm_90: rows by name come before rows by architecture
     op        linear (y = x Wᵀ + LoRA), linear_t (dx = dy W + LoRA), or a low-rank kernel: shrink, dy, x
-    m         the row holds for up to so many tokens; empty: for any number
-    k, n, r   the shape and rank it was measured at; empty: any. A shape that was not measured takes the nearest one's
-              rows: least |log(k / k')| + |log(n / n')| + |log(r / r')|
+    m         the row holds for up to this many tokens; empty: for any number
+    k, n, r   the shape and rank it was measured at; empty: any. A shape that was not measured takes the rows of the
+              nearest one: least |log(k / k')| + |log(n / n')| + |log(r / r')|
     dropout   yes, no, or empty: either
     kernel    decode-cuda (compiled), decode (Triton), fused (expands tiles inside the product), dequantize (expands the
-              weight, then cuBLAS); of a low-rank kernel the mode of its products, narrow or split
-    block_m … tma   the kernel's configuration; empty: the kernel's own
+              weight, then cuBLAS); for a low-rank kernel, the mode of its products: narrow or split
+    block_m … tma   the kernel's configuration; empty: its built-in one
     us        median microseconds measured; source: measured, or default
 
-`python -m bench tune` writes the measured rows of the GPU it runs on. Between the least and the largest M measured they
-replace the defaults, beyond these the defaults count (all the way up, where the largest M measured found dequantizing
-best, that holds).
+`python -m bench tune` writes the measured rows of the GPU it runs on. They replace the defaults between the smallest
+and the largest M measured; outside that range the defaults apply. Where dequantizing was best at the largest M
+measured, it is used for every larger M too.
 
-The defaults come from a model, not from a measurement. Dequantizing costs 2.516 bytes a weight at copy bandwidth B, a
-fused kernel reaches a share e of cuBLAS's rate F, so both cost the same at
+The defaults come from a model, not from a measurement. Dequantizing costs 2.516 bytes a weight at copy bandwidth B, and
+the fused kernel reaches a share e of cuBLAS's rate F, so the two cost the same at
 
     M* = 2.516 F / (2 B) / (1/e - 1) = 1.258 (F / B) / (1/e - 1)
 
 e = 0.6 is assumed. F / B in FLOP a byte: 153 A100, 76 RTX 3090, 164 RTX 4090, 181 H200, 281 B200, 117 RTX 5090, each
 standing for its architecture. M* is rounded to whole tiles of 16 tokens.
 
-Environment: FASTLORA_BACKEND=cuda takes decode-cuda wherever it applies, triton never; FASTLORA_AUTOTUNE=1 searches at
-run time instead (`search`).
+Environment: FASTLORA_BACKEND=cuda takes decode-cuda wherever it applies, FASTLORA_BACKEND=triton never takes it;
+FASTLORA_AUTOTUNE=1 searches at run time instead (`search`).
 """
 
 import csv
@@ -90,7 +90,7 @@ def read(path: Path = TABLE) -> list[Row]:
     """The rows of a table, in its order.
 
     Raises:
-        ValueError: other columns than these, or a cell that cannot be read; the message has the line's number.
+        ValueError: the columns are not these, or a cell cannot be read; the message has the line's number.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
@@ -153,7 +153,7 @@ def rows_for(name: str, capability: tuple[int, int], rows: Iterable[Row] | None 
 
 
 def gpu_of(device: torch.device) -> tuple[str, tuple[int, int]]:
-    """(name, compute capability) of a CUDA device; a stand-in for the interpreter's."""
+    """(name, compute capability) of a CUDA device; stand-ins for the interpreter."""
     if device.type != "cuda":
         return "interpreter", _STAND_IN
     return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -178,7 +178,7 @@ def choose(
 def steps(
     op: str, n: int, k: int, r: int, dropout: bool, device: torch.device, compiled: bool = False
 ) -> list[tuple[int, Choice]]:
-    """(largest M, its kernel) for the products of `choose`, M ascending; the last has no bound, ANY_M."""
+    """(largest M, its kernel) for the products of `choose`, by rising M; the last bound is ANY_M."""
     return list(zip(*_choices(op, n, k, r, dropout, device, compiled, os.environ.get("FASTLORA_BACKEND")), strict=True))
 
 
@@ -208,7 +208,7 @@ def _choices(
 def _with_decode(
     bounds: list[int], choices: list[Choice], op: str, dropout: bool, compiled: bool, forced: str | None
 ) -> tuple[list[int], list[Choice]]:
-    """The ladder with the compiled decode kernel put in where it is forced, and Triton's where it is not to be had."""
+    """The ladder with the compiled decode kernel where it is forced, and Triton's where the compiled one cannot run."""
     if forced == "cuda" and op == "linear" and not dropout:
         above = bisect_left(bounds, DECODE_UP_TO_M + 1)
         return [DECODE_UP_TO_M, *bounds[above:]], [Choice("decode-cuda"), *choices[above:]]
@@ -237,7 +237,7 @@ def _tiles(
 def ladder(
     by_name: list[Row], by_arch: list[Row], op: str, k: int | None, n: int | None, r: int, dropout: bool
 ) -> list[Row]:
-    """The rows that count for a shape, by rising M: those of the GPU's name, and around them its architecture's."""
+    """The rows that apply to a shape, by rising M: those of the GPU's name, with its architecture's below and above."""
     first, rest = (_nearest(rows, op, k, n, r, dropout) for rows in (by_name, by_arch))
     if not first:
         return rest
@@ -271,7 +271,7 @@ def _bound(row: Row) -> int:
 
 
 def describe(device: torch.device) -> tuple[bool, str]:
-    """Whether the rows that count on a device were measured on its kind, and which they are."""
+    """Whether the rows that apply to a device were measured on a GPU of its kind, and which rows they are."""
     name, capability = gpu_of(device)
     by_name, by_arch = rows_for(name, capability)
     shapes = {(row.k, row.n) for row in by_name if row.op in PRODUCTS and row.source == "measured"}

@@ -4,17 +4,17 @@
                     h[s] = x Aᵀ over a part of the columns                  [splits, M, R], fp32
     second launch   y = Σ base + scaling · (Σ h) Bᵀ + bias, rounded once from fp32
 
-Generating text reads every weight for each token: 0.516 bytes a weight is the floor, and what the
-instructions cost comes next. The columns are cut so that programs fill the chip; the parts meet in
-order, without atomics, so the same input gives the same bits. A few programs of the first
-launch make h, so LoRA costs no launch of its own.
+Generating text reads every weight for each token. The floor is 0.516 bytes a weight; the cost of the
+instructions comes next. The columns are cut into parts, so that programs fill the chip. The parts are
+added in order, without atomics, so the same input gives the same bits. A few programs of the first
+launch compute h, so LoRA costs no launch of its own.
 
-Up to two tokens a thread takes a word of eight codes, looks the levels up, multiplies them with x and adds
-up; the scale of the block comes in once a word. Shift, lookup and one multiplication for each token:
-weights stay in fp32. Above, the tile is expanded and rounded to x's 16 bits, and the tensor cores
-multiply it, the weight on the rows, the tokens on 16 columns.
+For one or two tokens a thread takes a word of eight codes, looks the levels up, multiplies them by x and
+adds up; the block's scale is applied once a word. A weight costs a shift, a lookup and one multiplication
+for each token, and stays in fp32. For more tokens the tile is expanded and rounded to x's 16 bits, and the
+tensor cores multiply it, with the weight on the rows and the tokens on 16 columns.
 
-The compiled twin, `fastlora.native.cuda`, costs fewer instructions; this serves where it is not to be had.
+The compiled kernel behind `fastlora.native.cuda` takes fewer instructions; this one runs where that one cannot.
 Source: arXiv:2305.14314, section 3; arXiv:2106.09685, section 4.1.
 """
 
@@ -33,10 +33,10 @@ from torch import Tensor
 MAX_TOKENS = 16
 MAX_WORDS_TOKENS = 2
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TILE = {1: (64, 256), 2: (64, 256), 16: (64, 128)}  # tokens: rows and columns of W a step
+TILE = {1: (64, 256), 2: (64, 256), 16: (64, 128)}  # tokens: rows and columns of W in a step
 NUM_WARPS, NUM_STAGES = 4, 2
 PROGRAMS_PER_SM = 4
-K_PER_H, BLOCK_HK = 512, 64  # columns that a program sums for h, and a step of it
+K_PER_H, BLOCK_HK = 512, 64  # columns that a program sums for h, and how many at a time
 MAX_BLOCK_R = 32
 SUM_BLOCK_N, SUM_BLOCK_R = 32, 16
 
@@ -122,7 +122,7 @@ def _base_dot(
             codes_ptr, absmax_ptr, absmax2_ptr, code2_ptr, offset, code, offs_n, k_start, N, K,
             BLOCKSIZE, NESTED, True, LOOKUP, BLOCK_N, BLOCK_K, EVEN,
         )  # fmt: skip
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+        acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")  # [BLOCK_N, BLOCK_K] @ [BLOCK_K, TOKENS]
     out_mask = (offs_n[:, None] < N) & (offs_m[None, :] < M)
     tl.store(base_ptr + offs_m[None, :] * N + offs_n[:, None], acc, mask=out_mask)
 
@@ -132,7 +132,7 @@ def _partial_h(
     x_ptr, a_ptr, h_ptr, r_start, k_begin, k_end, M, R, stride_xm, stride_ar, stride_ak,
     MODE: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h [M, R] over some columns, BLOCK_R ranks of it."""
+    """h [M, R] over some columns, for BLOCK_R of its ranks."""
     offs_m, offs_r = tl.arange(0, 16), r_start + tl.arange(0, BLOCK_R)
     acc = tl.zeros((16, BLOCK_R), dtype=tl.float32)
     for k_start in range(k_begin, k_end, BLOCK_K):
@@ -141,7 +141,7 @@ def _partial_h(
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :], mask=x_mask, other=0.0)
         a_mask = (offs_k[:, None] < k_end) & (offs_r[None, :] < R)
         a = tl.load(a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar, mask=a_mask, other=0.0)
-        acc = dot(x, a, acc, MODE, INTERPRETED)
+        acc = dot(x, a, acc, MODE, INTERPRETED)  # [16, BLOCK_K] @ [BLOCK_K, BLOCK_R]
     tl.store(h_ptr + offs_m[:, None] * R + offs_r[None, :], acc, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R))
 
 
@@ -189,7 +189,7 @@ def _decode_kernel(
 
 @triton.jit
 def _sum_of_parts(ptrs, parts, stride, mask):
-    """Sum over `parts` tensors, `stride` apart, of what `ptrs` [ROWS, COLUMNS] point at: eight at a time, in order."""
+    """Sum over `parts` tensors, `stride` apart, of what `ptrs` [ROWS, COLUMNS] point to: eight at a time, in order."""
     total = tl.zeros(ptrs.shape, dtype=tl.float32)
     for start in range(0, parts, 8):
         part = start + tl.arange(0, 8)[:, None, None]
@@ -237,7 +237,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def plan(m: int, k: int, n: int, r: int, device_index: int | None) -> _Plan:
-    """The cut of x [m, k] over a weight [n, k] with adapters of rank r, on a device; remembered."""
+    """How x [m, k] times a weight [n, k] with adapters of rank r is cut into programs on a device; cached."""
     tokens = m if m <= MAX_WORDS_TOKENS else MAX_TOKENS
     block_n, block_k = TILE[tokens]
     processors = (
@@ -275,7 +275,7 @@ def decode(
 
     Args:
         x: [M, K], bf16, fp16 or fp32, any strides; M 0 to 16.
-        weight: [N, K]; its blocksize divides K. Codes are copied where they are off a 4-byte address, as in a view.
+        weight: [N, K]; its blocksize divides K. Codes that are not at a 4-byte address, as in a view, are copied.
         lora_a, lora_b: [R, K] and [N, R], any strides; both or neither.
         bias: [N].
     Returns:
@@ -322,7 +322,7 @@ def decode(
 
 
 def _in_pairs(x: Tensor) -> Tensor:
-    """x with neighbouring columns, two of which may be loaded as one 32-bit word."""
+    """x with adjacent columns, two of which can be loaded as one 32-bit word."""
     if x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0:
         return x
     return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)

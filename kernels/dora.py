@@ -1,17 +1,17 @@
-"""What DoRA adds to the fused linear: the norms of rows, and a factor for each output.
+"""What DoRA adds to a LoRA linear: the norms of rows, and a factor for each output.
 
     norms    ‖W[n] + scaling · (B A)[n]‖                          W: NF4 or dense, expanded tile by tile
     scales   absmax'[b] = scale[b] · factor[row of b]             an NF4 weight whose rows carry the factor
     rescale  y = factor ∘ z + bias
     backward dz = factor ∘ dy,  dot = Σ_m dy ∘ z,  total = Σ_m dy
 
-Bytes: norms 0.516 a weight of NF4 or 2 of bf16, and nothing where A and B are those of the last call; scales 5 for 64
-weights; rescale 2 read and 2 written an output, backward 4 read and 2 written, each of it once.
+Bytes: norms 0.516 for an NF4 weight or 2 for a bf16 one, and none where A and B have not changed since the last call;
+scales 5 for 64 weights; rescale 2 read and 2 written an output; backward 4 read and 2 written; each of them once.
 
-The norms are formed anew only when A or B have changed, which the device finds out: `refresh` compares them with
-copies, brings the copies up to date and leaves word; `row_norms` reads that word first. Nothing waits for the host, and
-writes of every kind are seen, those of optimizers and FSDP too. B A is formed `WIDTH` ranks at a time, by three tf32
-products.
+The norms are computed anew only when A or B has changed, and the device finds that out: `refresh` compares them with
+copies, updates the copies and sets a `changed` flag; `row_norms` reads the flag first. Nothing waits for the host, and
+every kind of write is seen, including those of optimizers and FSDP. B A is computed `WIDTH` ranks at a time, as three
+tf32 products.
 
 Source: arXiv:2402.09353, section 4.
 """
@@ -74,7 +74,7 @@ def _row_norms_kernel(
             a = tl.load(a_ptrs, mask=(offs_r[:, None] < R) & (offs_k[None, :] < K), other=0.0).to(tl.float32)
             b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
             b = tl.load(b_ptrs, mask=(offs_n[:, None] < N) & (offs_r[None, :] < R), other=0.0).to(tl.float32)
-            update = tl.dot(b, a, update, input_precision=PRECISION)
+            update = tl.dot(b, a, update, input_precision=PRECISION)  # [BLOCK_N, WIDTH] @ [WIDTH, BLOCK_K]
         merged = tl.where(in_tile, w + scaling * update, 0.0)
         total += tl.sum(merged * merged, 1)
     tl.store(out_ptr + offs_n, tl.sqrt(total), mask=offs_n < tl.where(k_end > 0, N, 0))
@@ -143,7 +143,7 @@ def _rescale_backward_kernel(
 
 
 def refresh(new: Tensor, kept: Tensor, changed: Tensor) -> None:
-    """Where `new` differs from `kept`, set changed [1], int32, to 1 and bring `kept` up to date. Both contiguous."""
+    """Where `new` differs from `kept`, set changed [1], int32, to 1 and update `kept`. Both are contiguous."""
     with torch.cuda.device_of(new):
         _refresh_kernel[(triton.cdiv(new.numel(), BLOCK),)](new, kept, changed, new.numel(), BLOCK=BLOCK)
 
@@ -151,7 +151,7 @@ def refresh(new: Tensor, kept: Tensor, changed: Tensor) -> None:
 def row_norms(
     changed: Tensor, weight: Tensor | Packed, lora_a: Tensor, lora_b: Tensor, scaling: float, out: Tensor
 ) -> None:
-    """Write ‖W + scaling · B A‖ of each row to `out` [N], fp32, where `changed` [1] is not 0; else nothing.
+    """Write ‖W + scaling · B A‖ of each row to `out` [N], fp32, if `changed` [1] is not 0; else write nothing.
 
     Args:
         weight: [N, K], packed, or dense of any strides.
@@ -193,7 +193,7 @@ def scaled_absmax(weight: Packed, factor: Tensor) -> Tensor:
 
 
 def rescale(z: Tensor, factor: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """factor ∘ z + bias, formed in fp32. z: [M, N], any strides; factor: [N], fp32; bias: [N]. [M, N] in `dtype`."""
+    """factor ∘ z + bias, in fp32. z: [M, N], any strides; factor: [N], fp32; bias: [N]. Returns [M, N] in `dtype`."""
     m, n = z.shape
     y = torch.empty(m, n, dtype=dtype, device=z.device)
     with torch.cuda.device_of(z):
@@ -207,7 +207,8 @@ def rescale(z: Tensor, factor: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 def rescale_backward(
     dy: Tensor, z: Tensor | None, factor: Tensor | None, need_total: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(factor ∘ dy [M, N] in `dtype`, Σ_m dy ∘ z [N], Σ_m dy [N]), the sums in fp32; None for what is not given."""
+    """(factor ∘ dy [M, N] in `dtype`, Σ_m dy ∘ z [N], Σ_m dy [N]), the sums in fp32; None without factor, z or
+    `need_total`."""
     m, n = dy.shape
     tiles, steps = triton.cdiv(n, COLUMNS), triton.cdiv(m, ROWS)
     wanted = 8

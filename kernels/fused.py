@@ -1,4 +1,4 @@
-"""A product with an NF4 weight that is expanded tile by tile inside the loop, and never written out.
+"""The fused dequantize-GEMM: the NF4 weight is expanded tile by tile inside the loop and never written out.
 
     linear     y  = x Wᵀ + scaling · h Bᵀ + bias      x [M, K], h [M, R] -> [M, N]
     linear_t   dx = dy W + mask ∘ (g A)               dy [M, N], g [M, R] -> [M, K]
@@ -9,22 +9,22 @@
 Bytes: 0.516 a weight for each tile of tokens, the activation once for each tile of outputs, the output once.
 Dequantizing through memory moves 2.5 bytes a weight before the product reads two more.
 
-A step of the loop takes int32 words of eight codes (bitsandbytes' layout as it is), looks the sixteen levels
-up, scales and rounds them, and puts the 16-bit tile into shared memory for the tensor cores: 5 to 8
+A step of the loop takes int32 words of eight codes (bitsandbytes' layout as it is), looks up their levels,
+scales and rounds them, and puts the 16-bit tile into shared memory for the tensor cores: 5 to 8
 machine instructions a weight with everything in the loop (`python -m bench static`). Both directions read the
 same tile; dx sums over its rows. The lookup is PTX's `shfl`: lane i of each half warp holds level i. Words,
 activation and scales are loaded stages ahead.
 
-Nothing is expanded twice. The eight columns of a word are put together by `tl.join`, through which Triton cannot pull
-the operand layouts of mma.sync back, where warps share weights; the product reads the tile out of shared memory.
+Nothing is expanded twice. `tl.join` puts the eight columns of a word together. Triton cannot propagate the operand
+layouts of mma.sync, in which warps share weights, back through it, so the product reads the tile from shared memory.
 
-LoRA is one more step of the same sum, taken before the loop: h and B beside x and W, sixteen ranks at a time.
+LoRA is one more step of the same sum, taken before the loop: h and B in place of x and W, sixteen ranks at a time.
 h and fp32 adapters go as two bf16 parts each, side by side in one product, which keeps 16 bits of both; with 16-bit
-adapters h is rounded to their dtype. With dropout the mask, drawn anew from its seed, falls on that step alone.
+adapters h is rounded to their dtype. The mask of dropout, drawn anew from its seed, applies to that step only.
 
-Tiles of fewer than 64 tokens go through mma.sync everywhere; from 64 on wgmma (sm_90) and tcgen05 (sm_100) take
-both operands from shared memory. Where the outputs' tiles do not fill the chip, the sum is cut; fp32 partial sums
-then meet in a second launch, in order: no atomics, the same bits each time.
+Tiles of fewer than 64 tokens go through mma.sync everywhere; from 64 on, wgmma (sm_90) and tcgen05 (sm_100) take
+both operands from shared memory. Where the output tiles do not fill the chip, the sum is split; a second launch then
+adds the fp32 partial sums in order: no atomics, the same bits each time.
 """
 
 import functools
@@ -55,7 +55,7 @@ def _activation(
     x_ptr, m_start, start, M, length, stride, TMA: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BLOCK_M, BLOCK_K] of an activation [M, length]: zeros beyond `length`, anything beyond M."""
+    """Tile [BLOCK_M, BLOCK_K] of an activation [M, length]: zeros beyond `length`, arbitrary values beyond M."""
     if TMA:
         x = x_ptr.load([m_start, start])
     else:
@@ -71,15 +71,15 @@ def _activation(
 
 @triton.jit
 def _side_by_side(v0, v1, v2, v3, INTERPRETED: tl.constexpr):
-    """Four [ROWS, BLOCK_R] that bf16 holds, as bf16 [ROWS, 4 BLOCK_R]; the interpreter, which multiplies bf16 wrongly,
-    keeps fp32. One product over all, since Triton gives several in a row another layout than the loop's."""
+    """Four [ROWS, BLOCK_R] that bf16 holds exactly, as bf16 [ROWS, 4 BLOCK_R]. The interpreter multiplies bf16 wrongly
+    and keeps fp32. All go into one product, since Triton would give several in a row another layout than the loop's."""
     joined = tl.join(tl.join(v0, v1), tl.join(v2, v3))
     if not INTERPRETED:
         joined = joined.to(tl.bfloat16)
     joined = tl.reshape(joined, (v0.shape[0], 4 * v0.shape[1]))
     if not INTERPRETED:
-        # A fence, as in `expand_words`: wgmma's shared memory must not be given the shape before the reshape, for which
-        # Triton has no layout where the values lie apart in memory.
+        # A fence, as in `expand_words`: wgmma's shared memory must not be given the shape before the reshape. Triton
+        # has no layout for that shape where the values are apart in memory.
         joined = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [joined], dtype=joined.dtype, is_pure=True, pack=2
         )  # fmt: skip
@@ -105,7 +105,7 @@ def _update(
             h1, b1 = top(h), top(b)
             h2, b2 = top(h - h1), top(b - b1)
             h, b = _side_by_side(h1, h2, h1, h2, INTERPRETED), _side_by_side(b1, b1, b2, b2, INTERPRETED)
-        acc = tl.dot(h.to(b.dtype), tl.trans(b), acc)
+        acc = tl.dot(h.to(b.dtype), tl.trans(b), acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
     return acc
 
 
@@ -171,9 +171,9 @@ def _nf4_fused_kernel(
             scale = tl.load(absmax_ptr + block)
         w = expand_words(table, words, scale, LOOKUP, x.dtype, MMA_SYNC, ROWS, COLUMNS)
         if TRANSPOSED:
-            acc = tl.dot(x, w, acc)
+            acc = tl.dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
         else:
-            acc = tl.dot(x, tl.trans(w), acc)
+            acc = tl.dot(x, tl.trans(w), acc)  # w is [BLOCK_N, BLOCK_K]
     offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = n_start + tl.arange(0, BLOCK_N).to(tl.int64)
     if HAS_BIAS:
@@ -210,7 +210,7 @@ def supports(x_dtype: torch.dtype, k: int, n: int, blocksize: int, r: int) -> st
     if x_dtype not in (torch.bfloat16, torch.float16):
         return f"activations must be bf16 or fp16, not {x_dtype}"
     if k % blocksize:
-        return f"a block must not cross rows: K = {k} is no multiple of the blocksize {blocksize}"
+        return f"a block must not cross rows: K = {k} is not a multiple of the blocksize {blocksize}"
     if r > MAX_R:
         return f"rank {r} is above {MAX_R}"
     return ""
@@ -224,12 +224,12 @@ def linear(
 
     Args:
         x: [M, K], bf16 or fp16; copied where its columns are not adjacent.
-        weight: [N, K]; its codes are copied where their address is no multiple of four.
-        h: [M, R], fp32. lora_b: [N, R], any strides; where it has 16 bits, h is rounded to its dtype. bias: [N].
+        weight: [N, K]; its codes are copied where their address is not a multiple of four.
+        h: [M, R], fp32. lora_b: [N, R], any strides; if it has 16 bits, h is rounded to its dtype. bias: [N].
     Returns:
         [M, N], dtype of x, accumulated in fp32.
     Raises:
-        ValueError: what `supports` names, or sizes that do not fit together.
+        ValueError: what `supports` names, or the sizes do not fit together.
     """
     return _multiply(x, weight, False, h, lora_b, scaling, bias, NO_DROPOUT, config)
 
@@ -320,7 +320,7 @@ def _multiply(
 
 
 def _has_tensor_maps(x: Tensor, codes: Tensor, capability: tuple[int, int]) -> bool:
-    """Whether the device has them and they can describe these operands."""
+    """Whether the device has tensor maps and they can describe these operands."""
     rows_aligned = x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
     pointers_aligned = x.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0
     return (capability[0] >= 9 or interpreted()) and rows_aligned and pointers_aligned

@@ -1,4 +1,4 @@
-"""How a launch of the fused product is cut, per architecture: what the machine code and a small model say.
+"""How a launch of the fused dequantize-GEMM is cut on each architecture, from its machine code and a small model.
 
 `python -m bench tune` times the candidates on a GPU and writes the winners to `choice.csv`.
 """
@@ -21,11 +21,11 @@ class Config(NamedTuple):
     splits: int  # parts of the sum; 0: as many as fill the chip
     warps: int
     stages: int
-    tma: bool  # activation and words by tensor maps, sm_90 and up; without effect where alignment forbids
+    tma: bool  # activation and words by tensor maps, sm_90 and up; ignored where alignment does not allow it
 
 
 def uses_mma_sync(capability: tuple[int, int], block_m: int) -> bool:
-    """Whether Triton multiplies by mma.sync, and neither by wgmma (9.0) nor by tcgen05 (10.x)."""
+    """Whether Triton multiplies by mma.sync rather than by wgmma (9.0) or tcgen05 (10.x)."""
     return capability[0] not in (9, 10) or block_m < 64
 
 
@@ -35,7 +35,7 @@ def _shared_limit(capability: tuple[int, int]) -> int:
 
 
 def shared_bytes(config: Config) -> int:
-    """Shared memory of a launch, an upper bound: the stages, and the expanded tile."""
+    """An upper bound of a launch's shared memory: the stages, and the expanded tile."""
     weights = config.block_n * config.block_k
     scales = 8 * max(config.block_n, config.block_k) * max(1, min(config.block_n, config.block_k) // 32)
     stage = 2 * config.block_m * config.block_k + weights // 2 + scales
@@ -48,11 +48,11 @@ def accumulators(config: Config) -> int:
 
 
 def default_config(op: str, m: int, n: int, k: int, capability: tuple[int, int]) -> Config:
-    """A configuration for m tokens, by the machine code; `python -m bench tune` measures better ones.
+    """A configuration for m tokens, from the machine code; `python -m bench tune` measures better ones.
 
-    op: "linear" or "linear_t". Tiles of 16, 32 or 64 tokens, and where the sums do not pass through mma.sync's
-    registers of 128, so that a weight is expanded seldom. Warps and tiles are such that two programs or more fit a
-    multiprocessor: one expands while the other multiplies. 128 x 128 has no registers for pointers: tensor maps.
+    op: "linear" or "linear_t". Tiles have 16, 32 or 64 tokens, and 128 where the sums do not go through mma.sync's
+    registers, so that a weight is expanded seldom. Warps and tiles let two programs or more share a multiprocessor:
+    one expands while the other multiplies. 128 x 128 leaves no registers for pointers and uses tensor maps.
     """
     mma_sync = uses_mma_sync(capability, 64)
     block_m = next((rows for rows in (16, 32, 64) if m <= rows), 64 if mma_sync else 128)
@@ -60,7 +60,7 @@ def default_config(op: str, m: int, n: int, k: int, capability: tuple[int, int])
 
 
 def candidates(op: str, m: int, n: int, k: int, capability: tuple[int, int]) -> list[Config]:
-    """What is worth timing for m tokens, the default first; all fit the device."""
+    """Configurations worth timing for m tokens, the default first; all fit the device."""
     first = default_config(op, m, n, k, capability)
     found = [first, first._replace(stages=5), first._replace(block_k=128)]
     if capability[0] >= 9:
@@ -77,10 +77,10 @@ def candidates(op: str, m: int, n: int, k: int, capability: tuple[int, int]) -> 
 
 @functools.lru_cache(4096)
 def split_sum(tiles: int, steps: int, config: Config, processors: int) -> int:
-    """Parts to cut a sum of `steps` steps into, so that tiles x parts fill the chip: the least cost by a model.
+    """Into how many parts to cut a sum of `steps` steps, so that tiles x parts fill the chip: the cheapest by a model.
 
-    A multiprocessor works off its programs, each with a beginning and an end worth PROGRAM_STEPS steps, and at full
-    rate only with `resident` of them. More than one part costs another launch and moves fp32 sums out and in.
+    A multiprocessor runs its programs one after another, at full rate only with `resident` of them; the beginning and
+    the end of each cost PROGRAM_STEPS steps. More than one part costs another launch, and fp32 sums written and read.
     """
     resident = max(1, min(16 // config.warps, 2048 // (config.warps * (accumulators(config) + 64))))
     sums = 8 * tiles * config.block_m * config.block_n / (processors * SUM_BYTES_A_STEP)

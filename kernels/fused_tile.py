@@ -1,8 +1,8 @@
 """Tiles of an NF4 weight inside the loop of a product: words of eight codes, their scales, and the expanded tile.
 
 Words are int32, as bitsandbytes packed the bytes; rows must hold whole blocks. A lookup is PTX's `shfl`: lane i of each
-half warp holds level i, loaded once before the loop. `tl.gather` is its twin, for the interpreter. Beyond the weight's
-edges a tile has other finite values: what multiplies them must be zero, what comes of them must not be stored.
+half warp holds level i, loaded once before the loop. The interpreter uses `tl.gather`. Beyond the weight's edges a tile
+holds other finite values: multiply them by zeros, or do not store what comes of them.
 """
 
 import triton
@@ -19,7 +19,7 @@ ld.global.nc.f32 $0, [address];
 
 @triton.jit
 def lane_levels(code_ptr, LOOKUP: tl.constexpr):
-    """The table of sixteen levels: with "shfl" one in each lane, a value that Triton takes for a scalar."""
+    """The table of sixteen levels: with "shfl" one in each lane, in a value that Triton takes for a scalar."""
     if LOOKUP == "shfl":
         table = tl.inline_asm_elementwise(
             _LEVEL_OF_LANE, "=f,l", [code_ptr], dtype=tl.float32, is_pure=True, pack=1
@@ -74,7 +74,7 @@ def expand_words(
 
 @triton.jit
 def tile_corner(n_start, start, TRANSPOSED: tl.constexpr):
-    """Where in W the tile begins that meets outputs from n_start on at step `start` of the sum: (row, column)."""
+    """(row, column) of W where the tile begins that belongs to outputs from n_start on and step `start` of the sum."""
     if TRANSPOSED:
         row_start, column_start = start, n_start
     else:
@@ -84,7 +84,7 @@ def tile_corner(n_start, start, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def _rows(row_start, N, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    """Row indices of a tile, int64; beyond N the last one."""
+    """Row indices of a tile, int64; beyond N the last row's."""
     rows = row_start + tl.arange(0, ROWS).to(tl.int64)
     if not EVEN:
         rows = tl.minimum(rows, N - 1)
@@ -96,7 +96,7 @@ def load_words(
     words_ptr, corner, N, row_words, TMA: tl.constexpr,
     EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Words [ROWS, COLUMNS / 8] of eight codes; beyond N and K any."""
+    """Words [ROWS, COLUMNS / 8] of eight codes; beyond N and K, arbitrary ones."""
     row_start, column_start = corner
     if TMA:
         words = words_ptr.load([row_start, column_start // 8])
@@ -113,7 +113,7 @@ def block_indices(
     corner, N, K, BLOCKSIZE: tl.constexpr,
     EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Indices [ROWS, blocks in a row] of the tile's scales; beyond N and K those of others."""
+    """Indices [ROWS, blocks in a row] of the tile's scales; beyond N and K, valid indices of other scales."""
     row_start, column_start = corner
     BLOCKS: tl.constexpr = COLUMNS // BLOCKSIZE if COLUMNS > BLOCKSIZE else 1
     column = column_start // BLOCKSIZE + tl.arange(0, BLOCKS)

@@ -1,20 +1,20 @@
-"""Products of rows with the weights of their own experts: one launch for a whole stack, and no word from the host.
+"""Products of rows with the weights of their own experts: one launch for a whole stack, and no host sync.
 
     grouped_linear     y[s]  = x[s] W[e]ᵀ + scaling · h[s] B[e]ᵀ + bias[e]     x [S, K], h [S, R] -> [S, N]
     grouped_linear_t   dx[s] = dy[s] W[e] + g[s] A[e]                          dy [S, N], g [S, R] -> [S, K]
 
 e is the expert of row s. Rows are sorted by expert; on the device `kernels.segments` say where each one's rows end. The
-host knows S and E alone, so it launches as many row tiles as there can be, (S + (E + 1)(BLOCK_M - 1)) / BLOCK_M, and a
-program finds its expert by counting tiles; those that find none leave. Rows beyond the experts' are nobody's: they
-belong to one more expert, who writes zeros.
+host knows only S and E, so it launches as many row tiles as there can be, (S + (E + 1)(BLOCK_M - 1)) / BLOCK_M, and a
+program finds its expert by counting tiles. Surplus programs exit at once. Rows past the last expert belong to a padding
+expert that writes zeros.
 
 W is dense in 16 bits, any strides, or a stack in NF4 [E N, K], whose words are expanded inside the loop as in
 `kernels.fused`. LoRA is part of the same sum, taken before the loop; h and g come from `kernels.lora`. The result is
 rounded once. Neighbouring programs take GROUP_M row tiles by all columns, so that x and W come from the L2 cache.
 
-Bytes: each weight of an expert that has rows once a row tile, x once a column tile (both from the cache, mostly), y
-once. An expert without rows costs nothing. NF4 costs 0.516 bytes a weight, and 5 to 8 instructions for each row tile:
-from some rows an expert on it is cheaper to expand the stack once, and `fastlora.ops.grouped_cuda` says where.
+Bytes: each weight of an expert that has rows once per row tile, x once per column tile (both mostly from the cache), y
+once. An expert without rows costs nothing. An NF4 weight costs 0.516 bytes, and 5 to 8 instructions for each row tile.
+Above some number of rows an expert, expanding the stack once is cheaper; `fastlora.ops.grouped_cuda` says where.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ def _place(
 ):  # fmt: skip
     """(expert, first row, where its expert's rows end, first column) of this program's tile.
 
-    Expert `experts` stands for nobody's rows; programs of greater ones are superfluous, and their rows end at 0.
+    Expert `experts` is the padding expert; programs with greater numbers are surplus, and their rows end at 0.
     """
     pid, column_tiles = tl.program_id(0), tl.cdiv(columns, BLOCK_N)
     first = pid // (GROUP_M * column_tiles) * GROUP_M
@@ -89,7 +89,7 @@ def _dense_tile(
     TMA: tl.constexpr, ALONG_SUM: tl.constexpr, EVEN_SUM: tl.constexpr, EVEN_OUT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BLOCK_K, BLOCK_N] of an expert's weight, in memory along the sum or along the columns; zeros beyond it."""
+    """Tile [BLOCK_K, BLOCK_N] of an expert's weight, stored along the sum or along the columns; zeros beyond it."""
     if TMA:
         if ALONG_SUM:
             w = tl.trans(w_ptr.load([expert * columns + n_start, start]))
@@ -132,7 +132,7 @@ def _grouped_dense_kernel(
             w_ptr, expert, n_start, start, columns, length, stride_we, stride_wn, stride_wk,
             TMA, ALONG_SUM, EVEN_SUM, EVEN_OUT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        acc = tl.dot(x, w, acc)
+        acc = tl.dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
     _finish(acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS, BLOCK_M, BLOCK_N)
 
 
@@ -191,9 +191,9 @@ def _grouped_nf4_kernel(
             scale = tl.load(absmax_ptr + block)
         w = expand_words(table, words, scale, LOOKUP, x.dtype, MMA_SYNC, ROWS, COLUMNS)
         if TRANSPOSED:
-            acc = tl.dot(x, w, acc)
+            acc = tl.dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
         else:
-            acc = tl.dot(x, tl.trans(w), acc)
+            acc = tl.dot(x, tl.trans(w), acc)  # w is [BLOCK_N, BLOCK_K]
     _finish(acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS, BLOCK_M, BLOCK_N)
 
 
@@ -212,14 +212,14 @@ def grouped_linear(
 
     Args:
         x: [S, K], bf16 or fp16, sorted by expert; copied where its columns are not adjacent.
-        weight: [E, N, K] in x's dtype, any strides; or packed, [E N, K], its codes copied where they are off a 4-byte
-            address.
+        weight: [E, N, K] in x's dtype, any strides; or packed, [E N, K], whose codes are copied where they are not at a
+            4-byte address.
         segments: of E experts, as `kernels.segments.by_offsets` makes them.
-        h: [S, R], fp32. lora_b: [E, N, R], any strides; where it has 16 bits, h is rounded to its dtype. bias: [E, N].
+        h: [S, R], fp32. lora_b: [E, N, R], any strides; if it has 16 bits, h is rounded to its dtype. bias: [E, N].
     Returns:
-        [S, N], dtype of x, accumulated in fp32; zero in nobody's rows, which are not read.
+        [S, N], dtype of x, accumulated in fp32; zero in rows past the last expert's, which are not read.
     Raises:
-        ValueError: what `supports` names, or sizes that do not fit together.
+        ValueError: what `supports` names, or the sizes do not fit together.
     """
     return _multiply(x, weight, segments, False, h, lora_b, scaling, bias, config)
 
@@ -234,7 +234,7 @@ def grouped_linear_t(
         dy: [S, N], bf16 or fp16; copied where its columns are not adjacent. weight, segments: as in `grouped_linear`.
         g: [S, R], fp32, scaling included. lora_a: [E, R, K], any strides.
     Returns:
-        [S, K], dtype of dy, accumulated in fp32; zero in nobody's rows.
+        [S, K], dtype of dy, accumulated in fp32; zero in rows past the last expert's.
     Raises:
         ValueError: as `grouped_linear`.
     """
@@ -257,7 +257,7 @@ def _check(
     if isinstance(weight, Packed):
         why = supports(x.dtype, None, experts, weight.shape[1], weight.blocksize, r)
         if weight.shape[0] % experts:
-            why = why or f"a weight of {list(weight.shape)} is no stack of {experts} experts"
+            why = why or f"a weight of {list(weight.shape)} is not a stack of {experts} experts"
     else:
         why = supports(x.dtype, weight.dtype, experts, length, 1, r)
         if weight.ndim != 3 or weight.shape[0] != experts:
@@ -265,7 +265,7 @@ def _check(
     if why:
         raise ValueError(why)
     if x.ndim != 2 or x.shape[1] != length or segments.number != experts + 1 or segments.owner is not None:
-        raise ValueError(f"rows must be [S, {length}], segments by_offsets; got {list(x.shape)} and {segments}")
+        raise ValueError(f"rows must be [S, {length}], segments by `by_offsets`; got {list(x.shape)} and {segments}")
     if (h is None) != (b is None):
         raise ValueError("h (or g) and its adapter go together: give both or neither")
     if h is not None and b is not None and (h.shape, b.shape[:2]) != ((x.shape[0], r), (experts, columns)):

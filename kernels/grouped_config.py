@@ -1,4 +1,4 @@
-"""What the grouped products take, and how a launch is cut: reasoned from the machine code, not measured."""
+"""What the grouped products take, and how a launch is cut: derived from the machine code, not measured."""
 
 import torch
 from fastlora.kernels import fused_config
@@ -13,12 +13,12 @@ MAX_EXPERTS = 1023  # a program holds all offsets in registers
 def default_config(
     op: str, rows: int, packed: bool, n: int, k: int, capability: tuple[int, int], is_aligned: bool = True
 ) -> Config:
-    """How to cut a product with so many rows an expert on average; reasoned, not measured.
+    """How to cut a product with `rows` rows an expert on average; derived, not measured.
 
-    A row tile holds the average: 16, 32 or 64 rows, else 128. For few rows the weights' bytes are all that counts:
-    64 columns make programs enough, and steps of 128 keep loads in flight. Other tiles over NF4 are cut as in `fused`.
-    The stages fit into 99 KB where a program has no more. Operands without alignment are loaded number by number, for
-    which large tiles lack registers.
+    A row tile holds the average: 16, 32 or 64 rows, else 128. For few rows only the weights' bytes count: 64 columns
+    make enough programs, and steps of 128 keep loads in flight. Other tiles over NF4 are cut as in `fused`. The stages
+    fit into 99 KB on GPUs that give a program no more. Operands without alignment are loaded number by number, and
+    large tiles have too few registers for that.
     """
     tma, small = capability[0] in (9, 10), capability in ((8, 6), (8, 9)) or capability[0] == 12
     if not is_aligned:
@@ -33,7 +33,7 @@ def default_config(
 
 
 def aligned(x: Tensor, weight: Tensor | Packed, columns: int, length: int) -> bool:
-    """Whether rows of the operands begin where 16 numbers can be loaded at once, as far as Triton can tell."""
+    """Whether Triton can tell that rows of the operands begin where 16 numbers can be loaded at once."""
     strides = [x.stride(0), columns, length, *(weight.stride() if isinstance(weight, Tensor) else ())]
     pointers = [x.data_ptr(), *([weight.data_ptr()] if isinstance(weight, Tensor) else [])]
     loose = [stride for stride in strides if stride % 16]
@@ -46,9 +46,9 @@ def supports(x: torch.dtype, weight: torch.dtype | None, experts: int, k: int, b
     if x not in (torch.bfloat16, torch.float16):
         return f"rows must be bf16 or fp16, not {x}"
     if weight is not None and weight != x:
-        return f"rows are {x}, the stack {weight}"
+        return f"rows are {x}, but the stack is {weight}"
     if weight is None and k % blocksize:
-        return f"a block must not cross rows: K = {k} is no multiple of the blocksize {blocksize}"
+        return f"a block must not cross rows: K = {k} is not a multiple of the blocksize {blocksize}"
     if experts > MAX_EXPERTS:
         return f"{experts} experts are more than {MAX_EXPERTS}"
     return f"rank {r} is above {MAX_R}" if r > MAX_R else ""

@@ -5,26 +5,26 @@
     dy pass: g  = scaling · dy B  and  dB = scaling · dyᵀ h     in one read of dy
     x pass:  dA = gᵀ (mask ∘ x)                                 in one read of x
 
-Bytes, bf16: shrink 2MK; dy pass 2MN and partial sums of g, half as much again at R = 16; x pass 2MK;
+Bytes, bf16: shrink 2MK; dy pass 2MN, and half as much again at R = 16 for partial sums of g; x pass 2MK;
 expand 2MN written. Where the partial sums would cost more than a second read of dy, it is read twice.
 2·M·K·R FLOPs each (twice for the dy pass): bound by memory up to R of about 64. h and g: fp32, [M, R].
 
-Reductions over M, N or K that span programs go through fp32 partial sums and a second, ordered
-addition: no atomics, so the same input gives the same bits.
+Reductions over M, N or K that span programs go through fp32 partial sums, which are then added in order:
+no atomics, so the same input gives the same bits.
 
 The dropout mask is never stored. Eight neighbours of a row share one Philox-4x32-7 call, 16 bits
 each, keyed by a seed tensor and counted by position, so forward, backward and a checkpoint's
 recomputation derive the same mask; see `fastlora.reference.dropout_mask`.
 
-Products, by `MODE`, so that the adapters' precision is kept at the cost of 16-bit tensor cores:
+`MODE` says how products keep the adapters' precision at the cost of 16-bit tensor cores:
     narrow  16-bit activations and adapters: one 16-bit product;
     split   bf16 activations, fp32 adapters: v = v1 + v2 + v3, each exact in bf16, three bf16 products,
-            exact but for the fp32 accumulation (expand, which rounds to bf16 anyway, keeps two parts);
+            exact except for the fp32 accumulation (expand keeps two parts, as it rounds to bf16 anyway);
     tf32x3  fp16 activations, fp32 adapters: three tf32 products;
     ieee    fp32 activations.
-A rank above 64 is cut into parts of 64, each of which reads the activations anew.
+A rank above 64 is cut into parts of 64, each of which reads the activations again.
 
-Rows need not share one adapter: with `segments`, A is [adapters, R, K], B [adapters, N, R], and every row meets its
+Rows need not share one adapter: with `segments`, A is [adapters, R, K], B is [adapters, N, R], and every row uses its
 own (experts of a mixture, samples with different adapters; see `kernels.segments`). Rows without one get zero.
 Source: arXiv:2106.09685, section 4.1; Salmon et al., SC 2011 (Philox).
 """
@@ -50,7 +50,7 @@ MAX_EXPAND_BLOCK_R = 32
 
 @triton.jit
 def _stretch(ends_ptr, segments, split, BLOCK_M: tl.constexpr):
-    """(segment, first row, end) of what one of the programs along axis 1 sums: every segment has as many of them."""
+    """(segment, first row, end) of what a program along axis 1 sums; every segment has equally many programs."""
     parts = tl.num_programs(1) // segments
     segment, part = split % segments, split // segments
     begin, end = bounds(ends_ptr, segments, segment)
@@ -92,7 +92,7 @@ def _lora_shrink_kernel(
         a = tl.load(a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar, mask=a_mask, other=0.0)
         if DROPOUT:
             x = tl.where(keep_mask(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        acc = dot(x, a, acc, MODE, INTERPRETED)
+        acc = dot(x, a, acc, MODE, INTERPRETED)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_R]
     h_ptrs = h_ptr + (split * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(h_ptrs, acc * keep_scale, mask=(offs_m[:, None] < m_end) & (offs_r[None, :] < R))
 
@@ -130,7 +130,7 @@ def _lora_expand_kernel(
         b_mask = (offs_r[:, None] < R) & (offs_n[None, :] < N)
         b = tl.load(b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn, mask=b_mask, other=0.0)
         if MODE == "narrow":
-            acc = tl.dot(h.to(b.dtype), b, acc)
+            acc = tl.dot(h.to(b.dtype), b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
         elif MODE == "split":
             h1, b1 = top(h), top(b)
             acc = dot_bf16(h1, b1, acc, INTERPRETED)
@@ -186,7 +186,7 @@ def _lora_dy_kernel(
             tl.store(g_ptr + (tile_n * M + offs_m[:, None]) * R + offs_r[None, :], g * g_scaling, mask=hg_mask)
         if NEED_DB:
             h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=hg_mask, other=0.0)
-            db = dot(tl.trans(dy), h, db, MODE, INTERPRETED)
+            db = dot(tl.trans(dy), h, db, MODE, INTERPRETED)  # [BLOCK_N, BLOCK_M] @ [BLOCK_M, BLOCK_R]
     if NEED_DB:
         db_ptrs = db_ptr + (split * N + offs_n[:, None]) * R + offs_r[None, :]
         tl.store(db_ptrs, db * scaling, mask=(offs_n[:, None] < N) & in_r)
@@ -224,7 +224,7 @@ def _lora_x_kernel(
             x = tl.where(keep_mask(seed_ptr, offs_m, k_start, K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         g_mask = (offs_m[:, None] < m_end) & (offs_r[None, :] < R)
         g = tl.load(g_ptr + offs_m[:, None] * R + offs_r[None, :], mask=g_mask, other=0.0)
-        da = dot(tl.trans(x), g, da, MODE, INTERPRETED)
+        da = dot(tl.trans(x), g, da, MODE, INTERPRETED)  # [BLOCK_K, BLOCK_M] @ [BLOCK_M, BLOCK_R]
     da_ptrs = da_ptr + split * R * K + offs_r[None, :] * stride_dr + offs_k[:, None] * stride_dk
     tl.store(da_ptrs, da * keep_scale, mask=(offs_r[None, :] < R) & (offs_k[:, None] < K))
 
@@ -235,7 +235,7 @@ def _total(partials: Tensor) -> Tensor:
 
 
 def _summed(partials: Tensor, segments: Segments | None) -> Tensor:
-    """What the programs along axis 1 of a reduction over rows have written, added up: [...], or [adapters, ...]."""
+    """The sum of what the programs along axis 1 of a reduction over rows have written: [...], or [adapters, ...]."""
     if segments is None:
         return _total(partials)
     return segments.sum_by_adapter(_total(partials.view(-1, segments.number, *partials.shape[1:])))
@@ -264,7 +264,7 @@ def shrink(
     """h = scaling · (mask ∘ x) Aᵀ. x: [M, K], any strides; lora_a: [R, K]. Returns [M, R], fp32.
 
     cut: a tile to use in place of the table's or the built-in one, here and below.
-    segments: each row has its own adapter's A, of lora_a [adapters, R, K]. column: of the segments' facts, a factor.
+    segments: each row uses its own adapter's A; lora_a is [adapters, R, K]. column: of the segments' facts, a factor.
     """
     m, k = x.shape
     (r, _), stride = _last(lora_a, segments)
@@ -295,7 +295,7 @@ def expand(
 ) -> Tensor:
     """mask ∘ (scaling · h Bᵀ) + bias. h: [M, R], fp32; lora_b: [N, R], any strides. Returns [M, N] in `dtype`.
 
-    segments: lora_b is [adapters, N, R], bias [adapters + 1, N], its last row for rows without an adapter.
+    segments: lora_b is [adapters, N, R]; bias is [adapters + 1, N], its last row for rows without an adapter.
     """
     m, r = h.shape
     (n, _), stride = _last(lora_b, segments)
@@ -332,7 +332,7 @@ def dy_pass(
     """g = scaling · dy B and dB = scaling · dyᵀ h, in one read of dy, or in two where that moves fewer bytes.
 
     dy: [M, N], any strides; lora_b: [N, R]; h: [M, R], fp32 (any tensor where dB is not needed).
-    segments: lora_b is [adapters, N, R]; what the facts say of scaling is in g alone, for h has it already.
+    segments: lora_b is [adapters, N, R]; the facts' scaling multiplies only g, since h has it already.
     Returns ([M, R], [N, R] or [adapters, N, R]) in fp32, None for what is not needed.
     """
     m, n = dy.shape
@@ -371,7 +371,7 @@ def x_pass(
 ) -> Tensor:
     """dA = scaling · gᵀ (mask ∘ x), in one read of x. x: [M, K], any strides; g: [M, R], fp32.
 
-    adapter_dtype: that of A, which sets the precision: with 16-bit adapters g is rounded to x's dtype.
+    adapter_dtype: the dtype of A, which sets the precision: with 16-bit adapters g is rounded to x's dtype.
     Returns [R, K], or [K, R] where `transposed`, fp32, contiguous; with segments, one for each adapter.
     """
     m, k = x.shape

@@ -1,6 +1,6 @@
 """How the low-rank products are launched: precision of the dots, tiles, and splits that fill the device.
 
-`kernels.lora` has the kernels and says what the modes mean.
+The kernels are in `kernels.lora`, which also says what the modes mean.
 """
 
 import functools
@@ -15,14 +15,14 @@ from torch import Tensor
 PROGRAMS_PER_SM = 2
 STAGES = 3
 MAX_BLOCK_R = 64
-LONGEST_SUM = 1 << 14  # terms that one program adds up, tile after tile; a longer sum is one of several programs' sums
+LONGEST_SUM = 1 << 14  # terms that one program adds up, tile after tile; several programs share a longer sum
 
 
 class Dropout:
-    """What the kernels need of dropout: p as a 16-bit threshold and the scale of what is kept.
+    """What the kernels need of dropout: p as a 16-bit threshold, and the scale of what is kept.
 
     Args:
-        p: share dropped, 0 <= p < 1. seed: int64, one element, on the device; None where p is 0.
+        p: the share to drop, 0 <= p < 1. seed: int64, one element, on the device; None where p is 0.
     """
 
     def __init__(self, p: float = 0.0, seed: Tensor | None = None) -> None:
@@ -33,14 +33,14 @@ class Dropout:
 
     @classmethod
     def by_adapter(cls, seed: Tensor) -> "Dropout":
-        """Thresholds and scales that differ from adapter to adapter: the facts of `kernels.segments` have them."""
+        """Thresholds and scales that differ from adapter to adapter; they are in the facts of `kernels.segments`."""
         found = cls(0.0, seed)
         found.active = True
         return found
 
 
 def mode(activation: torch.dtype, adapter: torch.dtype) -> str:
-    """How activations and adapters of these dtypes are multiplied; see the head of this file."""
+    """How activations and adapters of these dtypes are multiplied; see the head of `kernels.lora`."""
     if activation == torch.float32:
         return "ieee"
     if adapter != torch.float32:
@@ -54,7 +54,7 @@ def block_r(r: int) -> int:
 
 
 def tile(r: int, how: str) -> tuple[int, int, int]:
-    """(rows, columns, warps) of an activation tile, for a padded rank and a mode, such that no register is spilled."""
+    """(rows, columns, warps) of an activation tile for a padded rank and a mode; no register is spilled."""
     if how in ("ieee", "tf32x3"):
         return 32, 64, 4
     if r > 32:
@@ -67,7 +67,7 @@ def interpreted() -> bool:
 
 
 def shrink_tile(r: int, how: str, dropout: bool) -> tuple[int, int, int]:
-    """As `tile`; half the columns where a split factor meets the mask or 32 ranks, which take registers too."""
+    """As `tile`; half the columns where a split factor comes with the mask or 32 ranks, which take registers too."""
     rows, columns, warps = tile(r, how)
     if how in ("narrow", "split") and r <= 32:
         return rows, columns // 2 if how == "split" and (dropout or r == 32) else columns, 4
@@ -75,14 +75,14 @@ def shrink_tile(r: int, how: str, dropout: bool) -> tuple[int, int, int]:
 
 
 def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device) -> Tile:
-    """The tile for an activation [m, length]: from the table of choices where it has one, else as above."""
+    """The tile for an activation [m, length]: the table's of `choice` where it has one, else the built-in one."""
     if found := choice.tile(op, m, length, r, how, dropout, device):
         return found
     return Tile(*(shrink_tile(block_r(r), how, dropout) if op == "shrink" else tile(block_r(r), how)), STAGES)
 
 
 class Plan(NamedTuple):
-    """A launch: its tile, the grid, and how long a piece of the reduction each program takes."""
+    """A launch: its tile, its grid, and how much of the reduction each program takes."""
 
     cut: Tile
     tiles: int
@@ -112,12 +112,12 @@ def plan(
     cut: Tile | None = None,
     segments: int = 0,
 ) -> Plan:
-    """How to launch on an activation [m, length]; the splits of its reduction, with the tiles, fill the device.
+    """How to launch on an activation [m, length]: tiles and splits of the reduction that together fill the device.
 
-    The shrink sums over `length`, the other two over m; where the rows lie in `segments`, over those of each, which so
-    many parts share that all together fill the device. No program's sum is above LONGEST_SUM, for in order its error
-    grows; but where any of many segments may have most of the rows, only so far as writing a sum for each costs less
-    than a sixteenth of reading the rows. Remembered, since working it out costs more than a launch.
+    The shrink sums over `length`, the other two over m. Where the rows are in `segments`, each segment is summed by
+    itself, in as many parts as fill the device. No program sums more than LONGEST_SUM terms, because the error of a sum
+    in order grows with its length. With many segments, any of which may have most of the rows, that limit holds only as
+    far as writing the sums costs less than a sixteenth of reading the rows. Cached: a plan costs more than a launch.
     """
     cut = cut or tile_for(op, m, length, r, how, dropout, device)
     parts = block_r(r), triton.cdiv(r, block_r(r))

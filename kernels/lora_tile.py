@@ -1,6 +1,6 @@
-"""What the kernels share at the level of a tile: dropout's mask, and products that keep the adapters' precision.
+"""What the kernels share at the level of a tile: the mask of dropout, and products that keep the adapters' precision.
 
-`kernels.lora` says what the modes mean, and how the mask is drawn.
+`kernels.lora` says what the modes mean and how the mask is drawn.
 """
 
 import triton
@@ -29,7 +29,7 @@ def top(v):
 
 @triton.jit
 def dot_bf16(left, right, acc, INTERPRETED: tl.constexpr):
-    """acc + left right for values exact in bf16. The interpreter multiplies bf16 wrongly and gets fp32."""
+    """acc + left right for values exact in bf16. The interpreter multiplies bf16 wrongly, so it is given fp32."""
     if INTERPRETED:
         acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc)
     else:

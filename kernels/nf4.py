@@ -5,9 +5,10 @@
     W'       = W + scaling · B A, rounded once from fp32
 
 Bytes: 0.516 read and 2 written per weight (bf16), 2.516 in all; the update adds R FMAs a weight on
-the tensor cores. A thread loads a word of eight codes, eight words before it uses the first, and
-stores 16 bytes. A scale is computed once a block and handed on through shared memory. Where no
-operand has rows, the weight is one flat run of blocks, whatever K. `kernels.nf4_tile` has the lookup.
+the tensor cores. A thread loads words of eight codes, eight of them before it uses the first, and
+stores 16 bytes. A scale is computed once a block and passed on through shared memory. Without an
+update and with `out` contiguous, rows do not matter: the weight is one flat run of blocks, whatever
+K is. The lookup is in `kernels.nf4_tile`.
 
 Thread instructions a weight (`python -m bench static`, bf16, nested): 4.0 plain, 7.5 merged at R = 16.
 Source: arXiv:2305.14314, section 3.
@@ -38,7 +39,7 @@ def _store(ptrs, value, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def _dot(b, a, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + b a. "split": two bf16 parts of each fp32 operand, 2**-15 from exact, to be rounded to bf16."""
+    """acc + b a. "split": two bf16 parts of each fp32 operand, 2**-15 from exact, for a result rounded to bf16."""
     if PRECISION == "split":
         a1, b1 = top(a), top(b)
         acc = dot_bf16(b1, a1, acc, INTERPRETED)
@@ -96,7 +97,7 @@ def _nf4_dequantize_kernel(
                     a = _adapter_tile(lora_a_ptr, r_start + offs_r, R, k_start + offs_k, K, stride_ar, stride_ak)
                     update = _dot(b, a, update, PRECISION, INTERPRETED)
             w = tl.fma(update, scaling, w)
-        first = offs_k // 8 * 8 if ALIGNED else offs_k  # a word is in or out as a whole, and so is its store
+        first = offs_k // 8 * 8 if ALIGNED else offs_k  # a word is inside or outside as a whole, and so is its store
         out_mask = in_rows & (first[None, :] < left)
         _store(row_ptrs + offs_k[None, :], w.to(out_ptr.dtype.element_ty), out_mask, EVEN)
 
@@ -106,14 +107,14 @@ class Tile(NamedTuple):
 
     block_n: int
     block_k: int
-    steps: int  # tiles of a row that a program takes, one after the other
+    steps: int  # tiles of a row that a program takes, one after another
     warps: int
     block_r: int  # ranks a product on the tensor cores takes; a loop takes the rest
 
 
 FLAT = Tile(1, 8192, 1, 4, 16)
 SMALL = Tile(64, 64, 1, 8, 16)
-_TILES = {  # for ranks up to 16, and above
+_TILES = {  # for ranks up to 16, and for larger ones
     "none": (Tile(64, 128, 2, 4, 16),) * 2,
     "narrow": (Tile(32, 128, 4, 4, 16), Tile(64, 128, 2, 8, 16)),
     "split": (Tile(32, 128, 4, 4, 16), Tile(64, 128, 1, 4, 16)),
@@ -123,9 +124,9 @@ _TILES = {  # for ranks up to 16, and above
 
 
 def tile(precision: str, r: int, words: bool) -> Tile:
-    """The tile of a launch that keeps rows, by how B A is multiplied ("none": it is not) and its rank.
+    """The tile of a launch that keeps rows, by how B A is multiplied ("none": not at all) and by its rank.
 
-    words: weights can be taken eight at a time.
+    words: whether weights can be taken eight at a time.
     """
     return _TILES[precision][r > 16] if words else SMALL
 
@@ -140,7 +141,7 @@ def precision(out: torch.dtype, adapter: torch.dtype) -> str:
 def _check(weight: Packed, out: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
     n, k = weight.shape
     if out.shape != (n, k):
-        raise ValueError(f"out is {list(out.shape)}, the weight {[n, k]}")
+        raise ValueError(f"out is {list(out.shape)}, but the weight is {[n, k]}")
     if k > 1 and out.stride(1) != 1:
         raise ValueError(f"out must have contiguous rows; its strides are {out.stride()}")
     if (lora_a is None) != (lora_b is None):

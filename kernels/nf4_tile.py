@@ -1,18 +1,18 @@
 """Device helpers that expand a tile of an NF4 weight in registers, for every kernel that reads packed codes.
 
-Eight codes, one 32-bit word, never cross a block; nor a row where rows hold whole blocks (`aligned`). The rest goes
-weight by weight.
+Eight codes, one 32-bit word, never cross a block, and never a row where rows hold whole blocks (`aligned`). Other
+weights are expanded one by one.
 
 The 16-entry lookup, by `LOOKUP`:
     shfl    lane l of a warp holds code[l % 16], and `shfl.sync.idx` of width 16 reads any of them:
             one instruction a weight, because the clamp 0x100f also masks the index to four bits.
-    gather  `tl.gather`, the twin that the interpreter and other devices run: the same bits.
+    gather  `tl.gather`, which the interpreter and other devices run: the same bits.
 The asm is right in any layout. Each block of it fetches its lane's entry by %laneid itself (the
-compiler merges the fetches into one), so no tensor has to be in the lanes in any order; otherwise
-it maps a word to its own eight weights. All 32 lanes are active, as the shuffle requires: Triton
-branches for whole programs or warps only, and predicates loads instead of branching.
+compiler merges the fetches into one), so no tensor has to be in the lanes in any order; apart from
+that it maps a word to its own eight weights. All 32 lanes are active, as the shuffle requires: Triton
+branches only for whole programs or warps, and predicates loads instead of branching.
 
-Products and sums round where bitsandbytes rounds them: the asm names each rounding, the twin needs
+Products and sums round where bitsandbytes rounds them: the asm names each rounding, and gather needs
 FMA contraction off (`enable_fp_fusion=False`).
 Source: arXiv:2305.14314, section 3.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 NESTED_BLOCKSIZE = tl.constexpr(256)
 
-MIN_CAPABILITY = (8, 0)  # of shfl: the packed conversion to bf16
+MIN_CAPABILITY = (8, 0)  # for shfl: it needs the packed conversion to bf16
 
 
 def _expand_asm() -> str:
@@ -62,7 +62,7 @@ _NESTED_SCALE = tl.constexpr("{ .reg .f32 product; mul.rn.f32 product, $1, $2; a
 
 @triton.jit
 def nf4_code(code_ptr, LOOKUP: tl.constexpr):
-    """The sixteen levels as `nf4_tile` wants them: an address for shfl, a tensor for gather."""
+    """The sixteen levels as `nf4_tile` takes them: an address for shfl, a tensor for gather."""
     if LOOKUP == "shfl":
         code = code_ptr.to(tl.int64)
     else:
@@ -72,7 +72,7 @@ def nf4_code(code_ptr, LOOKUP: tl.constexpr):
 
 @triton.jit
 def load(ptrs, mask, EVEN: tl.constexpr):
-    """What `ptrs` point at; zero where the mask is false."""
+    """What `ptrs` point to; zero where the mask is false."""
     if EVEN:
         value = tl.load(ptrs)
     else:
@@ -145,7 +145,7 @@ def _expand(words, scale, code, LOOKUP: tl.constexpr, BLOCK_N: tl.constexpr, WOR
 
 @triton.jit
 def level_of(code, index, LOOKUP: tl.constexpr):
-    """Level of the lowest four bits of each index, a matrix. code: of `nf4_code`."""
+    """The level of the lowest four bits of each index, a matrix. code: from `nf4_code`."""
     if LOOKUP == "shfl":
         level = tl.inline_asm_elementwise(_LEVEL, "=r,r,l", [index, code], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -176,11 +176,11 @@ def nf4_tile(
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALIGNED: tl.constexpr, LOOKUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr = False,
 ):  # fmt: skip
-    """Weights [BLOCK_N, BLOCK_K] in fp32, zero outside [N, K]; for other kernels too.
+    """Weights [BLOCK_N, BLOCK_K] in fp32, zero outside [N, K]; used by several kernels.
 
-    codes_ptr: *u8; of a kernel that does not specialize on its alignment, so that a thread takes one
-    word. offset: fp32 scalar, any where not NESTED. code: of `nf4_code`. offs_n: [BLOCK_N], int64.
-    k_start: int64, a multiple of BLOCK_K. ALIGNED: of `aligned`, on the host. EVEN: nothing lies outside.
+    codes_ptr: *u8; the kernel must not specialize on its alignment, so that a thread takes one word.
+    offset: fp32 scalar, any value unless NESTED. code: from `nf4_code`. offs_n: [BLOCK_N], int64. k_start:
+    int64, a multiple of BLOCK_K. ALIGNED: from `aligned`, on the host. EVEN: nothing is outside [N, K].
     """
     if ALIGNED:
         words, scale = words_and_scales(
@@ -197,7 +197,7 @@ def nf4_tile(
 
 
 def lookup(device: torch.device | None = None) -> str:
-    """The lookup of launches on `device` (default: the current one): "shfl" or "gather"."""
+    """The lookup for launches on `device` (default: the current one): "shfl" or "gather"."""
     if interpreted() or torch.version.cuda is None:
         return "gather"
     return _compiled_lookup(device.index if device is not None else None)
@@ -209,9 +209,9 @@ def _compiled_lookup(device_index: int | None) -> str:
 
 
 def operands(weight: Packed, codes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The six pointers of a weight: codes, absmax, absmax2, code2, offset, levels; any pointer where there is none.
+    """The six pointers of a weight: codes, absmax, absmax2, code2, offset, levels; a dummy for what it does not have.
 
-    codes: in place of the weight's, such as an aligned copy.
+    codes: in place of the weight's own, such as an aligned copy.
     """
     code = level_table(weight.device)
     codes = weight.codes if codes is None else codes
@@ -221,10 +221,10 @@ def operands(weight: Packed, codes: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def aligned(codes: Tensor, k: int, blocksize: int) -> bool:
-    """Whether rows hold whole blocks, and codes lie where 32-bit words may be loaded."""
+    """Whether rows hold whole blocks, and codes are where 32-bit words can be loaded."""
     return k % blocksize == 0 and codes.data_ptr() % 4 == 0
 
 
 def words_of(weight: Packed) -> Tensor:
-    """The codes where 32-bit words may be loaded: a copy of those that are not, such as a view's."""
+    """The codes, where 32-bit words can be loaded: a copy if they are not there already, as in a view."""
     return weight.codes if weight.codes.data_ptr() % 4 == 0 else weight.codes.clone()

@@ -1,7 +1,7 @@
 """What kernels and compiled libraries take: a weight packed in NF4, a LoRA pair, and the sixteen levels.
 
-Everything here is checked once, when it is made. Whoever receives a `Packed` may rely on the dtypes, sizes and layout
-of its tensors, and looks only at what the receiver itself needs: a device, an alignment, whole blocks in a row.
+A `Packed` is checked once, when it is made. Code that receives one can rely on the dtypes, sizes and layout of its
+tensors, and checks only what it needs itself: a device, an alignment, whole blocks in a row.
 Source: arXiv:2305.14314, section 3 and appendix E.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALES_A_RUN = 256  # first-level scales that share a second-level one
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# As in fastlora.reference, which knows nothing of what it judges; a test holds them equal.
+# As in fastlora.reference, which imports nothing of what it judges; a test holds them equal.
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -33,7 +33,7 @@ class Packed:
         absmax: [blocks], fp32 scales; uint8 levels where nested.
         shape: (N, K).
         dtype: dtype before quantization.
-        blocksize: values a scale serves: 32, 64, ... 4096.
+        blocksize: values that share a scale: 32, 64, ... 4096.
         absmax2: nested: [ceil(blocks/256)], fp32.
         code2: nested: [256], fp32, the 8-bit levels.
         offset: nested: 0-d, fp32, the mean of the scales.
@@ -103,12 +103,12 @@ class Lora(NamedTuple):
     b: Tensor  # [N, R]
     scaling: float = 1.0
     dropout_p: float = 0.0  # while training, else 0
-    seed: Tensor | None = None  # int64, one element: of the mask, drawn for one call; None where nothing is dropped
+    seed: Tensor | None = None  # int64, one element: the mask's, drawn for one call; None where nothing is dropped
     bias: Tensor | None = None  # [N], of B (peft's `lora_bias`)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the low-rank products: fp32 where either matrix has it."""
+        """The dtype of the low-rank products: fp32 where either matrix is fp32."""
         a, b = self.a.dtype, self.b.dtype
         return a if a is b else torch.promote_types(a, b)
 
@@ -146,5 +146,5 @@ def check_product(x: Tensor, weight: Packed, lora_a: Tensor | None, lora_b: Tens
 
 @functools.cache
 def level_table(device: torch.device) -> Tensor:
-    """The sixteen levels on a device: [16], fp32. One small copy per device, made at first use."""
+    """The sixteen levels on a device: [16], fp32. One small copy for each device, made at first use."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)

@@ -1,7 +1,7 @@
-"""The search for the quickest kernel of a product at run time, for shapes that the table of `choice` does not hold.
+"""The run-time search for a product's fastest kernel, for shapes that the table of `choice` does not have.
 
-FASTLORA_AUTOTUNE=1 times the candidates at the first use of a shape, outside graph capture, and remembers the quickest
-while the process lives.
+FASTLORA_AUTOTUNE=1 times the candidates at the first use of a shape, outside graph capture, and remembers the fastest
+for the life of the process.
 """
 
 import functools
@@ -19,7 +19,7 @@ _SEARCH_CALLS = 5
 
 
 def candidates(op: str, m: int, n: int, k: int, dropout: bool, device: torch.device, compiled: bool) -> list[Choice]:
-    """What could run a product; `dequantize`, the one that always can, first. compiled: as for `choice.choose`."""
+    """What could run a product, first `dequantize`, which always can. compiled: as for `choice.choose`."""
     found = [Choice("dequantize")]
     if op == "linear" and m <= DECODE_UP_TO_M and not dropout:
         found += [Choice("decode-cuda")] if compiled else []
@@ -47,11 +47,11 @@ def search(
     run: Callable[[Choice], object],
     fits: Callable[[Choice], bool],
 ) -> Choice:
-    """The quickest of the candidates, timed once for all M up to the next power of two; the table's while capturing.
+    """The fastest candidate, timed once for all M up to the next power of two; while capturing, the table's choice.
 
     Args:
         compiled: as for `choice.choose`.
-        run: does the product by a choice. What it raises for want of a GPU's resources drops the candidate.
+        run: does the product by a choice. A candidate for which it raises OutOfResources is dropped.
         fits: whether a candidate can do this product at all.
     """
     key = (op, (m - 1).bit_length(), n, k, r, dropout, device)

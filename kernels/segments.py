@@ -3,11 +3,11 @@
     segment i: rows ends[i - 1] to ends[i], with adapter owner[i], or none where that is -1
 
 Experts of a mixture are segments (segment i has adapter i), and so are the samples of a batch with several adapters.
-The table lies on the device and no program count depends on it: a launch has a program for every tile of rows there can
-be, `ceil(M / BLOCK_M) + segments`, each counts tiles segment by segment until it comes to its own, and superfluous ones
-find no rows. So nothing waits for the host, and a launch can be captured in a CUDA graph.
+The table is on the device, and no program count depends on it: a launch has a program for every tile of rows there can
+be, `ceil(M / BLOCK_M) + segments`. Each counts tiles segment by segment until it comes to its own; surplus ones find no
+rows. So nothing waits for the host, and a launch can be captured in a CUDA graph.
 
-What differs from adapter to adapter besides A and B stands in `facts`, [adapters, 4] in fp32: scaling · keep_scale,
+What differs from adapter to adapter besides A and B is in `facts`, [adapters, 4] in fp32: scaling · keep_scale,
 scaling, keep_scale, and dropout's threshold (an integer up to 65535, which fp32 holds).
 """
 
@@ -50,7 +50,7 @@ def bounds(ends_ptr, segments, segment):
 
 @triton.jit
 def owner_of(owner_ptr, segments, adapters, segment, OWNED: tl.constexpr):
-    """The adapter of a segment, int64, or -1. Without a table it is the segment's number, where there are so many."""
+    """The adapter of a segment, int64, or -1. Without a table: the segment's number, if there are so many adapters."""
     if OWNED:
         owner = tl.load(owner_ptr + segment, mask=segment < segments, other=-1)
     else:
@@ -70,11 +70,11 @@ class Segments(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Segments, the empty ones too."""
+        """How many segments there are, including empty ones."""
         return self.ends.numel()
 
     def launch(self, stride: int, column: int = -1) -> dict[str, Any]:
-        """A kernel's arguments. stride: from adapter to adapter. column: of the facts to multiply by; -1: none."""
+        """A kernel's arguments. stride: from adapter to adapter. column: of the facts, to multiply by; -1: none."""
         return {
             "ends_ptr": self.ends,
             "owner_ptr": self.ends if self.owner is None else self.owner,
@@ -98,7 +98,7 @@ class Segments(NamedTuple):
 
 
 def by_offsets(offsets: Tensor, rows: int) -> Segments:
-    """Experts as segments. offsets: [E], int32, where each one's rows end; those up to `rows` are nobody's."""
+    """Experts as segments. offsets: [E], int32, where each one's rows end; later rows, up to `rows`, have no expert."""
     return Segments(F.pad(offsets, (0, 1), value=rows), offsets.numel())
 
 

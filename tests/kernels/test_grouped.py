@@ -207,7 +207,7 @@ def test_what_cannot_be_done_is_named():
         ({"x": case.x[:, :32]}, r"must be \[S, 64\]"),
         ({"weight": case.weight[1:]}, r"weight must be \[5, N, K\]"),
         ({"weight": case.weight[0]}, r"weight must be \[5, N, K\]"),
-        ({"weight": packed(199)}, r"\[199, 64\] is no stack of 5 experts"),
+        ({"weight": packed(199)}, r"\[199, 64\] is not a stack of 5 experts"),
         ({"weight": packed(200, 128)}, r"must be \[S, 128\]"),
         ({"weight": packed(200, 96), "x": case.x.repeat(1, 2)[:, :96]}, "96"),
         ({"weight": packed(195)}, "do not give"),

@@ -118,6 +118,6 @@ def test_dequantize_refuses_what_does_not_fit():
             nf4_kernel.dequantize(weight, out, **options)
     with pytest.raises(ValueError, match="contiguous rows"):
         nf4_kernel.dequantize(weight, draw(64, 8).t())
-    with pytest.raises(ValueError, match=r"out is \[8, 32\], the weight \[8, 64\]"):
+    with pytest.raises(ValueError, match=r"out is \[8, 32\], but the weight is \[8, 64\]"):
         nf4_kernel.dequantize(weight, out[:, :32])
     assert not out.any()
