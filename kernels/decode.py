@@ -255,11 +255,11 @@ def plan(m: int, k: int, n: int, r: int, device_index: int | None) -> _Plan:
 def supports(x_dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: int) -> str:
     """Empty where `decode` takes x [m, k], a weight [n, k] and adapters of rank r (0: none), else why not."""
     if x_dtype not in DTYPES:
-        return f"activations are {x_dtype}, the decode kernel takes bf16, fp16 and fp32"
+        return f"activations are {x_dtype}, but the decode kernel takes bf16, fp16 and fp32"
     if not 0 <= m <= MAX_TOKENS:
-        return f"{m} tokens, the decode kernel takes at most {MAX_TOKENS}"
+        return f"{m} tokens, but the decode kernel takes at most {MAX_TOKENS}"
     if k < 1 or k % blocksize:
-        return f"in_features is {k}, the decode kernel takes multiples of the blocksize, {blocksize}"
+        return f"in_features is {k}, but the decode kernel takes multiples of the blocksize, {blocksize}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""`python -m fastlora.native`: compile the C++ library, and the CUDA library where nvcc is found."""
+"""`python -m fastlora.native` compiles the C++ library, and the CUDA library where nvcc is found."""
 
 from fastlora.native import cpu, cuda
 

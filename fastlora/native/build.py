@@ -1,15 +1,15 @@
-"""How the C++ and CUDA libraries are compiled: the one recipe behind `pip install` and `fastlora.native.build()`.
+"""How the C++ and CUDA libraries are compiled: the one recipe behind `pip install` and `python -m fastlora.native`.
 
-It imports the standard library alone, so that setup.py can load this file by its path, without torch and without
-importing the package. The sources are `csrc/`: beside the package in a checkout, inside it in an installed wheel.
+It imports only the standard library, so setup.py can load this file by its path, without torch and without importing
+the package. The sources are `csrc/`: next to the package in a checkout, inside it in an installed wheel.
 
-The CPU library holds every instruction set, chosen at run time, so no flag here names a machine. `-ffp-contract=off` is
-part of the result, not of the style: a fused multiply-add in the scales' arithmetic gives other bits than bitsandbytes.
+The CPU library holds every instruction set and chooses at run time, so no flag here names a machine. The result depends
+on `-ffp-contract=off`: a contracted multiply-add in the scales' arithmetic gives other bits than bitsandbytes.
 
-The CUDA library holds machine code for every architecture of `CUDA_ARCHITECTURES` that the nvcc at hand knows, and PTX
-for those to come, so one build serves every GPU. It is compiled where nvcc is found; an installation goes on without.
-CUDA's run-time library is linked in and its symbols hidden: loading asks for nothing but the C library, and for the
-driver only once a kernel runs. `FASTLORA_CUDA_ARCHS=90` (or `80,90`) compiles less, sooner.
+The CUDA library holds machine code for every architecture of `CUDA_ARCHITECTURES` that the installed nvcc knows, and
+PTX for later ones, so one build serves every GPU. It is compiled where nvcc is found; without nvcc the installation
+continues. CUDA's run-time library is linked in and its symbols are hidden: loading needs only the C library, and the
+driver is needed only when a kernel runs. `FASTLORA_CUDA_ARCHS=90` (or `80,90`) compiles fewer architectures, faster.
 """
 
 import ctypes
@@ -29,13 +29,13 @@ LIBRARY = "libfastlora_cpu.so"
 CUDA_ABI_VERSION = 1  # FASTLORA_CUDA_ABI_VERSION of csrc/fastlora_cuda.h
 CUDA_LIBRARY = "libfastlora_cuda.so"
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")  # code for each runs on later minor versions of its major
-_VIRTUAL_ARCHITECTURES = ("80", "90")  # those that the sources tell apart
+_VIRTUAL_ARCHITECTURES = ("80", "90")  # those that the sources distinguish
 REBUILD = "python -m fastlora.native"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _COMPILERS = ("g++", "c++", "clang++")
 _DEFAULT_NVCC = Path("/usr/local/cuda/bin/nvcc")
-# GCC warns of its own AVX-512 headers (gcc.gnu.org/PR105593).
+# GCC warns about its own AVX-512 headers (gcc.gnu.org/PR105593).
 _CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -pthread -Wall -Wextra -Wno-maybe-uninitialized"
 )
@@ -52,12 +52,12 @@ class BuildError(RuntimeError):
 
 
 def library_path() -> Path:
-    """Where the compiled CPU library lies in this package."""
+    """Where the compiled CPU library is in this package."""
     return _PACKAGE / "lib" / LIBRARY
 
 
 def cuda_library_path() -> Path:
-    """Where the compiled CUDA library lies in this package."""
+    """Where the compiled CUDA library is in this package."""
     return _PACKAGE / "lib" / CUDA_LIBRARY
 
 
@@ -65,12 +65,12 @@ def source_dir() -> Path:
     """The folder of C++ sources.
 
     Raises:
-        BuildError: neither the package nor the checkout around it has them.
+        BuildError: they are neither in the package nor in the checkout around it.
     """
     for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "fastlora_cpu.h").is_file():
             return folder
-    raise BuildError(f"the C++ sources are neither in {_PACKAGE} nor beside it: install fastlora again")
+    raise BuildError(f"the C++ sources are neither in {_PACKAGE} nor next to it: install fastlora again")
 
 
 def source_files() -> list[Path]:
@@ -79,7 +79,7 @@ def source_files() -> list[Path]:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler as the beginning of a command line: $CXX where set, else the first of g++, c++, clang++.
+    """The C++ compiler as the beginning of a command line: $CXX if set, else the first of g++, c++, clang++.
 
     Raises:
         BuildError: there is none.
@@ -88,7 +88,7 @@ def find_compiler() -> list[str]:
         raise BuildError("the CPU library builds on Linux and macOS only; the plain torch path is used instead")
     if chosen := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(chosen[0]) is None:
-            raise BuildError(f"CXX names {chosen[0]!r}, which is not a program here: correct or unset CXX")
+            raise BuildError(f"CXX names {chosen[0]!r}, which is not a program on this machine: correct or unset CXX")
         return chosen
     for name in _COMPILERS:
         if shutil.which(name):
@@ -100,7 +100,7 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> str:
-    """The CUDA compiler: of $CUDA_HOME or $CUDA_PATH where set, else on the PATH, from pip, or in /usr/local/cuda.
+    """The CUDA compiler: from $CUDA_HOME or $CUDA_PATH if set, else on the PATH, from pip, or in /usr/local/cuda.
 
     Raises:
         BuildError: there is none.
@@ -109,7 +109,7 @@ def find_nvcc() -> str:
         if home := os.environ.get(variable):
             if (nvcc := Path(home) / "bin" / "nvcc").is_file():
                 return str(nvcc)
-            raise BuildError(f"{variable} is {home}, where bin/nvcc is not: correct or unset {variable}")
+            raise BuildError(f"{variable} is {home}, which has no bin/nvcc: correct or unset {variable}")
     if found := shutil.which("nvcc"):
         return found
     spec = importlib.util.find_spec("nvidia")
@@ -126,7 +126,7 @@ def compile_library(target: Path) -> Path:
     Returns:
         target.
     Raises:
-        BuildError: no compiler, no sources, the compiler refuses them, or `target` cannot be written.
+        BuildError: no compiler, no sources, the compiler fails, or `target` cannot be written.
     """
     compiler = find_compiler()
     flags = [*shlex.split(_CXX_FLAGS), *shlex.split(os.environ.get("CXXFLAGS", ""))]
@@ -139,7 +139,7 @@ def compile_cuda_library(target: Path) -> Path:
     Returns:
         target.
     Raises:
-        BuildError: no nvcc, no C++ compiler, no sources, an architecture nvcc does not know, a compiler's refusal, or
+        BuildError: no nvcc, no C++ compiler, no sources, an architecture that nvcc does not know, a compiler fails, or
             `target` cannot be written.
     """
     nvcc = find_nvcc()
@@ -156,10 +156,10 @@ def open_built(
     version_of: Callable[[ctypes.CDLL], int],
     wanted: int,
 ) -> tuple[ctypes.CDLL | None, str]:
-    """A compiled library and its path, or None and why it cannot be used and what to do.
+    """A compiled library and its path; or None, with why it cannot be used and what to do.
 
     Args:
-        find: finds the compiler for it, or raises BuildError. open_library: opens it and declares its functions.
+        find: finds its compiler, or raises BuildError. open_library: opens it and declares its functions.
         version_of: asks it for the version of its interface. wanted: the version that this package needs.
     """
     if not path.is_file():
@@ -193,7 +193,7 @@ def _architectures(nvcc: str) -> tuple[str, ...]:
 
 
 def _code_flags(architectures: tuple[str, ...]) -> list[str]:
-    """What nvcc makes of the sources: PTX once for all that share it, machine code for each, the last PTX itself."""
+    """What nvcc is to produce: PTX once for all that share it, machine code for each, and the last PTX itself."""
     groups: dict[str, list[str]] = {}
     for arch in architectures:
         virtual = max((base for base in _VIRTUAL_ARCHITECTURES if int(base) <= int(arch)), key=int, default=arch)

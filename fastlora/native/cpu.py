@@ -1,10 +1,10 @@
 """The compiled CPU library, called through ctypes: loading it, the checks all calls share, and NF4 weights.
 
 The C++ side (`csrc/`) knows nothing of torch: it takes addresses and sizes, so one build serves every torch and Python.
-These modules are the other half of that bargain: they check every dtype, shape and layout before an address is passed
-on, because past that point a wrong one is a wild read. ctypes releases the GIL during a call, and no call keeps state,
-so all functions may be used from several threads at once. Nothing is raised at import: `status()` says whether the
-library is there and, if not, what to do.
+The Python modules of this folder do the other half: they check every dtype, shape and layout before they pass an
+address on, because after that a wrong one is a wild read. ctypes releases the GIL during a call, and no call keeps
+state, so all functions can be used from several threads at once. Nothing is raised at import: `status()` says whether
+the library is there and, if not, what to do.
 
 The arithmetic is fp32 from the 4-bit codes to the one rounding at the end:
 
@@ -13,11 +13,11 @@ The arithmetic is fp32 from the 4-bit codes to the one rounding at the end:
     gemv         y = x Wᵀ                                   [M, K] @ [K, N], the expanded W never in memory
     gemv_t       dx = dy W                                  [M, N] @ [N, K], likewise
 
-`native_lora` has the low-rank products and the mask of dropout, `native_linear` whole LoRA linears in bf16,
-`native_quantize` the way from a weight to its codes.
+`native.lora` has the low-rank products and the mask of dropout, `native.linear` has whole LoRA linears in bf16, and
+`native.quantize` makes codes from a weight.
 
 Two environment variables: `FASTLORA_CPU_ISA` (portable, avx2, avx512, avx512bf16), read once, forces an instruction
-set; `CXX` chooses the compiler `build()` uses. `python -m fastlora.native` compiles the library into the installed
+set; `CXX` chooses the compiler that `build()` uses. `python -m fastlora.native` compiles the library into the installed
 package.
 
 Source: arXiv:2305.14314, section 3.
@@ -42,7 +42,7 @@ _NO_MEMORY = 1
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and what it is, or None and why not."""
+    """The library and what it is, or None and why there is none."""
     library, text = native_build.open_built(
         native_build.library_path(),
         native_build.find_compiler,
@@ -86,7 +86,7 @@ def isas() -> tuple[str, ...]:
 
 
 def status() -> tuple[bool, str]:
-    """Whether the compiled library is in use, and its path, instruction set and threads, or why not and what to do."""
+    """Whether the compiled library is in use, with its path, instruction set and threads, or why not and what to do."""
     library, text = _load()
     if library is None:
         return False, text
@@ -117,7 +117,7 @@ def build() -> Path:
 def nf4_dequantize(
     weight: Packed, out: Tensor, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 0.0
 ) -> None:
-    """out = W, or W + scaling * (B A): in fp32, rounded once to out's dtype, to nearest even.
+    """out = W, or W + scaling * (B A), in fp32, rounded once to out's dtype, to nearest even.
 
     Without adapters the bits are those of bitsandbytes. All tensors are contiguous and on the CPU.
 
@@ -134,7 +134,7 @@ def nf4_dequantize(
     lib = loaded()
     require_matrix("out", out)
     if tuple(out.shape) != weight.shape:
-        raise ValueError(f"out is {list(out.shape)}, the weight {list(weight.shape)}")
+        raise ValueError(f"out is {list(out.shape)}, but the weight is {list(weight.shape)}")
     packed = weight_of(weight)
     R = _check_adapters(lora_a, lora_b, *weight.shape)
     isa = chosen_isa(lib)
@@ -151,7 +151,7 @@ def nf4_dequantize(
 def nf4_gemv(x: Tensor, weight: Packed, out: Tensor) -> None:
     """out = x Wᵀ for few rows of x, read straight from the packed codes and accumulated in fp32.
 
-    Any M is right; up to about 16 it is the fast way. The weight is not rounded to x's dtype first.
+    It is correct for any M, and fast up to about 16. The weight is not rounded to x's dtype first.
 
     Args:
         x: [M, K], fp32, bf16 or fp16.
@@ -167,7 +167,7 @@ def nf4_gemv(x: Tensor, weight: Packed, out: Tensor) -> None:
 
 
 def nf4_gemv_t(dy: Tensor, weight: Packed, out: Tensor) -> None:
-    """out = dy W, the product backward needs, for few rows of dy. One order of summation whatever the threads.
+    """out = dy W, as backward needs it, for few rows of dy. The order of summation does not depend on the threads.
 
     Args:
         dy: [M, N], fp32, bf16 or fp16.
@@ -219,7 +219,7 @@ def chosen_isa(library: ctypes.CDLL) -> int:
     The variable is read once: a look into the environment costs as much as half a small product.
 
     Raises:
-        ValueError: it names none of this machine.
+        ValueError: it names none that this machine has.
     """
     best: int = library.fastlora_best_isa()
     name = os.environ.get("FASTLORA_CPU_ISA")
@@ -233,9 +233,9 @@ def chosen_isa(library: ctypes.CDLL) -> int:
 
 
 def check(result: int) -> None:
-    """Raises what a call's status stands for."""
+    """Raises the error that a call's status stands for."""
     if result == _NO_MEMORY:
-        raise MemoryError("fastlora's CPU library: no memory for its scratch buffer")
+        raise MemoryError("fastlora's CPU library could not allocate its scratch buffer")
     if result != 0:
         raise RuntimeError(f"fastlora's CPU library returned {result}")
 
@@ -244,12 +244,12 @@ def _require_product(x: Tensor, out: Tensor, columns: int, out_columns: int) -> 
     """The rows M of x [M, columns] and out [M, out_columns].
 
     Raises:
-        ValueError: they are other.
+        ValueError: they have other shapes.
     """
     require_matrix("x", x)
     require_matrix("out", out)
     if x.shape[0] != out.shape[0]:
-        raise ValueError(f"x has {x.shape[0]} rows and out {out.shape[0]}: they must have as many")
+        raise ValueError(f"x has {x.shape[0]} rows and out has {out.shape[0]}: they must have equally many")
     if x.shape[1] != columns or out.shape[1] != out_columns:
         raise ValueError(
             f"x {list(x.shape)} and out {list(out.shape)}: with this weight they must have {columns} and "

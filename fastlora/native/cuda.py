@@ -2,14 +2,15 @@
 
     y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias        W [N, K] in NF4, read once, as bitsandbytes lays it out
 
-That is what generating text consists of: each token reads every weight, so the floor is 0.516 bytes a weight over the
-bandwidth of the memory. Two kernels: one over all columns cut into ranges, and one that adds up the ranges, in order,
-with the update and the bias. fp32 from the 4-bit codes to the one rounding; the same input gives the same bits.
+Generating text consists of this product: each token reads every weight, so the floor is 0.516 bytes a weight over the
+bandwidth of the memory. There are two kernels: one over all columns, cut into ranges, and one that adds up the ranges,
+in order, with the update and the bias. The arithmetic is fp32 from the 4-bit codes to the one rounding; the same input
+gives the same bits.
 
-The CUDA side (`csrc/cuda`) knows nothing of torch: this module checks every dtype, shape and layout before an address
-is passed on. It launches on the current stream, takes its workspace from torch's caching allocator and never waits for
-the device, so calls can be captured in a CUDA graph, after a first one that loads the kernels. Nothing is raised and no
-device is asked anything at import: `status()` says whether the library is there, `usable()` whether a device runs it.
+The CUDA side (`csrc/cuda`) knows nothing of torch: this module checks every dtype, shape and layout before it passes an
+address on. It launches on the current stream, takes its workspace from torch's caching allocator and never waits for
+the device, so calls can be captured in a CUDA graph once a first call has loaded the kernels. At import nothing is
+raised and no device is queried: `status()` says whether the library is there, `usable()` whether a device runs it.
 
 `python -m fastlora.native` compiles the library where nvcc is found; `FASTLORA_CUDA_ARCHS` names architectures.
 Source: arXiv:2305.14314, section 3; arXiv:2106.09685, section 4.1.
@@ -59,7 +60,7 @@ class _Decode(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and what it is, or None and why not."""
+    """The library and what it is, or None and why there is none."""
     path, version = native_build.cuda_library_path(), native_build.CUDA_ABI_VERSION
     library, text = native_build.open_built(
         path, native_build.find_nvcc, open_library, lambda it: it.fastlora_cuda_abi_version(), version
@@ -98,7 +99,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def status() -> tuple[bool, str]:
-    """Whether the compiled library is there, and what it is, or why not and what to do. No device is asked."""
+    """Whether the compiled library is there, with what it is, or why not and what to do. No device is queried."""
     library, text = _load()
     return library is not None, text
 
@@ -117,7 +118,7 @@ def _usable(index: int) -> str:
 
 
 def usable(device: torch.device) -> tuple[bool, str]:
-    """Whether the library runs on a CUDA device, or why not and what to do. Asks the device, once."""
+    """Whether the library runs on a CUDA device, or why not and what to do. Queries the device, once."""
     if device.type != "cuda":
         return False, f"the CUDA library is for CUDA devices, not {device.type}"
     reason = _usable(device.index if device.index is not None else torch.cuda.current_device())
@@ -125,7 +126,10 @@ def usable(device: torch.device) -> tuple[bool, str]:
 
 
 def static_facts() -> tuple[Path, dict[int, int]]:
-    """The library's path, and the bytes of shared memory that a block takes for up to so many tokens; 0: its sums.
+    """The library's path, and the bytes of shared memory that a block takes, by the largest number of tokens.
+
+    0 stands for the second kernel, which adds up.
+
 
     Raises:
         RuntimeError: the library is not loaded.
@@ -152,10 +156,10 @@ def build() -> Path:
 
 
 def build_where_possible() -> str:
-    """Compiles the library if nvcc is here, and says what has been done.
+    """Compiles the library if there is an nvcc, and says what has been done.
 
     Raises:
-        RuntimeError: nvcc is here, but `build` fails.
+        RuntimeError: there is an nvcc, but `build` fails.
     """
     try:
         native_build.find_nvcc()
@@ -168,17 +172,17 @@ def build_where_possible() -> str:
 def supports(x_dtype: torch.dtype, m: int, k: int, n: int, blocksize: int, r: int) -> str:
     """Empty where `decode` takes x [m, k], a weight [n, k] and adapters of rank r (0: none), else why not."""
     if x_dtype not in _X_DTYPES:
-        return f"activations are {x_dtype}, the decode kernel takes bf16 and fp16"
+        return f"activations are {x_dtype}, but the decode kernel takes bf16 and fp16"
     if not 0 <= m <= MAX_TOKENS:
-        return f"{m} tokens, the decode kernel takes at most {MAX_TOKENS}"
+        return f"{m} tokens, but the decode kernel takes at most {MAX_TOKENS}"
     if blocksize not in BLOCKSIZES:
         return f"blocksize is {blocksize}, expected a power of two from 32 to 4096"
     if k < 1 or k % _COLUMNS or k % blocksize:
-        return f"in_features is {k}, the decode kernel takes multiples of {max(_COLUMNS, blocksize)}"
+        return f"in_features is {k}, but the decode kernel takes multiples of {max(_COLUMNS, blocksize)}"
     if not 0 <= n <= MAX_SIDE or k > MAX_SIDE or n * k // blocksize >= 1 << 31:
-        return f"a weight of [{n}, {k}] has more blocks than the decode kernel counts"
+        return f"a weight of [{n}, {k}] has more blocks than the decode kernel can count"
     if not 0 <= r <= MAX_RANK:
-        return f"rank is {r}, the decode kernel takes at most {MAX_RANK}"
+        return f"rank is {r}, but the decode kernel takes at most {MAX_RANK}"
     return ""
 
 
@@ -193,9 +197,9 @@ def decode(
     """y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias, rounded once from fp32.
 
     Args:
-        x: [M, K], bf16 or fp16, any strides; M 0 to 16. Copied where columns are apart or rows off 16-byte addresses.
-        weight: [N, K], its blocksize a divisor of K. Codes are copied where they are off a 16-byte address.
-        lora_a, lora_b: [R, K] and [N, R], both or neither; used in fp32 unless both are of x's dtype.
+        x: [M, K], bf16 or fp16, any strides; M 0 to 16. Copied unless columns are adjacent and rows 16-byte aligned.
+        weight: [N, K], its blocksize a divisor of K. Codes that are not at a 16-byte address are copied.
+        lora_a, lora_b: [R, K] and [N, R], both or neither; used in fp32 unless both have x's dtype.
         bias: [N].
     Returns:
         [M, N], dtype of x.

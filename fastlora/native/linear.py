@@ -1,16 +1,16 @@
-"""Whole LoRA linears in bf16 by the compiled CPU library, for processors with AVX512_BF16; `native` says how.
+"""Whole LoRA linears in bf16 by the compiled CPU library, for processors with AVX512_BF16; see `native.cpu` on calls.
 
     y  = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias
     dx = dy W + scaling · mask ∘ ((dy B) A),   dA = scaling · (dy B)ᵀ x̃,   dB = scaling · dyᵀ h,   h = x̃ Aᵀ
 
 One call forward, one backward, over a dense weight or NF4 codes. The update is summed first, in fp32, and the base
-product onto it, with one rounding; neither the update nor an expanded weight is written to memory. x, dy and W are
-multiplied in bf16, an NF4 weight rounded to it as by `nf4_dequantize`. bf16 adapters are multiplied as they are, h and
-dy B rounded to bf16 for their second factors; fp32 adapters in bf16 parts that keep 24 bits (16 where the result is
-bf16), or as they are in a forward of few tokens.
+product is added to it, with one rounding; neither the update nor an expanded weight is written to memory. x, dy and W
+are multiplied in bf16, an NF4 weight rounded to it as by `nf4_dequantize`. bf16 adapters are multiplied as they are,
+and h and dy B are rounded to bf16 for their second factors. fp32 adapters are multiplied in bf16 parts that keep 24
+bits (16 where the result is bf16), or as they are in a forward of few tokens.
 
-For a few tokens these calls are not much longer than the time it takes to make them: operands are packed by `struct`
-and checked by one expression each, and only a refusal looks at what was wrong.
+For a few tokens the work takes little more time than the call itself. So operands are packed by `struct` and checked by
+one expression each, and what was wrong is found out only after a check has failed.
 
 Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
@@ -28,14 +28,14 @@ from fastlora.native.lora import dropout_of
 from fastlora.native.weight import fields_of
 
 MAX_RANK = 512
-FEW_TOKENS = 16  # what is left to this code where the processor has AMX, which torch uses
+FEW_TOKENS = 16  # where the processor has AMX, which torch uses, this code serves only so many tokens
 
 _ADAPTER_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OPERANDS = struct.Struct("@Pq 5P3q PPq Qi4x fi")  # fastlora::LoraLinear of csrc/linear.h
 
 
 def supports(m: int, n: int, k: int, rank: int, packed: bool) -> bool:
-    """Whether these functions take x [m, k] and W [n, k] (NF4 if `packed`) here, and are the quickest way.
+    """Whether these functions take x [m, k] and W [n, k] (NF4 if `packed`) on this machine, and are the fastest way.
 
     Raises:
         ValueError: FASTLORA_CPU_ISA names no instruction set of this machine.
@@ -61,11 +61,11 @@ def forget_choice() -> None:
 def linear(
     x: Tensor, weight: Tensor | Packed, lora: Lora | None, bias: Tensor | None, save_h: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, and h = dropout(x) Aᵀ where it is asked for.
+    """y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias, and h = dropout(x) Aᵀ where `save_h`.
 
     Args:
-        x: [M, K], bf16; columns next to one another, rows any stride apart; K even, over NF4 a multiple of 32.
-        weight: [N, K], bf16, columns next to one another; or NF4. N even.
+        x: [M, K], bf16; adjacent columns, any row stride; K is even, and over NF4 a multiple of 32.
+        weight: [N, K], bf16 with adjacent columns, or NF4. N is even.
         lora: A and B of one dtype, fp32 or bf16, contiguous, R from 1 to MAX_RANK; its bias is not read.
         bias: [N], fp32, contiguous.
     Returns:
@@ -108,7 +108,7 @@ def linear_backward(
     """dx, dA and dB, each where it is needed.
 
     Args:
-        dy: [M, N], bf16; columns next to one another.
+        dy: [M, N], bf16; adjacent columns.
         x: [M, K], as in `linear`; for dA. h: [M, R], as `linear` gives it; for dB.
         weight, lora: as in `linear`.
     Returns:
@@ -123,7 +123,7 @@ def linear_backward(
     dx = da = db = x_at = h_at = dx_at = da_at = db_at = None
     x_stride = 0
     if (need_a or need_b) and lora is None:
-        raise ValueError("dA and dB need the adapters")
+        raise ValueError("dA and dB need the adapters: pass lora")
     if need_a:
         if x is None or _require_rows("x", x, K) != M:
             raise ValueError(f"dA needs x of [{M}, {K}]; got {None if x is None else list(x.shape)}")
@@ -152,18 +152,18 @@ def linear_backward(
 
 
 def _operands(weight: Tensor | Packed, lora: Lora | None) -> tuple[bytes, int, int, int]:
-    """The operands as the library takes them, N, K and R. They borrow the tensors."""
+    """The operands as the library takes them, N, K and R. They borrow the tensors' memory."""
     base: tuple[Any, ...]
     if isinstance(weight, Packed):
         *pointers, N, K, log2_blocksize = fields_of(weight)
         base, granule = (0, 0, *[pointer or 0 for pointer in pointers], N, K, log2_blocksize), 32
     else:
         if not (weight.dtype is torch.bfloat16 and weight.dim() == 2 and weight.is_cpu and weight.stride(1) == 1):
-            _refuse("weight", weight, "[N, K] in torch.bfloat16 on the CPU, columns next to one another")
+            _refuse("weight", weight, "[N, K] in torch.bfloat16 on the CPU, with adjacent columns")
         (N, K), granule = weight.shape, 2
         base = (weight.data_ptr(), weight.stride(0), 0, 0, 0, 0, 0, N, K, 0)
     if N % 2 or K % granule:
-        raise ValueError(f"a weight of [{N}, {K}]: N must be even, and K, over NF4 a multiple of 32")
+        raise ValueError(f"the weight is [{N}, {K}]: N and K must be even, and K of an NF4 weight a multiple of 32")
     if lora is None:
         return _OPERANDS.pack(*base, 0, 0, 0, 0, -1, 0.0, 1), N, K, 0
     lora_a, lora_b = lora.a, lora.b
@@ -189,7 +189,7 @@ def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dty
 def _require_rows(name: str, x: Tensor, columns: int) -> int:
     """The number of rows of an activation."""
     if not (x.dtype is torch.bfloat16 and x.dim() == 2 and x.is_cpu and x.shape[1] == columns and x.stride(1) == 1):
-        _refuse(name, x, f"[M, {columns}] in torch.bfloat16 on the CPU, columns next to one another")
+        _refuse(name, x, f"[M, {columns}] in torch.bfloat16 on the CPU, with adjacent columns")
     return x.shape[0]
 
 

@@ -1,6 +1,6 @@
-"""The low-rank products of LoRA and the mask of dropout in the compiled CPU library; `native` says how it is called.
+"""The low-rank products of LoRA and the mask of dropout in the compiled CPU library; see `native.cpu` on calls.
 
-    lora_shrink  h = s (mask ∘ x) Aᵀ        [M, K] @ [K, R], x widened to fp32 in the cache alone
+    lora_shrink  h = s (mask ∘ x) Aᵀ        [M, K] @ [K, R], x widened to fp32 only in the cache
     lora_outer   d = s gᵀ (mask ∘ x)        [R, M] @ [M, K], likewise
 
 Source: arXiv:2106.09685, section 4.1.
@@ -39,12 +39,12 @@ def lora_shrink(
 ) -> None:
     """out = scaling * (mask ∘ x) Aᵀ, accumulated in fp32; x is read once, in its own dtype.
 
-    With dy for x and `lora_b.t()` for lora_a it is scaling * dy B. The bits do not depend on the number of threads.
+    Given dy as x and `lora_b.t()` as lora_a it computes scaling * dy B. The bits do not depend on the thread count.
 
     Args:
-        x: [M, K], fp32, bf16 or fp16; columns next to one another, rows any stride apart.
-        lora_a: [R, K], fp32, R >= 1; any strides. Where columns are not next to one another, or K is no multiple
-            of 16, it is first copied.
+        x: [M, K], fp32, bf16 or fp16; adjacent columns, any row stride.
+        lora_a: [R, K], fp32, R >= 1; any strides. It is copied first if columns are not adjacent or K is not a
+            multiple of 16.
         out: [M, R], fp32, contiguous; overwritten.
         seed, p: the mask is `reference.dropout_mask(seed, M, K, p)`, derived on the way. seed None: no mask, p unused.
     Raises:
@@ -78,13 +78,13 @@ def lora_outer(
 ) -> None:
     """out = scaling * gᵀ (mask ∘ x), accumulated in fp32; x is read once, in its own dtype.
 
-    With g = dy B it is dA; with dy for x, h for g and `d_lora_b.t()` for out it writes dB. The bits do not depend on
-    the number of threads.
+    Given g = dy B it computes dA; given dy as x, h as g and `d_lora_b.t()` as out it writes dB. The bits do not depend
+    on the thread count.
 
     Args:
         x: [M, K], as in `lora_shrink`; M = 0 gives zeros.
         g: [M, R], fp32, contiguous, R >= 1.
-        out: [R, K], fp32, any strides that give each element its own place; overwritten.
+        out: [R, K], fp32, any strides with which elements do not overlap; overwritten.
         seed, p: as in `lora_shrink`.
     Raises:
         ValueError: a tensor's dtype, shape, device or layout, the seed or p is not as above; nothing has been written.
@@ -121,7 +121,7 @@ def lora_outer(
 
 
 def dropout_mask(seed: int, p: float, out: Tensor) -> None:
-    """out = `reference.dropout_mask(seed, rows, cols, p)`, rounded to out's dtype: the same bits, many times as fast.
+    """out = `reference.dropout_mask(seed, rows, cols, p)`, rounded to out's dtype: the same bits, many times faster.
 
     Args:
         seed: 64 bits, signed or unsigned.
@@ -145,23 +145,25 @@ def dropout_mask(seed: int, p: float, out: Tensor) -> None:
 
 
 def _require_own_places(name: str, tensor: Tensor) -> None:
-    """Refuses strides by which two elements might share memory."""
-    beyond = 1  # what the next stride must at least be
+    """Refuses strides with which two elements may share memory."""
+    beyond = 1  # the least that the next stride must be
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < beyond:
-            raise ValueError(f"{name} has strides {list(tensor.stride())}, its elements overlap: pass a fresh tensor")
+            raise ValueError(
+                f"{name} has strides {list(tensor.stride())}, with which elements overlap: pass a fresh tensor"
+            )
         beyond += stride * max(0, size - 1)
 
 
 def activations_of(x: Tensor) -> Activations:
-    """x as the library takes it; it borrows the tensor.
+    """x as the library takes it; it borrows the tensor's memory.
 
     Raises:
-        ValueError: it is no matrix of bf16, fp16 or fp32 on the CPU, or its columns lie apart.
+        ValueError: it is not a matrix of bf16, fp16 or fp32 on the CPU, or its columns are not adjacent.
     """
     require_matrix("x", x, strided=True)
     if x.stride(1) != 1 and x.shape[1] > 1:
-        raise ValueError(f"x has strides {list(x.stride())}, its columns must be next to one another: x.contiguous()")
+        raise ValueError(f"x has strides {list(x.stride())}, but its columns must be adjacent: pass x.contiguous()")
     return Activations(x.data_ptr(), *x.shape, x.stride(0), DTYPES[x.dtype])
 
 
@@ -169,7 +171,7 @@ def dropout_of(seed: int | None, p: float) -> Dropout | None:
     """The mask as the library takes it; None without a seed.
 
     Raises:
-        ValueError: seed has more than 64 bits, or p rounds to 1 or is no probability.
+        ValueError: seed has more than 64 bits, or p rounds to 1 or is not a probability.
     """
     if seed is None:
         return None

@@ -1,9 +1,9 @@
-"""NF4 quantization by the compiled CPU library, bit for bit bitsandbytes'; `native` says how it is called.
+"""NF4 quantization by the compiled CPU library, bit for bit bitsandbytes'; see `native.cpu` on calls.
 
     absmax[block] = max |w|,    code = the level nearest to w * (1 / absmax), on a tie the lower one
 
-Every operation is rounded for itself in fp32, as there. The 8-bit levels of nested scales come from a table of 65,536
-steps over [-1, 1], which is how bitsandbytes finds them on the CPU.
+Every operation is rounded separately in fp32, as in bitsandbytes. The 8-bit levels of nested scales come from a table
+of 65,536 steps over [-1, 1], which is how bitsandbytes finds them on the CPU.
 
 Source: arXiv:2305.14314, section 3.
 """
@@ -22,13 +22,13 @@ def nf4_quantize(w: Tensor, blocksize: int, codes: Tensor, absmax: Tensor) -> No
     """Codes and scales of a weight.
 
     Args:
-        w: fp32, bf16 or fp16, any shape, contiguous; finite. Where a block is not, its scale is not either.
+        w: fp32, bf16 or fp16, any shape, contiguous; finite. A block that is not finite gets a scale that is not.
         blocksize: a power of two, 32..4096.
         codes: [ceil(numel/2)], uint8, contiguous; overwritten.
         absmax: [ceil(numel/blocksize)], fp32, contiguous; overwritten.
     Raises:
         ValueError: a tensor's dtype, size, device or layout, or the blocksize, is not as above; nothing is written.
-        RuntimeError: the library is not loaded; see `native.status()`.
+        RuntimeError: the library is not loaded; see `native.cpu.status()`.
     """
     library = loaded()
     check_blocksize(blocksize)
@@ -46,7 +46,7 @@ def nf4_quantize(w: Tensor, blocksize: int, codes: Tensor, absmax: Tensor) -> No
 
 
 def quantize_scales(absmax: Tensor, offset: float, table: Tensor, levels: Tensor, absmax2: Tensor) -> None:
-    """8-bit levels of scales less their offset, in blocks of 256.
+    """8-bit levels of scales minus their offset, in blocks of 256.
 
     Args:
         absmax: [blocks], fp32, contiguous; finite.
@@ -55,7 +55,7 @@ def quantize_scales(absmax: Tensor, offset: float, table: Tensor, levels: Tensor
         absmax2: [ceil(blocks/256)], fp32, contiguous; overwritten.
     Raises:
         ValueError: a tensor's dtype, size, device or layout is not as above; nothing has been written.
-        RuntimeError: the library is not loaded; see `native.status()`.
+        RuntimeError: the library is not loaded; see `native.cpu.status()`.
     """
     library = loaded()
     blocks = absmax.numel()

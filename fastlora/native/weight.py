@@ -1,7 +1,7 @@
-"""An NF4 weight as the C++ and CUDA libraries take it, and the checks that go before every call into them.
+"""An NF4 weight as the C++ and CUDA libraries take it, and the checks that precede every call into them.
 
-Past these checks an address is passed on, and a wrong one is a wild read. A `Packed` has checked itself when it was
-made; everything else is checked here and in the modules of this folder, on the way to compiled code.
+After these checks an address is passed on, and a wrong one is a wild read. A `Packed` checks itself when it is made;
+everything else is checked here and in the modules of this folder, on the way to compiled code.
 Source: arXiv:2305.14314, section 3.
 """
 
@@ -33,7 +33,7 @@ class Weight(ctypes.Structure):
 
 
 def pointer_of(tensor: Tensor | None) -> int | None:
-    """Where a tensor's first element lies; None for None."""
+    """The address of a tensor's first element; None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -48,7 +48,7 @@ def require(
     """Refuses a tensor of another dtype, device, layout or size.
 
     Raises:
-        ValueError: it is not as asked for.
+        ValueError: it is not as required.
     """
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
@@ -64,14 +64,14 @@ def require(
 def require_matrix(
     name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = tuple(DTYPES), strided: bool = False
 ) -> None:
-    """Likewise, and one that has not two dimensions."""
+    """As `require`, and refuses a tensor that does not have two dimensions."""
     if tensor.dim() != 2:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected two dimensions")
     require(name, tensor, dtypes, strided=strided)
 
 
 def weight_of(weight: Packed, device: torch.device = _CPU) -> Weight:
-    """An NF4 weight as the libraries take it; it borrows the tensors, whose sizes `Packed` has checked.
+    """An NF4 weight as the libraries take it; it borrows the tensors' memory, whose sizes `Packed` has checked.
 
     Raises:
         ValueError: the weight is not on `device`.

@@ -269,13 +269,13 @@ def test_bad_operands_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             cpu.nf4_dequantize(GOOD, *arguments)
     assert not out.any()
-    with pytest.raises(ValueError, match="x has 2 rows and out 3"):
+    with pytest.raises(ValueError, match="x has 2 rows and out has 3"):
         cpu.nf4_gemv(torch.ones(2, K), GOOD, torch.zeros(3, N))
     with pytest.raises(ValueError, match=r"x \[2, 63\] and out \[2, 6\]: with this weight they must have 64 and 6"):
         cpu.nf4_gemv(torch.ones(2, K - 1), GOOD, torch.zeros(2, N))
     with pytest.raises(ValueError, match="must have 6 and 64 columns"):
         cpu.nf4_gemv_t(torch.ones(2, N), GOOD, torch.zeros(2, N))
-    with pytest.raises(ValueError, match=r"out is \[6, 32\], the weight \[6, 64\]"):
+    with pytest.raises(ValueError, match=r"out is \[6, 32\], but the weight is \[6, 64\]"):
         cpu.nf4_dequantize(GOOD, torch.zeros(N, K // 2))
 
 
