@@ -1,4 +1,4 @@
-"""What every operator's autograd needs: who must see it pass, in which dtype it computes, what it refuses."""
+"""What the autograd of every operator needs: who must see it pass, in which dtype it computes, what it refuses."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,8 +13,8 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter, type(None))
 
 
 def seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
-    """Whether someone must see the operator pass: a compiler, a dispatch mode (selective checkpointing, fake tensors),
-    or a tensor subclass. Else the same code is called directly, for torch's dispatch to Python costs 150 us a call."""
+    """Whether something must see the operator pass: a compiler, a dispatch mode (selective checkpointing, fake
+    tensors), or a tensor subclass. If not, the same code runs directly: torch's dispatch to Python costs 150 us."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -25,13 +25,14 @@ def seen_by_others(x: Tensor, lora_a: Tensor | None) -> bool:
 
 
 def refuse_func_gradients() -> None:
-    """A registered operator has no rule for torch.func's gradients; forward mode would silently give zeros."""
+    """Raise where torch.func takes gradients: a registered operator has no rule for them, and forward mode would
+    silently give zeros."""
     if torch._C._functorch.maybe_current_level() is None:
         return
     kinds = {interpreter.key().name for interpreter in retrieve_all_functorch_interpreters()}
     if kinds & {"Grad", "Jvp"}:
         raise RuntimeError(
-            "lora_linear has no rule for torch.func.grad, vjp, jvp and what is built on them: use loss.backward() or "
+            "lora_linear has no rule for torch.func.grad, vjp, jvp and functions built on them: use loss.backward() or "
             "torch.autograd.grad; torch.func.vmap over the forward works"
         )
 
@@ -67,7 +68,7 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 
 def refuse_second_derivative() -> None:
-    """Called in a backward pass; it is written in kernels that autograd cannot follow.
+    """To be called in a backward pass, which is made of kernels that autograd cannot follow.
 
     Raises:
         RuntimeError: autograd is recording it.
@@ -79,7 +80,7 @@ def refuse_second_derivative() -> None:
 def constant_under_compile(function: _Function) -> _Function:
     """Mark a function whose result torch.compile takes as a constant of the graph.
 
-    As torch.compiler.assume_constant_result, whose call would load dynamo, and with it triton, at import.
+    It does what torch.compiler.assume_constant_result does; calling that would load dynamo, and so triton, at import.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -89,7 +90,7 @@ _captured: list[Any] = []
 
 
 def keep_if_captured(found: _Found, device: torch.device) -> _Found:
-    """Tensors that a CUDA graph which is being captured will read again: held for as long as the process lives."""
+    """Tensors that a CUDA graph now being captured will read again: held for the life of the process."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(found)
     return found

@@ -1,8 +1,8 @@
-"""Which code runs where: Triton on CUDA devices, the compiled C++ library on the CPU, plain torch for the rest.
+"""Which code runs where: Triton on CUDA devices, the compiled C++ library on the CPU, plain torch elsewhere.
 
-Nothing here asks a device anything at import. `FASTLORA_BACKEND=torch|cpp|triton|cuda`, read once, forces a path:
-`cuda` is the Triton path with the compiled decode kernel wherever that applies, `triton` the same without it. With
-`TRITON_INTERPRET=1` the Triton kernels also run on CPU tensors.
+No device is queried at import. `FASTLORA_BACKEND=torch|cpp|triton|cuda`, read once, forces a backend: `cuda` is Triton
+with the compiled decode kernel wherever it applies, `triton` the same without it. With `TRITON_INTERPRET=1` the Triton
+kernels also run on CPU tensors.
 """
 
 import functools
@@ -19,17 +19,17 @@ FORCED = ("triton", "cuda", "cpp", "torch")
 
 
 class Backend(NamedTuple):
-    """The code that runs on a device, and why that and no other."""
+    """The code that runs on a device, and why that code."""
 
     name: str  # "triton", "cpp" or "torch"
     reason: str
 
 
 def backend(device: torch.device | str) -> Backend:
-    """The path taken on `device`, with the reason, which names what is missing where it is the slow one.
+    """The backend of a device with the reason, which names what is missing where the backend is the slow one.
 
     Raises:
-        ValueError: FASTLORA_BACKEND names no backend, or one that cannot run there.
+        ValueError: FASTLORA_BACKEND does not name a backend, or names one that cannot run there.
     """
     return _backend(device if type(device) is torch.device else torch.device(device))
 
@@ -55,13 +55,13 @@ def _backend(device: torch.device) -> Backend:
 
 
 def forget_choices() -> None:
-    """Read FASTLORA_BACKEND and FASTLORA_CPU_ISA again at the next call, which is otherwise done once."""
+    """Read FASTLORA_BACKEND and FASTLORA_CPU_ISA again at the next call; otherwise they are read once."""
     _backend.cache_clear()
     linear.forget_choice()
 
 
 def _missing(name: str, device_type: str, index: int | None) -> str:
-    """Why a path cannot be taken on a device; empty where it can."""
+    """Why a backend cannot run on a device; empty where it can."""
     if name == "torch":
         return ""
     if name == "cpp":
@@ -97,7 +97,7 @@ def _no_cpp(device_type: str) -> str:
 
 
 def compiled_decode(device: torch.device) -> tuple[bool, str]:
-    """Whether the compiled decode kernel can run on a device; and what it is, or why not and what to do."""
+    """Whether the compiled decode kernel can run on a device, with what it is, or why not and what to do."""
     if device.type != "cuda":
         return False, "the compiled decode kernel needs a CUDA device"
     usable, reason = cuda.usable(device)

@@ -2,7 +2,7 @@
 
     W' = W + scaling · B A, rounded once from fp32
 
-`nf4_dequantize` gives a tensor of its own; `nf4_expand` may give a scratch buffer, for use at once.
+`nf4_dequantize` returns a tensor of its own; `nf4_expand` may return a scratch buffer, for use at once.
 """
 
 import threading
@@ -18,7 +18,7 @@ from fastlora.ops.backend import backend
 
 
 class _Scratch(threading.local):
-    """One grow-only buffer a thread: fresh memory costs the CPU more in page faults than expanding a weight into it."""
+    """One grow-only buffer a thread: page faults of fresh memory cost the CPU more than expanding a weight into it."""
 
     def __init__(self) -> None:
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -97,5 +97,5 @@ def nf4_dequantize(
 def nf4_expand(
     weight: Packed, dtype: torch.dtype, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 0.0
 ) -> Tensor:
-    """As `nf4_dequantize`, below every operator and for use at once: a CPU thread's next call overwrites the result."""
+    """As `nf4_dequantize`, but below every operator, for use at once: on a CPU the thread's next call overwrites it."""
     return _dequantize(weight, dtype, lora_a, lora_b, scaling, in_scratch=True)

@@ -1,18 +1,18 @@
-"""DoRA over the linear: y = (m / ‖W + s · B A‖) ∘ (x Wᵀ + s · x Aᵀ Bᵀ) + bias, the norm taken of each row.
+"""DoRA over the linear: y = (m / ‖W + s · B A‖) ∘ (x Wᵀ + s · x Aᵀ Bᵀ) + bias, with the norm of each row.
 
-The norm counts as a constant in the backward pass, as in the paper. It takes a pass over the whole weight;
-`peft_layers.kept_norms` keeps it until A, B or the weight change.
+The norm is a constant in the backward pass, as in the paper. It takes a pass over the whole weight;
+`peft_layers.kept_norms` keeps it until A, B or the weight changes.
 
-Where the factor m / norm goes, by the base:
-    NF4 on CUDA   into the scales of the packed weight and the rows of B: the linear is then LoRA's, both ways and by
-                  whichever kernel, and no pass over [M, N] is added but, where m is trained, one for its gradient and
+The base decides where the factor m / norm goes:
+    NF4 on CUDA   into the scales of the packed weight and the rows of B. Both passes are then those of a LoRA linear,
+                  by whichever kernel. Only where m is trained are passes over [M, N] added: one for its gradient, and
                   one for a bias
-    16 bits, A and B in fp32   into y; in backward into B's rows and dB's, in fp32
+    16 bits, A and B in fp32   into y; in backward, in fp32, into the rows of B and dB
     otherwise     into y, and into dy
 
-With dropout the factor falls on what is left of x, the base's part of it too: y = x Wᵀ + (factor - 1) ∘ x̃ Wᵀ + factor ∘
-s x̃ Aᵀ Bᵀ, two base products as in peft. (Over 16 bits with fp32 adapters and without autocast peft multiplies in fp32;
-that is left to it.)
+With dropout the factor applies only to x̃, what dropout leaves of x, and there to the base's part too: y = x Wᵀ +
+(factor - 1) ∘ x̃ Wᵀ + factor ∘ s x̃ Aᵀ Bᵀ, two base products as in peft. (Over 16 bits with fp32 adapters and without
+autocast, peft multiplies in fp32; such a layer steps back to peft.)
 
 Source: arXiv:2402.09353, equation 5 and section 4.3.
 """
@@ -31,8 +31,8 @@ from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear, run, ru
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.ops.operands import Gradients, Needs, in_dtype
 
-SMALLEST = 2.0**-60  # an output's factor in place of 0
-ROWS_AT_ONCE = 1024  # of a dense weight, widened to fp32 for its norm
+SMALLEST = 2.0**-60  # the factor of an output in place of 0
+ROWS_AT_ONCE = 1024  # of a dense weight, widened to fp32 for their norms
 
 
 def row_norms(weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -52,14 +52,14 @@ def row_norms(weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scalin
             return torch.linalg.vector_norm(merged, dim=1, dtype=torch.float32)
         a, b = lora_a.float(), lora_b.float()
         norms = [
-            torch.addmm(rows.float(), part, a, alpha=scaling).norm(dim=1)
+            torch.addmm(rows.float(), part, a, alpha=scaling).norm(dim=1)  # [rows, K] + [rows, R] @ [R, K] -> [rows]
             for rows, part in zip(weight.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
         ]
         return torch.cat(norms)
 
 
 def runs_kernels(frozen: Tensor) -> bool:
-    """Whether Triton's kernels may be launched for a weight: a device that has them, nobody who must see operators."""
+    """Whether Triton's kernels can be launched for a weight: its device has them, and nothing must see operators."""
     return not seen_by_others(frozen, None) and backend(frozen.device).name == "triton"
 
 
@@ -82,10 +82,10 @@ def dora_linear(
     Args:
         x: [..., K], bf16, fp16 or fp32. Under autocast it is cast to autocast's dtype.
         weight: [N, K], dense in x's dtype or NF4. lora_a: [R, K], lora_b: [N, R], fp32 or dtype of x.
-        magnitude: [N]. norms: [N], fp32, of `row_norms`, taken as constants. bias: [N] or None.
+        magnitude: [N]. norms: [N], fp32, from `row_norms`, taken as constants. bias: [N] or None.
     Returns:
-        [..., N], dtype of x, but over a dense weight under autocast, autocast's; differentiable in x, lora_a, lora_b,
-        magnitude, bias, and in a dense weight, but for fp32 adapters over 16 bits.
+        [..., N], dtype of x; over a dense weight under autocast, autocast's dtype. Differentiable in x, lora_a, lora_b,
+        magnitude, bias, and in a dense weight.
     """
     dtype, given = computed_in(x), x.dtype
     result = torch.promote_types(given, dtype) if isinstance(weight, NF4Weight) else dtype
@@ -105,16 +105,16 @@ def dora_linear_with_dropout(
     x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor,
     norms: Tensor, bias: Tensor | None, p: float,
 ) -> Tensor:  # fmt: skip
-    """As `dora_linear`, the factor and the update on dropout(x) alone: see the head of this file. p: share dropped."""
+    """As `dora_linear`, with factor and update only on dropout(x): see the head of this file. p: the share dropped."""
     device, dtype, given = x.device.type, computed_in(x), x.dtype
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False):
         dropped, factor = F.dropout(x, p), magnitude.float() * norms.reciprocal()
         low_rank = dtype if autocast else torch.promote_types(lora_a.dtype, lora_b.dtype)
-        h = F.linear(dropped.to(low_rank), lora_a.to(low_rank))
-        update = F.linear(h, lora_b.to(low_rank)) * (factor * scaling)
+        h = F.linear(dropped.to(low_rank), lora_a.to(low_rank))  # [..., R]
+        update = F.linear(h, lora_b.to(low_rank)) * (factor * scaling)  # [..., N] * [N]
         update = update + _base_product(dropped.to(dtype), weight) * (factor - 1)
-        y = _base_product(x.to(dtype), weight, bias) + update
+        y = _base_product(x.to(dtype), weight, bias) + update  # [..., N]
     return y.to(torch.promote_types(given, dtype) if isinstance(weight, NF4Weight) else dtype)
 
 
@@ -125,7 +125,7 @@ def _base_product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = N
 
 
 def rescale(y: Tensor, magnitude: Tensor, inverse: Tensor, bias: Tensor | None, result: torch.dtype) -> Tensor:
-    """magnitude · inverse ∘ y + bias, in fp32, rounded once to `result`; differentiable in y, magnitude and bias.
+    """(magnitude · inverse) ∘ y + bias, in fp32, rounded once to `result`; differentiable in y, magnitude and bias.
 
     Args:
         y: [..., N]. magnitude: [N]. inverse: [N], fp32, 1 / norms. bias: [N].
@@ -185,9 +185,9 @@ class _Rescaled(torch.autograd.Function):
 
 
 class _OverNF4(torch.autograd.Function):
-    """The factor in the weight's scales and in B's rows. One of 0 counts as SMALLEST: what it hides is needed for dm.
+    """The factor goes into the weight's scales and B's rows. A factor of 0 becomes SMALLEST, so that dm can be formed.
 
-    Saved: x (for dA), h (for dB), y without the bias (for dm), [N] numbers. Backward makes scales and rows anew.
+    Saved: x (for dA), h (for dB), y without the bias (for dm), [N] numbers. Backward computes scales and rows again.
     """
 
     @staticmethod
@@ -198,7 +198,8 @@ class _OverNF4(torch.autograd.Function):
         _, need_a, need_b, need_magnitude, *_ = (need and records for need in ctx.needs_input_grad)
         factor = magnitude.float() * inverse
         factor = torch.where(factor == 0, SMALLEST, factor)
-        apart = need_magnitude and bias is not None  # so that y without it is there for dm
+        apart = need_magnitude and bias is not None  # the bias is added afterwards: dm needs y without it
+        # z [..., N], h [M, R]
         z, h = run(x, *_scaled(weight, factor, lora_a, lora_b, scaling), None if apart else bias, need_b)
         kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
         ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
@@ -216,10 +217,10 @@ class _OverNF4(torch.autograd.Function):
             operands = _scaled(ctx.weight, factor, lora_a, lora_b, ctx.scaling)
             dx, da, db = run_backward(dy, x, h, *operands, Needs(need_x, need_a, need_b))
             da = None if da is None else da.to(lora_a.dtype)
-            db = None if db is None else (factor[:, None] * db).to(lora_b.dtype)
-        rows = dy.reshape(-1, dy.shape[-1])
+            db = None if db is None else (factor[:, None] * db).to(lora_b.dtype)  # [N, 1] * [N, R]
+        rows = dy.reshape(-1, dy.shape[-1])  # [M, N]
         z = z.reshape(rows.shape) if need_magnitude else None
-        _, dot, total = _sums(rows, z, None, need_bias, dy.dtype)
+        _, dot, total = _sums(rows, z, None, need_bias, dy.dtype)  # [N], [N]
         if dot is not None:
             dm = (dot * inverse / factor).to(ctx.dtypes[0])
         if total is not None:
@@ -235,14 +236,14 @@ def _scaled(
 
     absmax = kernel.scaled_absmax(weight, factor)
     scaled = NF4Weight(weight.codes, absmax, weight.shape, weight.dtype, weight.blocksize)
-    return scaled, Lora(lora_a, (factor[:, None] * lora_b).to(lora_b.dtype), scaling)
+    return scaled, Lora(lora_a, (factor[:, None] * lora_b).to(lora_b.dtype), scaling)  # [N, 1] * [N, R]
 
 
 class _Over16Bits(torch.autograd.Function):
-    """fp32 adapters over a dense 16-bit or an NF4 weight, the gradients of A and B as exact as the adapters are.
+    """fp32 adapters over a dense 16-bit or an NF4 weight; the gradients of A and B are as exact as the adapters.
 
-    What `rescale` hands on, factor ∘ dy, is rounded to 16 bits before the low-rank products see it. Here the factor
-    goes into the rows of B, and of dB, in fp32; dy stays as it came.
+    `rescale` would pass on factor ∘ dy, rounded to 16 bits before the low-rank products read it. Here the factor goes
+    into the rows of B and of dB, in fp32, and dy stays as it came.
     """
 
     @staticmethod
@@ -251,7 +252,7 @@ class _Over16Bits(torch.autograd.Function):
         weight: Tensor | NF4Weight, inverse: Tensor, scaling: float, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
         _, need_a, need_b, need_magnitude, *_ = ctx.needs_input_grad
-        z, h = run(x, in_dtype(weight, x.dtype), Lora(lora_a, lora_b, scaling), None, need_b)
+        z, h = run(x, in_dtype(weight, x.dtype), Lora(lora_a, lora_b, scaling), None, need_b)  # [..., N], [M, R]
         factor = magnitude.float() * inverse
         kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
         ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
@@ -272,11 +273,11 @@ class _Over16Bits(torch.autograd.Function):
 
         dx = da = db = dm = dbias = None
         z = z.reshape(rows.shape) if need_magnitude else None
-        dz, dot, total = _sums(rows, z, factor if need_x else None, need_bias, ctx.dtype)
+        dz, dot, total = _sums(rows, z, factor if need_x else None, need_bias, ctx.dtype)  # [M, N], [N], [N]
         if dz is not None:
-            dx = products(dz.view(dy.shape), lora_b, True, False, False).x
+            dx = products(dz.view(dy.shape), lora_b, True, False, False).x  # [..., K]
         if need_a or need_b:
-            _, da, db = products(dy.to(ctx.dtype), factor[:, None] * lora_b, False, need_a, need_b)
+            _, da, db = products(dy.to(ctx.dtype), factor[:, None] * lora_b, False, need_a, need_b)  # [R, K], [N, R]
             db = None if db is None else factor[:, None] * db
         if dot is not None:
             dm = (dot * inverse).to(ctx.dtypes[0])

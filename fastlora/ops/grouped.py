@@ -2,22 +2,22 @@
 
     y[s] = x[s] W[e]ᵀ + scaling · x[s] A[e]ᵀ B[e]ᵀ + bias[e]        e: the expert of row s
 
-Rows are sorted by expert, so those of one expert are a stretch, and `offsets` tell where each stretch ends. Forming
-W + scaling · B A first, as peft does, reads and writes the whole stack at every call, experts without a row included,
-and rounds the update to the weight's dtype. Here LoRA costs what it reads of x, and a product with rank columns.
+Rows are sorted by expert, so those of one expert are a stretch, and `offsets` says where each stretch ends. Forming
+W + scaling · B A first, as peft does, reads and writes the whole stack at every call, including experts without a row,
+and rounds the update to the weight's dtype. Here LoRA costs one read of x, and a product with rank columns.
 
-    triton     products of our own over the whole stack, LoRA inside: `fastlora.ops.grouped_cuda`
-    grouped    torch's grouped_mm, thrice: x W, x A and h B
-    segments   `functional.lora_linear` for each expert that has rows; their numbers come to the host
+    grouped_cuda   products of our own over the whole stack, LoRA inside
+    grouped        here: torch's grouped_mm three times, for x W, x A and h B
+    grouped_loop   `ops.linear.lora_linear` for each expert that has rows; the numbers of rows are read on the host
 
-The first two ask the host for nothing, and torch.compile sees no break. The first serves 16-bit rows wherever the
-Triton kernels run; the second what the first does not take (a dense stack that is trained, above all) in bf16 on CUDA,
-and bf16 inside torch.compile; the third everything else. On sm_80, 86, 89 and 120 torch's grouped_mm itself goes expert
-by expert, and waits for their numbers.
+The first two need nothing from the host, so torch.compile sees no break. The first serves 16-bit rows wherever the
+Triton kernels run. The second serves what the first does not take (mainly a dense stack that is trained) in bf16 on
+CUDA, and bf16 inside torch.compile. The third serves everything else. On sm_80, 86, 89 and 120 torch's grouped_mm
+itself goes expert by expert, and waits for the numbers of rows.
 
-An NF4 stack is expanded for grouped_mm in one launch, forward and once more backward, and never kept; up to FEW_ROWS
-rows it is read expert by expert instead, packed. (By counting launches and bytes, not by measurement: 3 to 7 launches
-an expert, 2.5 bytes a weight.)
+An NF4 stack is expanded for grouped_mm in one launch, forward and again backward, and never kept. Up to FEW_ROWS rows
+it is read packed instead, expert by expert. (This follows from counting launches and bytes, not from a measurement: 3
+to 7 launches an expert, 2.5 bytes a weight.)
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from fastlora.ops.autograd import refuse_second_derivative
 from fastlora.ops.nf4 import NF4Weight
 
 FEW_ROWS = 16
-_ALIGNED = 8  # bf16 numbers in the 16 bytes to which grouped_mm wants rows aligned
+_ALIGNED = 8  # bf16 numbers in 16 bytes, the alignment of rows that grouped_mm needs
 
 
 def grouped_lora_linear(
@@ -42,24 +42,24 @@ def grouped_lora_linear(
 
     Args:
         x: [S, K], bf16, fp16 or fp32, sorted by expert.
-        weight: [E, N, K], dtype of x; any strides, so that a stack kept as [E, K, N] is passed transposed. Or an
+        weight: [E, N, K], dtype of x, any strides, so a stack kept as [E, K, N] can be passed transposed. Or an
             `NF4Weight` [E N, K], expert by expert.
         lora_a: [E, R, K]. lora_b: [E, N, R]. fp32, or dtype of x; both None for no update.
         scaling: factor of the update.
-        offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S. (But for grouped_mm,
-            rows beyond it are nobody's and give zero.)
+        offsets: [E], int32: expert e has rows offsets[e - 1] to offsets[e]; the last is S. (Rows beyond it have no
+            expert and give zero, except on the path through grouped_mm.)
         bias: [E, N].
     Returns:
         [S, N], dtype of x; differentiable in x, weight, lora_a, lora_b and bias.
     Raises:
-        ValueError: operands that do not fit together.
+        ValueError: the operands do not fit together.
     """
     _check(x, weight, lora_a, lora_b, offsets, bias)
     if not grouped_cuda.refusal(x, weight, offsets.numel(), lora_a, lora_b):
         return grouped_cuda.grouped_linear(x, weight, lora_a, lora_b, scaling, offsets, bias)
     if _takes_grouped_mm(x, weight, offsets.numel()) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
-        return _grouped(x, weight, lora_a, lora_b, scaling, offsets, bias)
-    return grouped_loop.segments(x, weight, lora_a, lora_b, scaling, offsets, bias)
+        return _by_grouped_mm(x, weight, lora_a, lora_b, scaling, offsets, bias)
+    return grouped_loop.one_by_one(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
 
 def _check(
@@ -92,7 +92,7 @@ def _check(
 
 
 def _takes_grouped_mm(x: Tensor, weight: Tensor | NF4Weight, experts: int) -> bool:
-    """Whether torch can multiply by groups here, and gains by it."""
+    """Whether torch's grouped_mm can compute these products, and is worth it."""
     n = weight.shape[-2] // (experts if isinstance(weight, NF4Weight) else 1)
     return _fits_grouped_mm(x.device, x.dtype, n, weight.shape[-1])
 
@@ -108,7 +108,7 @@ def _fits_grouped_mm(device: torch.device, dtype: torch.dtype, n: int, k: int) -
 def computed_by(
     device: torch.device, dtype: torch.dtype, experts: int, n: int, k: int, blocksize: int, rank: int
 ) -> tuple[str, str]:
-    """The path that computes the grouped linear of a frozen stack of experts [N, K], and how, in words.
+    """The path that computes the grouped linear of a frozen stack of experts [N, K], and how it does, in words.
 
     Args:
         dtype: of the rows. blocksize: of an NF4 stack, 0 for a dense one. rank: of the adapters, 0 for none.
@@ -121,13 +121,14 @@ def computed_by(
 
 
 class _PackedProduct(torch.autograd.Function):
-    """x [S, K] by an NF4 stack [E N, K] -> [S, N]; the stack is expanded for the product alone."""
+    """x [S, K] by an NF4 stack [E N, K] -> [S, N]; the stack is expanded only for the product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: NF4Weight, offsets: Tensor) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(offsets)
-        return F.grouped_mm(x, _expanded(weight, offsets, x.dtype).transpose(1, 2), offs=offsets)
+        w = _expanded(weight, offsets, x.dtype).transpose(1, 2)  # [E, K, N]
+        return F.grouped_mm(x, w, offs=offsets)  # [S, N]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -135,14 +136,15 @@ class _PackedProduct(torch.autograd.Function):
         (offsets,) = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        return F.grouped_mm(dy.contiguous(), _expanded(ctx.weight, offsets, dy.dtype), offs=offsets), None, None
+        w = _expanded(ctx.weight, offsets, dy.dtype)  # [E, N, K]
+        return F.grouped_mm(dy.contiguous(), w, offs=offsets), None, None  # [S, K]
 
 
 def _expanded(weight: NF4Weight, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(dtype).view(offsets.numel(), -1, weight.shape[1])  # [E, N, K]
 
 
-def _grouped(
+def _by_grouped_mm(
     x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
     offsets: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -151,12 +153,12 @@ def _grouped(
     else:
         y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)  # [S, K] by [E, K, N] -> [S, N]
     if lora_a is not None and lora_b is not None:
-        a, b = lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous()  # as grouped_mm wants them
+        a, b = lora_a.to(x.dtype).contiguous(), lora_b.to(x.dtype).contiguous()  # as grouped_mm needs them
         missing = -a.shape[1] % _ALIGNED
         if missing:
             a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
         h = F.grouped_mm(x, a.transpose(1, 2), offs=offsets)  # [S, K] by [E, K, R] -> [S, R]
-        y = y + F.grouped_mm(h * scaling, b.transpose(1, 2), offs=offsets)
+        y = y + F.grouped_mm(h * scaling, b.transpose(1, 2), offs=offsets)  # [S, R] by [E, R, N] -> [S, N]
     if bias is not None:
         y = y + bias[_experts_of_rows(x.shape[0], offsets)].to(y.dtype)
     return y

@@ -1,4 +1,4 @@
-"""The grouped linear in Triton: one operator forward, one backward, and nothing that waits for the device.
+"""The grouped linear in Triton: one operator forward, one backward, and no wait for the device.
 
     y[s]  = x[s] W[e]ᵀ + scaling · h[s] B[e]ᵀ + bias[e],     h[s] = x[s] A[e]ᵀ        e: the expert of row s
     dx[s] = dy[s] W[e] + g[s] A[e],                          g[s] = scaling · dy[s] B[e]
@@ -6,12 +6,13 @@
     dbias[e] = the sum of dy over e's rows: the dB of an h of ones
 
 Five launches: shrink and product forward; the dy pass, the product with the transposed stack and the x pass backward.
-Saved: x where dA is wanted, h in fp32 where dB is wanted. W is frozen; a dense stack that is trained goes another way.
+Saved: x where dA is wanted, h in fp32 where dB is wanted. W is frozen; a dense stack in training takes another path.
 
-An NF4 stack is expanded inside the product, by each row tile anew, at 5 to 8 instructions a weight. Expanding it once
-into memory and reading it from there costs 4 bytes a weight, experts without rows included. Both are for E matrices
-what they are for one with S / E rows, so the same table decides, by M* of `kernels.choice`: 144 to 528 rows an expert
-by its model (predicted, unmeasured for stacks). Above it the stack is expanded, forward and backward, and never kept.
+An NF4 stack is expanded inside the product, again for each row tile, at 5 to 8 instructions a weight. Expanding it once
+into memory and reading it from there costs 4 bytes a weight, including experts without rows. Both costs are those of
+one matrix with S / E rows, E times over, so the same table decides, by M* of `kernels.choice`: 144 to 528 rows an
+expert by its model (predicted, not measured for stacks). Above it the stack is expanded, forward and backward, and
+never kept.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def refusal(x: Tensor, weight: Tensor | NF4Weight, experts: int, lora_a: Tensor 
         return "the stack is on another device"
     adapters = [adapter for adapter in (lora_a, lora_b) if adapter is not None]
     if any(adapter.dtype not in (torch.float32, x.dtype) for adapter in adapters):
-        return "adapters are neither fp32 nor of the rows' dtype"
+        return "adapters are neither in fp32 nor in the rows' dtype"
     blocksize = weight.blocksize if isinstance(weight, NF4Weight) else 0
     rank = lora_a.shape[1] if lora_a is not None else 0
     return reason(x.device, x.dtype, weight.dtype, experts, blocksize, rank)
@@ -72,7 +73,7 @@ def reason(
 
 
 def words(device: torch.device, n: int, k: int, blocksize: int, rank: int) -> str:
-    """What computes a stack of experts [N, K] in this path, by the rows of an expert; blocksize 0: a dense stack."""
+    """What computes a stack of experts [N, K] on this path, by the rows of an expert; blocksize 0: a dense stack."""
     from fastlora.kernels import choice
 
     product = "grouped product (Triton)"
@@ -89,7 +90,7 @@ def grouped_linear(
     x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
     offsets: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """As `fastlora.grouped.grouped_lora_linear`, for operands that `refusal` has nothing against."""
+    """As `ops.grouped.grouped_lora_linear`, for operands that `refusal` does not refuse."""
     parts: tuple[Any, ...] = (weight, None, None, None, None)
     blocksize, experts = 0, offsets.numel()
     if isinstance(weight, NF4Weight):
@@ -106,7 +107,7 @@ def grouped_linear(
 
 
 def _stack(x: Tensor, op: str, offsets: Tensor, operands: tuple[Any, ...], rank: int) -> Any:
-    """The weights as the kernel takes them: dense [E, N, K], or packed where that is cheaper at so many rows."""
+    """The weights as the kernel takes them: dense [E, N, K], or packed where that is cheaper for this many rows."""
     from fastlora.kernels import choice
     from fastlora.kernels import grouped as kernel
 
@@ -134,9 +135,9 @@ def _forward(x: Tensor, bias: Tensor | None, offsets: Tensor, *operands_and_save
         return y.zero_(), h.zero_()
     segments, h = by_offsets(offsets, x.shape[0]), None
     if lora_a is not None:
-        h = lora.shrink(x, lora_a, lora.Dropout(), segments=segments)
+        h = lora.shrink(x, lora_a, lora.Dropout(), segments=segments)  # [S, R]
     stack = _stack(x, "linear", offsets, tuple(operands), lora_a.shape[1] if lora_a is not None else 0)
-    y = kernel.grouped_linear(x, stack, segments, h, lora_b, scaling, bias)
+    y = kernel.grouped_linear(x, stack, segments, h, lora_b, scaling, bias)  # [S, N]
     return y, h if save_h and h is not None else x.new_empty(0, dtype=torch.float32)
 
 
@@ -164,21 +165,21 @@ def _backward(
         g, found = lora.dy_pass(
             dy, lora_b, h if h is not None else dy, scaling, need_x or need_a, need_b, segments=segments
         )
-        db = found.to(lora_b.dtype) if found is not None else none
+        db = found.to(lora_b.dtype) if found is not None else none  # [E, N, R]
     if need_a:
         assert x is not None
         assert g is not None
-        da = lora.x_pass(x, g, lora.Dropout(), lora_a.dtype, segments=segments).to(lora_a.dtype)
+        da = lora.x_pass(x, g, lora.Dropout(), lora_a.dtype, segments=segments).to(lora_a.dtype)  # [E, R, K]
     if need_x:
         stack = _stack(dy, "linear_t", offsets, tuple(operands), lora_a.shape[1] if lora_a is not None else 0)
-        dx = kernel.grouped_linear_t(dy, stack, segments, g, lora_a)
+        dx = kernel.grouped_linear_t(dy, stack, segments, g, lora_a)  # [S, K]
     if need_bias:
-        of_ones = dy.new_zeros(offsets.numel(), operands[-3], 1)
+        of_ones = dy.new_zeros(offsets.numel(), operands[-3], 1)  # B [E, N, 1]; only dB is computed
         _, sums = lora.dy_pass(
             dy, of_ones, dy.new_ones(len(dy), 1, dtype=torch.float32), 1.0, False, True, segments=segments
         )
         assert sums is not None
-        dbias = sums.squeeze(2)
+        dbias = sums.squeeze(2)  # [E, N]
     return dx, da, db, dbias
 
 

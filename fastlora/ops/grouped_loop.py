@@ -1,7 +1,7 @@
-"""The grouped linear expert by expert, each by `functional.lora_linear`; the numbers of rows come to the host.
+"""The grouped linear expert by expert, each by `ops.linear.lora_linear`; the numbers of rows are read on the host.
 
-torch.compile cannot see into a loop whose lengths are data, so there it is one operator, whose backward goes through
-the experts again. Dense weights [E, N, K] of any strides, or an NF4 stack [E N, K].
+torch.compile cannot look into a loop whose lengths are data, so under it this is one operator, whose backward goes
+through the experts again. It takes dense weights [E, N, K] of any strides, or an NF4 stack [E N, K].
 """
 
 from typing import Any
@@ -26,13 +26,13 @@ torch.library.define(
 )
 
 
-def segments(
+def one_by_one(
     x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
     offsets: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """As `grouped.grouped_lora_linear`."""
     if not torch.compiler.is_compiling():
-        return _one_by_one(x, weight, lora_a, lora_b, scaling, offsets, bias)
+        return _loop(x, weight, lora_a, lora_b, scaling, offsets, bias)
     if isinstance(weight, NF4Weight):
         codes, *scales = weight.tensors()
         packed = (*scales, *weight.shape, weight.blocksize)
@@ -41,14 +41,14 @@ def segments(
     return torch.ops.fastlora.grouped_segments(x, weight, lora_a, lora_b, bias, offsets, *dense, float(scaling))
 
 
-def _one_by_one(
+def _loop(
     x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
     offsets: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     ends = offsets.tolist()
     lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    # One node each in the graph: a slice per expert would make a whole gradient per expert.
-    *rows, nobodys = x.split([*lengths, x.shape[0] - ends[-1]])
+    # One node in the graph for all: with a slice per expert, each expert would make a gradient of the size of x.
+    *rows, unowned = x.split([*lengths, x.shape[0] - ends[-1]])  # [rows of the expert, K] each
     weights = weight.unbind(0) if isinstance(weight, Tensor) else _Stack(weight, len(ends))
     biases = [None] * len(ends) if bias is None else bias.unbind(0)
     adapters = None
@@ -60,16 +60,16 @@ def _one_by_one(
             continue
         w, b = weights[expert], biases[expert]
         if adapters is not None:
-            results.append(lora_linear(part, w, *adapters[expert], scaling, b))
+            results.append(lora_linear(part, w, *adapters[expert], scaling, b))  # [rows of the expert, N]
         else:
             results.append(nf4_linear(part, w, b) if isinstance(w, NF4Weight) else F.linear(part, w, b))
-    if nobodys.shape[0] or not results:
-        results.append(x.new_zeros(nobodys.shape[0], weights[0].shape[0]))
+    if unowned.shape[0] or not results:
+        results.append(x.new_zeros(unowned.shape[0], weights[0].shape[0]))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
 class _Stack:
-    """Experts of an NF4 stack, looked at one by one."""
+    """The experts of an NF4 stack as weights of their own, read one by one."""
 
     def __init__(self, weight: NF4Weight, experts: int) -> None:
         self.weight, self.n = weight, weight.shape[0] // experts
@@ -83,7 +83,7 @@ def _forward(*operands: Any) -> Tensor:
     if absmax is not None:
         weight = NF4Weight(weight, absmax, (n, k), x.dtype, blocksize, *scales)
     with torch.autocast(x.device.type, enabled=False):
-        return _one_by_one(x, weight, lora_a, lora_b, scaling, offsets, bias)
+        return _loop(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
 
 def _backward(dy: Tensor, *operands_and_needs: Any) -> tuple[Tensor, ...]:

@@ -7,11 +7,11 @@
 Saved for backward: x (where dA is wanted), h in fp32 (where dB is wanted), and the seed of the mask.
 The expanded weight is never saved: backward expands it again. Both operators are registered with
 `torch.library`, with fakes and autograd, so that `torch.compile` sees two opaque nodes, and a
-selective checkpoint can keep `fastlora::lora_linear`'s outputs by name. Where nobody must see them
+selective checkpoint can keep `fastlora::lora_linear`'s outputs by name. Where nothing must see them
 pass, `_Linear` runs the same code without torch's dispatcher.
 
-One door leads to the kernels: `_path` chooses among `linear_cpu_bf16`, `linear_cpu` and `linear_cuda`,
-once a pass. Each has `forward` and `backward` over rows [M, K].
+There is one way to the kernels: `_path` chooses among `linear_cpu_bf16`, `linear_cpu` and `linear_cuda`,
+at most once a pass. Each has `forward` and `backward` over rows [M, K].
 
 Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
 """
@@ -63,7 +63,7 @@ def lora_linear(
         lora_a: [R, K], fp32 or x's dtype. lora_b: [N, R], likewise.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
         bias: [N], in x's dtype or fp32; either is added as it is.
-        dropout_p: share of x's elements that the update does not see, in steps of 2**-16; only while `training`.
+        dropout_p: the share of x's elements that the update does not see, in steps of 2**-16; only while `training`.
     Returns:
         [..., N], dtype of x, accumulated in fp32.
     Raises:
@@ -71,7 +71,7 @@ def lora_linear(
     Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
     """
     if not 0.0 <= dropout_p < 1.0 - LEAST_DROPOUT:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, by 2**-17 or more; got {dropout_p}")
+        raise ValueError(f"dropout_p must be at least 0 and below 1 - 2**-17; got {dropout_p}")
     x, weight, bias = as_autocast(x, weight, bias)
     check(x, weight, bias)
     check_adapters(x, weight.shape, lora_a, lora_b)
@@ -106,10 +106,10 @@ def nf4_dequantize(
     """W, or W + scaling · B A, as a dense [N, K], rounded once from fp32. Not differentiable.
 
     Args:
-        dtype: default the weight's dtype before quantization.
+        dtype: by default the weight's dtype before quantization.
         lora_a: [R, K]. lora_b: [N, R].
     Raises:
-        ValueError: only one adapter given, or shapes that do not fit.
+        ValueError: only one adapter is given, or the shapes do not fit.
     """
     if (lora_a is None) != (lora_b is None):
         raise ValueError("nf4_dequantize merges lora_a and lora_b together: give both or neither")
@@ -120,7 +120,7 @@ def nf4_dequantize(
 
 
 def computed_by(n: int, k: int, r: int, blocksize: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """The paths that compute a linear [N, K], and how by its number of tokens: "up to 16 tokens decode, above ...".
+    """The paths that compute a linear [N, K], and how, by the number of tokens: "up to 16 tokens decode, above ...".
 
     Args:
         r: rank of the adapter, 0 for none. blocksize: of an NF4 weight, 0 for a dense one. dtype: of x.
@@ -135,7 +135,7 @@ def computed_by(n: int, k: int, r: int, blocksize: int, dtype: torch.dtype, devi
 
 
 def _path_on(device: torch.device) -> ModuleType:
-    """The module with what there is to say about the linears on a device."""
+    """The module whose `steps` describe the linears on a device."""
     if backend(device).name == "triton":
         from fastlora.ops import linear_cuda
 
@@ -144,7 +144,7 @@ def _path_on(device: torch.device) -> ModuleType:
 
 
 def _path(x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None) -> ModuleType:
-    """The module whose `forward` or `backward` computes a pass. x: the pass's own rows, x or dy, not empty."""
+    """The module whose `forward` or `backward` computes a pass. x: the rows of that pass, x or dy, not empty."""
     name = backend(x.device).name
     if name == "triton":
         from fastlora.ops import linear_cuda
@@ -154,7 +154,7 @@ def _path(x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None) -> ModuleTyp
 
 
 def _call(x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None) -> Tensor:
-    """The linear of operands that fit; differentiable."""
+    """The linear, for operands that fit; differentiable."""
     lora_a, lora_b, scaling, dropout_p, seed, _ = lora or (None, None, 0.0, 0.0, None, None)
     records = torch.is_grad_enabled()
     if seen_by_others(x, lora_a):
@@ -170,9 +170,9 @@ def _call(x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor
 def run(
     x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y [..., N] and, where it is to be saved, h [M, R] in fp32: by the operator where others must see it pass.
+    """y [..., N] and, where `save_h`, h [M, R] in fp32: by the operator where others must see it pass.
 
-    Differentiable only there. x: [..., K]; the operands fit.
+    Differentiable only there. x: [..., K]; the operands must fit.
     """
     if not seen_by_others(x, None if lora is None else lora.a):
         return _forward(x, weight, lora, bias, save_h)
@@ -199,7 +199,7 @@ def _forward(
     save_h: bool,
     path: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [..., N] and h [M, R] or None by `path`, which is chosen here where it is not given."""
+    """y [..., N] and h [M, R] or None by `path`; None: by the path chosen here."""
     n, k = weight.shape
     if x.numel() == 0:
         h = x.new_zeros((x.numel() // k if k else 0, lora.r), dtype=torch.float32) if lora and save_h else None
@@ -224,7 +224,7 @@ def _backward(
     needs: Needs,
     path: ModuleType | None = None,
 ) -> Gradients:
-    """As `run_backward`, by `path`, which is chosen here where it is not given."""
+    """As `run_backward`, by `path`; None: by the path chosen here."""
     n, k = weight.shape
     if dy.numel() == 0:
         dx = dy.new_zeros((*dy.shape[:-1], k)) if needs.x else None
@@ -244,7 +244,7 @@ def _backward(
 def _all_gradients(
     dy: Tensor, x: Tensor | None, grads: Gradients, needs: tuple[bool, bool], n: int, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB, d bias, d weight); needs: whether those of the bias and of a dense weight are wanted."""
+    """(dx, dA, dB, d bias, d weight). needs: whether the last two, of the bias and of a dense weight, are wanted."""
     dbias = dweight = None
     need_bias, need_weight = needs
     if need_bias or need_weight:
@@ -257,7 +257,7 @@ def _all_gradients(
 
 
 class _Linear(torch.autograd.Function):
-    """The linear without torch's dispatcher, which costs 150 us a call where it ends in Python."""
+    """The linear without torch's dispatcher, which costs 150 us a call if it leads to Python."""
 
     @staticmethod
     def forward(
@@ -270,9 +270,9 @@ class _Linear(torch.autograd.Function):
         lora = None
         if lora_a is not None and lora_b is not None:
             lora = Lora(lora_a, lora_b, scaling, dropout_p, seed)
-        path = _path(x, weight, lora) if x.numel() else None  # of this call's backward too
+        path = _path(x, weight, lora) if x.numel() else None  # for this call's backward too
         y, h = _forward(x, weight, lora, bias, need_b, path)
-        frozen = dense if packed is None else packed.codes  # saved for autograd to see it changed in between
+        frozen = dense if packed is None else packed.codes  # saved, so that autograd notices a change in between
         ctx.save_for_backward(x if need_a or need_dense else None, h, lora_a, lora_b, frozen, seed)
         ctx.rest, ctx.path, ctx.bias_dtype = rest, path, None if bias is None else bias.dtype
         return y
@@ -294,7 +294,7 @@ class _Linear(torch.autograd.Function):
         return *found, None, None
 
 
-# Function.apply without its search of the arguments for what torch.func left behind: `seen_by_others` has looked.
+# Function.apply without its search of the arguments for torch.func's wrappers: `seen_by_others` has looked for them.
 _apply = super(torch.autograd.Function, _Linear).apply
 
 
@@ -356,7 +356,7 @@ def _operator_backward_fake(
     )
 
 
-_X, _BIAS, _WEIGHT = 0, 1, 2  # positions among the operator's inputs, where `_flat` follows x and the bias
+_X, _BIAS, _WEIGHT = 0, 1, 2  # positions among the operator's inputs: x, the bias, then those of `_flat`
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,18 +1,19 @@
 """The linear in torch's own operators and compiled C++: the CPU path, and the fall-back on any other device.
 
-Where the C++ library is live, it expands NF4 in one pass, multiplies a few rows with packed codes directly, and
-forms the low-rank products h, g, dA and dB, reading 16-bit activations once and never widening them in memory. Where it
-is not, torch's operators compute the same. bf16 on a processor with AVX512_BF16 goes by `linear_cpu_bf16` instead.
+If the C++ library is loaded, it expands NF4 in one pass, multiplies a few rows with packed codes directly, and computes
+the low-rank products h, g, dA and dB, reading 16-bit activations once and never widening them in memory. If not,
+torch's operators compute the same. bf16 on a processor with AVX512_BF16 takes `linear_cpu_bf16` instead.
 
-From about as many tokens as the weight has rows or columns, the update is merged into the expanding weight and costs
-no pass over activations. Below, and for dense weights or dropout, the update is written first and the base product is
-added to it with beta = 1, in fp32 and rounded once: added the other way round, a small update would round away.
+With at least as many tokens as the weight has rows or columns, the update is merged while the weight is expanded, and
+costs no pass over activations. With fewer, and for dense weights or dropout, the update is written first and the base
+product is added to it with beta = 1, in fp32, rounded once: added the other way round, a small update would be rounded
+away.
 
     y = [h1 h2 h1] [B1 B1 B2]ᵀ + bias,     h = h1 + h2, B = B1 + B2
     y = y + x Wᵀ
 
 Where adapters are fp32 and activations have 16 bits, each factor is split into two 16-bit ones, which keeps 16 bits of
-the product and never makes an [M, N] in fp32. For a few rows that is not worth its calls, and fp32 it is.
+the product and never makes an [M, N] in fp32. For a few rows the extra calls do not pay, and fp32 is used.
 """
 
 import torch
@@ -20,22 +21,21 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.kernels.operands import Lora
-from fastlora.native import cpu
-from fastlora.native import linear as native_linear
-from fastlora.native import lora as native_lora
+from fastlora.native import cpu, linear
+from fastlora.native.lora import dropout_mask, lora_outer, lora_shrink
 from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, affine, dense, merged, with_rows
 
-GEMV_UP_TO_M = 8  # above, expanding the weight and one product are quicker than decoding it for every few rows
+GEMV_UP_TO_M = 8  # above, expanding the weight and one product are faster than decoding it for every few rows
 SPLIT_FROM_M = 128
-STREAM_FROM = 1 << 15  # elements of an activation below which torch's own calls are quicker
+STREAM_FROM = 1 << 15  # elements of an activation below which torch's own calls are faster
 
 
 def forward(
     x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
+    """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where `save_h`. x: [M, K]."""
     if lora is None:
         return _base_product(x, weight, bias), None
     merges = _merges(x, weight, lora)
@@ -90,14 +90,14 @@ def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: to
             found = [first, Step(ANY_M, "linear_cpu", "expand and merge, then torch's product")]
         if cpp:
             found = [Step(GEMV_UP_TO_M, "linear_cpu", "C++ product over packed codes"), *found]
-    if cpp and dtype is torch.bfloat16 and native_linear.supports(1, n, k, r, packed):
-        few = ANY_M if native_linear.supports(ANY_M, n, k, r, packed) else native_linear.FEW_TOKENS
+    if cpp and dtype is torch.bfloat16 and linear.supports(1, n, k, r, packed):
+        few = ANY_M if linear.supports(ANY_M, n, k, r, packed) else linear.FEW_TOKENS
         found = [Step(few, "linear_cpu_bf16", "one C++ product"), *(step for step in found if step.m > few)]
     return found
 
 
 def _merges(x: Tensor, weight: Tensor | NF4Weight, lora: Lora) -> bool:
-    """Merging costs N K R products, a separate update M N R or M K R."""
+    """Whether to merge: that costs N K R products, a separate update M N R or M K R."""
     return isinstance(weight, NF4Weight) and lora.seed is None and x.shape[0] >= min(weight.shape)
 
 
@@ -106,7 +106,7 @@ def _has_cpp(x: Tensor) -> bool:
 
 
 def _streams(x: Tensor, lora: Lora) -> bool:
-    """Whether C++ forms a low-rank product: where there is enough to read, or a mask to derive."""
+    """Whether C++ computes a low-rank product: where there is enough to read, or a mask to derive."""
     return (x.numel() >= STREAM_FROM or lora.seed is not None) and _has_cpp(x)
 
 
@@ -115,11 +115,11 @@ def _seed(lora: Lora) -> int | None:
 
 
 def _mask(lora: Lora, rows: int, columns: int) -> Tensor:
-    """The dropout mask [rows, columns] in fp32, derived anew from the seed."""
+    """The dropout mask [rows, columns] in fp32, derived again from the seed."""
     assert lora.seed is not None
     if _has_cpp(lora.seed):
         mask = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
-        native_lora.dropout_mask(int(lora.seed.item()), lora.dropout_p, mask)
+        dropout_mask(int(lora.seed.item()), lora.dropout_p, mask)
         return mask
     return reference.dropout_mask(int(lora.seed.item()), rows, columns, lora.dropout_p).to(lora.seed.device)
 
@@ -134,10 +134,10 @@ def _shrink(x: Tensor, right: Tensor, scaling: float, lora: Lora) -> Tensor:
     """scaling · dropout(x) right, [M, R]. x: [M, K]; right: [K, R], a view of an adapter."""
     if _streams(x, lora):
         out = torch.empty(x.shape[0], right.shape[1], dtype=torch.float32, device="cpu")
-        native_lora.lora_shrink(with_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
+        lora_shrink(with_rows(x), right.t().float(), out, scaling, _seed(lora), lora.dropout_p)
         return out
-    # the factor goes to the smaller operand: a product in 16 bits would be rounded a second time
-    return _dropped(x, lora) @ _scaled(right.to(lora.dtype), scaling)
+    # the factor goes to the smaller operand: a 16-bit product would be rounded a second time
+    return _dropped(x, lora) @ _scaled(right.to(lora.dtype), scaling)  # [M, K] @ [K, R]
 
 
 def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool = False) -> Tensor:
@@ -146,7 +146,7 @@ def _outer(left: Tensor, x: Tensor, scaling: float, lora: Lora, transposed: bool
         shape = (x.shape[1], left.shape[1]) if transposed else (left.shape[1], x.shape[1])
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         view = out.t() if transposed else out
-        native_lora.lora_outer(with_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
+        lora_outer(with_rows(x), left.float().contiguous(), view, scaling, _seed(lora), lora.dropout_p)
         return out
     wide, left = _dropped(x, lora), _scaled(left.to(lora.dtype), scaling)
     return wide.t() @ left if transposed else left.t() @ wide
@@ -187,8 +187,8 @@ def _base_product_t(dy: Tensor, weight: Tensor | NF4Weight) -> Tensor:
 def _adapted(h: Tensor, x: Tensor, weight: Tensor | NF4Weight, lora: Lora, bias: Tensor | None) -> Tensor:
     """x Wᵀ + scaling · h Bᵀ + bias, [M, N].
 
-    The update goes first, and the base product is added onto it. A bias wider than x is not to be rounded twice, as it
-    may be larger than both: then the base goes first.
+    The update goes first, and the base product is added to it. A bias wider than x must not be rounded twice, as it may
+    be larger than both; with such a bias the base goes first.
     """
     packed = _reads_packed(x, weight)
     if bias is None or bias.dtype == x.dtype or packed:
@@ -200,7 +200,7 @@ def _adapted(h: Tensor, x: Tensor, weight: Tensor | NF4Weight, lora: Lora, bias:
 def _update(left: Tensor, right: Tensor, x: Tensor, packed: bool, bias: Tensor | None) -> Tensor:
     """left right + bias, to which `_sum` adds the base product. left: [M, R]; right: [R, N], a view of an adapter.
 
-    In fp32 where that product comes in fp32 (`packed`), else in x's dtype.
+    In fp32 where the base product will be in fp32 (`packed`), else in x's dtype.
     """
     dtype = torch.float32 if packed else x.dtype
     if dtype == torch.float32 or right.dtype == dtype:

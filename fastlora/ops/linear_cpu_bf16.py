@@ -1,13 +1,13 @@
 """The linear by one C++ call forward and one backward: bf16 on a CPU with AVX512_BF16, for any number of tokens.
 
-See `native.linear` for the arithmetic. h is formed in fp32 on the way, and kept where dB is wanted.
+See `native.linear` for the arithmetic. h is computed in fp32 on the way, and kept where dB is wanted.
 """
 
 import torch
 from torch import Tensor
 
 from fastlora.kernels.operands import Lora
-from fastlora.native import linear as native_linear
+from fastlora.native import linear
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.ops.operands import Gradients, Needs
 
@@ -23,18 +23,18 @@ def takes(x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None) -> bool:
     if not isinstance(weight, NF4Weight) and weight.stride(1) != 1:
         return False
     (n, k), r = weight.shape, 0 if lora is None else lora.a.shape[0]
-    return native_linear.supports(x.numel() // k, n, k, r, packed)
+    return linear.supports(x.numel() // k, n, k, r, packed)
 
 
 def forward(
     x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
+    """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where `save_h`. x: [M, K]."""
     if lora is not None:
         lora = _as_read(lora)
     if bias is not None:
         bias = bias.float().contiguous()
-    return native_linear.linear(x if x.stride(1) == 1 else x.contiguous(), weight, lora, bias, save_h)
+    return linear.linear(x if x.stride(1) == 1 else x.contiguous(), weight, lora, bias, save_h)
 
 
 def backward(
@@ -43,11 +43,11 @@ def backward(
     """Gradients of everything except a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     if lora is None:
-        dx, *_ = native_linear.linear_backward(dy, None, None, weight, None, needs.x)
+        dx, *_ = linear.linear_backward(dy, None, None, weight, None, needs.x)
         return Gradients(dx, None, None)
     read = _as_read(lora)
     x = x if x is None or x.stride(1) == 1 else x.contiguous()
-    dx, da, db = native_linear.linear_backward(dy, x, h, weight, read, *needs)
+    dx, da, db = linear.linear_backward(dy, x, h, weight, read, *needs)
     if read is not lora:
         da = None if da is None else da.to(lora.a.dtype)
         db = None if db is None else db.to(lora.b.dtype)
@@ -55,7 +55,7 @@ def backward(
 
 
 def _as_read(lora: Lora) -> Lora:
-    """A and B as the library reads them: of one dtype and contiguous."""
+    """A and B as the library reads them: in one dtype and contiguous."""
     a, b = lora.a, lora.b
     if a.dtype is not b.dtype:
         a, b = a.float(), b.float()

@@ -1,19 +1,19 @@
 """The linear on CUDA, by the number of tokens: kernels that read packed codes for few, cuBLAS for many.
 
-    decode       up to 16, no dropout: each packed byte read once, LoRA inside; compiled CUDA, or its Triton twin
+    decode       up to 16, no dropout: each packed byte read once, LoRA inside; compiled CUDA, or the same in Triton
     fused        up to about M*: tiles expand inside the product, and LoRA's h or g is one more tile of the contraction
     dequantize   above: the weight expanded into memory, one cuBLAS product
 
-`fastlora.kernels.choice` says which, by a table per GPU. What a kernel does not take, a dtype or an odd shape, goes to
-the next one down this list. Dense weights always go to cuBLAS.
+`fastlora.kernels.choice` says which, by a table for each GPU. What a kernel does not take, a dtype or an odd shape,
+goes to the next one down this list. Dense weights always go to cuBLAS.
 
-An expanded NF4 weight has s · B A merged in where there is no dropout: what LoRA costs is the shrink, the dy pass and
-the x pass, each one read of an activation. With dropout, or over a dense weight, where merging would round small
-updates away: write the update first (`expand`), then let cuBLAS add the base product to it with beta = 1. A separate
-[M, N] product is never made.
+Without dropout an expanded NF4 weight has s · B A merged in: LoRA costs only the shrink, the dy pass and the x pass,
+each one read of an activation. With dropout, or over a dense weight, where merging would round small updates away, the
+update is written first (`expand`), and cuBLAS adds the base product to it with beta = 1. A separate [M, N] product is
+never made.
 
-The expanded weight comes from torch's caching allocator, which hands the same block to every layer
-in turn on a stream: a scratch buffer in effect, with nothing to size or to free.
+The expanded weight comes from torch's caching allocator, which gives every layer of a stream the same block
+in turn: in effect a scratch buffer, with nothing to size or to free.
 """
 
 import functools
@@ -41,7 +41,7 @@ _NO_DROPOUT = Dropout()
 def forward(
     x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where it is to be saved. x: [M, K]."""
+    """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where `save_h`. x: [M, K]."""
     chosen = _choose("linear", x, weight, lora, lambda other: forward_by(other, x, weight, lora, bias, save_h))
     return forward_by(chosen, x, weight, lora, bias, save_h)
 
@@ -49,7 +49,7 @@ def forward(
 def forward_by(
     chosen: Choice, x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `forward`, by a given kernel, which must be able to."""
+    """As `forward`, by a given kernel, which must support the operands."""
     a, b, scaling, dropout = _parts(lora)
     merges = chosen.kernel == "dequantize" and _merges(weight, lora)
     h = None
@@ -66,7 +66,7 @@ def forward_by(
     else:
         assert h is not None
         assert b is not None
-        # A bias wider than x is not to be rounded twice, as it may be larger than all else: then the base goes first.
+        # A bias wider than x must not be rounded twice, as it may be larger than all else: then the base goes first.
         base_first = bias is not None and bias.dtype != x.dtype
         update = kernel.expand(h, b, scaling, torch.float32 if base_first else x.dtype, Dropout(), bias)  # [M, N]
         right = dense(weight, x.dtype).t()  # [K, N]
@@ -93,22 +93,22 @@ def backward_by(
     lora: Lora | None,
     needs: Needs,
 ) -> Gradients:
-    """As `backward`, with dx by a given kernel, which must be able to."""
+    """As `backward`, with dx by a given kernel, which must support the operands."""
     _, b, scaling, dropout = _parts(lora)
     g, da, db = None, None, None
     needs_g = needs.lora_a or (needs.x and not (chosen.kernel == "dequantize" and _merges(weight, lora)))
     if lora is not None and b is not None and (needs_g or needs.lora_b):
-        g, db = kernel.dy_pass(dy, b, h if h is not None else dy, scaling, needs_g, needs.lora_b)
+        g, db = kernel.dy_pass(dy, b, h if h is not None else dy, scaling, needs_g, needs.lora_b)  # [M, R], [N, R]
         db = db.to(lora.b.dtype) if db is not None else None
     if lora is not None and needs.lora_a:
         assert g is not None
         assert x is not None
-        da = kernel.x_pass(x, g, dropout, lora.dtype).to(lora.a.dtype)
+        da = kernel.x_pass(x, g, dropout, lora.dtype).to(lora.a.dtype)  # [R, K]
     return Gradients(dx_by(chosen, dy, g, weight, lora) if needs.x else None, da, db)
 
 
 def dx_by(chosen: Choice, dy: Tensor, g: Tensor | None, weight: Tensor | NF4Weight, lora: Lora | None) -> Tensor:
-    """dx [M, K] from dy [M, N] and g = scaling · dy B [M, R], which a merged weight does without."""
+    """dx [M, K] from dy [M, N] and g = scaling · dy B [M, R]; a merged weight needs no g."""
     a, _, _, dropout = _parts(lora)
     if isinstance(weight, NF4Weight) and chosen.kernel == "fused":
         return fused.linear_t(dy, weight, g, a, dropout, chosen.config)
@@ -124,7 +124,7 @@ def dx_by(chosen: Choice, dy: Tensor, g: Tensor | None, weight: Tensor | NF4Weig
 def _choose(
     op: str, rows: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, run: Callable[[Choice], object]
 ) -> Choice:
-    """The kernel for a product with these operands; `run` does it by another choice, for a search."""
+    """The kernel for a product with these operands; `run` does it by a given choice, for a search."""
     if not isinstance(weight, NF4Weight):
         return _DEQUANTIZE
     (n, k), r = weight.shape, lora.r if lora is not None else 0

@@ -1,13 +1,13 @@
-"""A batch whose samples have different adapters, by Triton kernels in which every row meets its own adapter.
+"""A batch whose samples have different adapters, by Triton kernels that look up each row's adapter.
 
     y = x Wᵀ + s_a · (mask ∘ x) A_aᵀ B_aᵀ + bias_a,      a: the adapter of the row, or none
 
 Neither samples nor updates are moved: neighbours with the same adapter are one stretch of rows, and four kernels do for
-stretches what they do for a plain linear (`kernels.lora`, `kernels.segments`), each adapter with its own rate of
-dropout. The adapters of a call are stacked, padded to the largest rank: a copy of a few hundred kilobytes, so that the
-number of launches does not grow with the number of adapters. The update is written first, and cuBLAS adds the base
-product with beta = 1. Where an adapter has a bias, which may be larger than all else, or where few rows meet an NF4
-weight, which is then read packed (`linear_cuda`), the base product comes first and the sum is formed in fp32.
+stretches what they do for a plain linear (`kernels.lora`, `kernels.segments`), with each adapter's own dropout rate.
+The adapters of a call are stacked, padded to the largest rank: a copy of a few hundred kilobytes, so that the number of
+launches does not grow with the number of adapters. The update is written first, and cuBLAS adds the base product with
+beta = 1. There are two exceptions: an adapter with a bias, which may be larger than all else, and few rows over an NF4
+weight, which is then read packed (`linear_cuda`). There the base product comes first, and the sum is in fp32.
 Saved for backward: x (where dA is wanted), h in fp32, the stacked adapters.
 
 Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea of one launch for all adapters.
@@ -35,16 +35,16 @@ class Rows(NamedTuple):
     """The stretches of a batch, on the device."""
 
     segments: Segments
-    totals: Segments  # the same, rows without an adapter having one of their own, the last
+    totals: Segments  # the same, but rows without an adapter count as an adapter of their own, the last
     drops: bool
 
 
 def rows_of(places: tuple[int, ...], rows: int, facts: tuple[tuple[float, float], ...], device: torch.device) -> Rows:
-    """The stretches of a batch of samples with `rows` rows each; one copy serves all layers of a step.
+    """The stretches of a batch of samples with `rows` rows each, cached: one copy serves all layers of a step.
 
     Args:
-        places: for each sample the place of its adapter, or -1.
-        facts: for each adapter its scaling and its rate of dropout, 0 where nothing is dropped.
+        places: for each sample the position of its adapter, or -1.
+        facts: for each adapter its scaling and its dropout rate, 0 where nothing is dropped.
     """
     return keep_if_captured(_rows_of(places, rows, facts, device, torch.is_inference_mode_enabled()), device)
 
@@ -84,7 +84,7 @@ def _moved(table: Tensor, device: torch.device) -> Tensor:
 
 
 def stacked(adapters: Sequence[Tensor], dim: int) -> Tensor:
-    """Matrices of different rank as one stack, padded with zeros along their rank, dimension `dim`. Differentiable."""
+    """Matrices of different ranks as one stack, padded with zeros along the rank, dimension `dim`. Differentiable."""
     rank = max(adapter.shape[dim] for adapter in adapters)
     if len(adapters) == 1:
         return adapters[0].unsqueeze(0)
@@ -102,9 +102,9 @@ def linear(
     Args:
         x: [M, K], bf16, fp16 or fp32. weight: [N, K], dense in `dtype` or NF4.
         lora_a: [adapters, R, K]. lora_b: [adapters, N, R]. Both fp32 or both `dtype`.
-        bias: [adapters + 1, N], the last for rows without an adapter.
+        bias: [adapters + 1, N], the last row for rows without an adapter.
         wide: whether a bias may be larger than all else, and must not be rounded before the sum.
-        dtype: of the products; x is cast to it. result: dtype of y; a sum formed in fp32 is rounded to it alone.
+        dtype: of the products; x is cast to it. result: dtype of y; a sum in fp32 is rounded only to it.
     """
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device) if rows.drops else None
     whole, packed = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
@@ -121,9 +121,10 @@ class _Linear(torch.autograd.Function):
         weight: Any = packed if whole is None else whole
         ctx.given, x = x.dtype, x.to(dtype)
         segments, dropout = rows.segments, _dropout(seed)
-        h = kernel.shrink(x, lora_a, dropout, segments=segments)
+        h = kernel.shrink(x, lora_a, dropout, segments=segments)  # [M, R]
         base_first = (bias is not None and wide) or linear_cuda.reads_packed("linear", x, weight)
-        update = kernel.expand(h, lora_b, 1.0, torch.float32 if base_first else dtype, Dropout(), bias, segments)
+        update_dtype = torch.float32 if base_first else dtype
+        update = kernel.expand(h, lora_b, 1.0, update_dtype, Dropout(), bias, segments)  # [M, N]
         if base_first:
             y = torch.add(linear_cuda.forward(x, weight, None, None, False)[0], update)
         else:
@@ -145,13 +146,13 @@ class _Linear(torch.autograd.Function):
             g, db = kernel.dy_pass(dy, lora_b, dy if h is None else h, 1.0, need_x or need_a, need_b, segments=segments)
         if need_a:
             assert g is not None
-            da = kernel.x_pass(x, g, dropout, lora_a.dtype, segments=segments).to(lora_a.dtype)
+            da = kernel.x_pass(x, g, dropout, lora_a.dtype, segments=segments).to(lora_a.dtype)  # [adapters, R, K]
         if need_x:
             assert g is not None
             weight = frozen if ctx.packed is None else ctx.packed
             dx = _dx(dy, g, lora_a, weight, segments, dropout).to(ctx.given)
         if need_weight:
-            dw = dy.t() @ x
+            dw = dy.t() @ x  # [N, K]
         if need_bias:
             dbias = _bias_gradient(dy, ctx.rows).to(ctx.bias_dtype)
         return dx, dw, da, None if db is None else db.to(lora_b.dtype), dbias, *(None,) * 6
@@ -160,7 +161,7 @@ class _Linear(torch.autograd.Function):
 def _dx(
     dy: Tensor, g: Tensor, lora_a: Tensor, weight: Tensor | NF4Weight, segments: Segments, dropout: Dropout
 ) -> Tensor:
-    """dx [M, K], in dy's dtype, or in fp32 where it was formed so."""
+    """dx [M, K], in dy's dtype, or in fp32 where the base product comes first."""
     base_first = linear_cuda.reads_packed("linear_t", dy, weight)
     dtype = torch.float32 if base_first else dy.dtype
     dx = kernel.expand(g, lora_a.mT, 1.0, dtype, dropout, segments=segments, column=KEEP)
@@ -176,9 +177,9 @@ def _dropout(seed: Tensor | None) -> Dropout:
 
 
 def _bias_gradient(dy: Tensor, rows: Rows) -> Tensor:
-    """dy summed over the rows of each adapter, and last over those of none: [adapters + 1, N], fp32."""
+    """dy summed over the rows of each adapter, and last over rows without one: [adapters + 1, N], fp32."""
     ones = dy.new_ones(dy.shape[0], 1, dtype=torch.float32)
-    none = dy.new_empty(rows.totals.adapters, dy.shape[1], 1)  # B, of which dB knows nothing
+    none = dy.new_empty(rows.totals.adapters, dy.shape[1], 1)  # in place of B, which dB does not read
     _, sums = kernel.dy_pass(dy, none, ones, 1.0, False, True, segments=rows.totals)
     assert sums is not None
     return sums.squeeze(2)

@@ -1,12 +1,12 @@
-"""NF4 weights: packed codes and their scales, bit for bit as bitsandbytes has them.
+"""NF4 weights: packed codes and their scales, bit for bit as in bitsandbytes.
 
 A weight [N, K] is cut, flat, into blocks of `blocksize` values. A block keeps its largest magnitude
 (`absmax`) and, for each value, the index of the nearest of sixteen levels, two indices a byte, the
-first in the high nibble. With double quantization the scales are quantized once more: their mean is
-taken off (`offset`), and each run of 256 shares a second-level scale (`absmax2`) over 8-bit levels
+first in the high nibble. With double quantization the scales are quantized too: their mean is
+subtracted (`offset`), and each run of 256 shares a second-level scale (`absmax2`) over 8-bit levels
 (`code2`). At blocksize 64 that is 4.13 bits a weight.
 
-Nothing here needs bitsandbytes but reading and writing its own objects.
+bitsandbytes is needed only to read and write its own objects.
 Source: arXiv:2305.14314, section 3; arXiv:2110.02861 (the 8-bit levels).
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.kernels.operands import FLOAT_DTYPES, LEVELS, SCALES_A_RUN, Packed, check_blocksize, level_table
-from fastlora.native import quantize as native_quantize
+from fastlora.native.quantize import TABLE_STEPS, nf4_quantize, quantize_scales
 from fastlora.ops.backend import backend
 from fastlora.ops.dequantize import nf4_dequantize
 
@@ -40,13 +40,13 @@ class NF4Weight(Packed):
         return sum(tensor.nbytes for tensor in self.tensors() if tensor is not None)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K] in `dtype` (default: as before quantization), rounded once from fp32."""
+        """The weight [N, K] in `dtype` (default: that before quantization), rounded once from fp32."""
         dtype = dtype or self.dtype
         _check_float_dtype(dtype)
         return nf4_dequantize(self, dtype)
 
     def to(self, device: torch.device | str) -> "NF4Weight":
-        """The same weight on another device; itself where nothing moves."""
+        """The same weight on another device; itself if nothing moves."""
         moved = {
             name: value.to(device)
             for name in ("codes", "absmax", "absmax2", "code2", "offset")
@@ -59,8 +59,8 @@ class NF4Weight(Packed):
     def rows(self, begin: int, end: int) -> "NF4Weight":
         """Rows [begin, end) as a weight of their own.
 
-        Codes are the same memory, and so are the scales, but for nested ones whose runs of 256 do not begin at
-        `begin`: those are expanded to fp32.
+        Codes share the memory of this weight, and so do the scales, except nested ones with no run of 256 that begins
+        at `begin`: those are expanded to fp32.
 
         Raises:
             ValueError: a block of values crosses `begin` or `end`.
@@ -83,7 +83,7 @@ class NF4Weight(Packed):
         return replace(self, absmax=scales, absmax2=None, code2=None, offset=None, **part)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors under the names that bitsandbytes' `Linear4bit` saves: `weight`, `weight.absmax`, ..."""
+        """Tensors under the names under which bitsandbytes' `Linear4bit` saves them: `weight`, `weight.absmax`, ..."""
         state: dict[str, Tensor] = {
             "weight": self.codes.view(-1, 1),
             "weight.absmax": self.absmax,
@@ -152,7 +152,7 @@ class NF4Weight(Packed):
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 "bitsandbytes has repacked this weight for CPU inference, which loses precision: reload the model, and "
-                "hand it over before any forward pass in eval mode"
+                "pass it on before any forward pass in eval mode"
             )
         if len(state.shape) != 2:
             raise ValueError(f"an NF4 weight is a matrix [N, K]; this one has shape {list(state.shape)}")
@@ -176,7 +176,7 @@ class NF4Weight(Packed):
         )
 
     def to_bnb(self) -> Any:
-        """A bitsandbytes `Params4bit` over the same memory, as `Linear4bit.weight` holds it."""
+        """A bitsandbytes `Params4bit` over the same memory, as in `Linear4bit.weight`."""
         from bitsandbytes.functional import QuantState
         from bitsandbytes.nn import Params4bit
 
@@ -209,10 +209,10 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
 
     Args:
         w: [N, K], fp32, fp16 or bf16, any strides, any device.
-        blocksize: values a scale serves: 32, 64, ... 4096; blocks may cross rows.
+        blocksize: values that share a scale: 32, 64, ... 4096; blocks may cross rows.
         double_quant: quantize the scales too (0.37 bits a weight less at blocksize 64).
     Raises:
-        ValueError: wrong dtype, not a matrix, empty, an unknown blocksize, NaN or inf among the values.
+        ValueError: wrong dtype, not a matrix, empty, an unknown blocksize, or NaN or inf among the values.
     Source: arXiv:2305.14314, section 3.
     """
     check_blocksize(blocksize)
@@ -254,17 +254,17 @@ def _encode(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 def _encode_with_cpp(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(-(flat.numel() // -2), dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(flat.numel() // -blocksize), dtype=torch.float32, device="cpu")
-    native_quantize.nf4_quantize(flat, blocksize, codes, absmax)
+    nf4_quantize(flat, blocksize, codes, absmax)
     return codes, absmax
 
 
 def _encode_scales(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit levels of scales less their offset, and the second-level scales."""
+    """8-bit levels of scales minus their offset, and the second-level scales."""
     on_cpu = absmax.device.type == "cpu"
     centred = absmax - offset
     absmax2 = _block_absmax(centred, SCALES_A_RUN)
     levels = _nearest_levels(centred, absmax2, SCALES_A_RUN, dynamic_code(absmax.device), grid=on_cpu)
-    if on_cpu:  # scales all alike: bitsandbytes divides 0 by 0 and ends at level 0; the value is the same
+    if on_cpu:  # where all scales are equal, bitsandbytes divides 0 by 0 and ends at level 0; the value is the same
         levels[(absmax2 == 0).repeat_interleave(SCALES_A_RUN)[: levels.numel()]] = 0
     return levels, absmax2
 
@@ -272,15 +272,15 @@ def _encode_scales(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
 def _encode_scales_with_cpp(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     levels = torch.empty_like(absmax, dtype=torch.uint8)
     absmax2 = absmax.new_empty(-(absmax.numel() // -SCALES_A_RUN))
-    native_quantize.quantize_scales(absmax, offset.item(), _level_of_step(), levels, absmax2)
+    quantize_scales(absmax, offset.item(), _level_of_step(), levels, absmax2)
     return levels, absmax2
 
 
 @functools.cache
 def _level_of_step() -> Tensor:
-    """The 8-bit level nearest to each of the steps over [-1, 1] that bitsandbytes rounds to: [65536], uint8."""
+    """The 8-bit level nearest to each of the steps over [-1, 1] to which bitsandbytes rounds: [65536], uint8."""
     code = dynamic_code()
-    steps = torch.arange(native_quantize.TABLE_STEPS, dtype=torch.float32, device="cpu") / 32767.5 - 1
+    steps = torch.arange(TABLE_STEPS, dtype=torch.float32, device="cpu") / 32767.5 - 1
     return torch.bucketize(steps, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
@@ -307,10 +307,10 @@ def _block_absmax(values: Tensor, blocksize: int) -> Tensor:
 
 
 def _nearest_levels(values: Tensor, absmax: Tensor, blocksize: int, code: Tensor, grid: bool = False) -> Tensor:
-    """Index of the level nearest to each value over its block's scale; on a tie the lower one. uint8, flat.
+    """The index of the level nearest to each value over its block's scale, on a tie the lower one: uint8, flat.
 
     With `grid`, values are first rounded to 65536 steps over [-1, 1]: on the CPU bitsandbytes finds
-    8-bit levels in a table of that size, on other devices it compares with the midpoints.
+    8-bit levels in a table of that size; on other devices it compares with the midpoints.
     """
     inverse = (1.0 / absmax.clamp(min=1e-38)).repeat_interleave(blocksize)[: values.numel()]
     scaled = (values * inverse).clamp_(-1, 1)

@@ -1,7 +1,7 @@
 """What an adapted linear layer is made of, as every path takes it.
 
-The frozen part is a dense tensor [N, K] or an `NF4Weight`, the trained part a `Lora`; nothing on the way from a layer
-to a kernel wraps them again.
+The frozen part is a dense tensor [N, K] or an `NF4Weight`, the trained part is a `Lora`; nothing on the way from a
+layer to a kernel wraps them again.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ ANY_M = 1 << 62  # no bound on the number of tokens
 
 
 class Step(NamedTuple):
-    """What computes y up to so many tokens, in words; a path is named as its file."""
+    """What computes y for up to m tokens, in words; a path is named as its file is."""
 
     m: int
     path: str
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a backward pass gives; None for what nobody asked for."""
+    """What a backward pass returns; None for what is not needed."""
 
     x: Tensor | None  # [M, K]
     lora_a: Tensor | None  # [R, K]
@@ -34,7 +34,7 @@ class Gradients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a backward pass is asked for."""
+    """Which gradients a backward pass is to compute."""
 
     x: bool
     lora_a: bool
@@ -42,17 +42,17 @@ class Needs(NamedTuple):
 
 
 def in_dtype(weight: Any, dtype: torch.dtype) -> Any:
-    """A dense weight in `dtype`; an NF4 weight, which goes with any dtype, as it is."""
+    """A dense weight in `dtype`; an NF4 weight as it is, since it goes with any dtype."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight
 
 
 def dense(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`. An expanded NF4 weight is for use at once: the next one may take its memory."""
+    """W [N, K] in `dtype`. An expanded NF4 weight is for use at once: the next one may overwrite it."""
     return nf4_expand(weight, dtype) if isinstance(weight, Packed) else weight
 
 
 def merged(weight: Packed, dtype: torch.dtype, lora: Lora) -> Tensor:
-    """W + scaling · B A [N, K], rounded once from fp32, for use at once; sound for NF4 only."""
+    """W + scaling · B A [N, K], rounded once from fp32, for use at once. Only for NF4, which is rounded in any case."""
     return nf4_expand(weight, dtype, lora.a, lora.b, lora.scaling)
 
 

@@ -1,4 +1,4 @@
-"""The grouped linear: both ways to it, dense and packed, against weights with the update formed."""
+"""The grouped linear on both of its paths through torch, dense and packed, against weights with the update added."""
 
 import itertools
 
@@ -48,11 +48,13 @@ def test_both_ways_of_the_grouped_linear(way, with_bias, rank, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
-@pytest.mark.parametrize("rows", [40, grouped.FEW_ROWS], ids=["grouped", "segments"])
+@pytest.mark.parametrize("rows", [40, grouped.FEW_ROWS], ids=["grouped_mm", "one_by_one"])
 def test_a_packed_stack_either_way(rows, monkeypatch):
     monkeypatch.setattr(grouped, "_takes_grouped_mm", lambda x, *_: x.dtype is torch.bfloat16)
     taken = []
-    monkeypatch.setattr(grouped, "_grouped", lambda *args, way=grouped._grouped: taken.append(1) or way(*args))
+    monkeypatch.setattr(
+        grouped, "_by_grouped_mm", lambda *args, way=grouped._by_grouped_mm: taken.append(1) or way(*args)
+    )
     generator = torch.Generator().manual_seed(5)
     weight = nf4.quantize(torch.randn(3 * 24, 64, generator=generator))
     values = weight.dequantize().view(3, 24, 64)
@@ -76,7 +78,7 @@ def test_a_packed_stack_either_way(rows, monkeypatch):
     assert bool(taken) is (rows > grouped.FEW_ROWS)
 
 
-def test_rows_beyond_the_last_expert_are_nobodys():
+def test_rows_beyond_the_last_expert_give_zero():
     x, offsets = torch.randn(5, 8, requires_grad=True), torch.tensor([2, 4], dtype=torch.int32)
     y = grouped_lora_linear(x, torch.randn(2, 4, 8), torch.ones(2, 1, 8), torch.ones(2, 4, 1), 1.0, offsets)
     assert y[:4].abs().min() > 0
@@ -118,8 +120,8 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
-def test_in_segments_torch_compile_sees_one_operator(packed):
-    """fp32, which grouped_mm does not take; the numbers of rows may change without another compilation."""
+def test_expert_by_expert_torch_compile_sees_one_operator(packed):
+    """In fp32, which grouped_mm does not take; the numbers of rows may change without another compilation."""
     generator = torch.Generator().manual_seed(6)
     stack = torch.randn(3 * 24, 64, generator=generator)
     weight = nf4.quantize(stack) if packed else stack.view(3, 24, 64)
@@ -143,7 +145,7 @@ def test_in_segments_torch_compile_sees_one_operator(packed):
             torch.testing.assert_close(one, other)
 
 
-def test_the_operator_of_segments():
+def test_the_operator_of_the_loop():
     x, a, b = torch.randn(5, 8), torch.randn(2, 2, 8), torch.randn(2, 4, 2)
     given = [value.requires_grad_() for value in (x, torch.randn(2, 4, 8), a, b, torch.randn(2, 4))]
     offsets = torch.tensor([2, 5], dtype=torch.int32)

@@ -17,13 +17,13 @@ from tests.support.kernel_cases import DEVICE, KERNELS  # noqa: E402
 
 pytestmark = KERNELS
 EXPERTS, N, K, R, ROWS, SCALING = 4, 40, 64, 3, 30, 0.5
-ENDS = [7, 7, 20, 28]  # the second expert has no row; the last two rows are nobody's
+ENDS = [7, 7, 20, 28]  # the second expert has no row; the last two rows have no expert
 LEAVES = ("x", "a", "b", "bias")
 
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
-    """The environment forces nothing but Triton."""
+    """The environment forces Triton and nothing else."""
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
 
 
@@ -91,7 +91,7 @@ class Layer:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What stack each product got, in order."""
+    """Which kind of stack each product got, in order."""
     found = []
     for name in ("grouped_linear", "grouped_linear_t"):
         function = getattr(grouped, name)
@@ -116,7 +116,7 @@ def test_values_and_gradients(kind, dtype, adapter, bias, launched):
     assert launched == [nf4.NF4Weight if kind == "nf4" else torch.Tensor] * 2
 
 
-def test_only_what_is_asked_for(launched):
+def test_only_what_is_needed_is_computed(launched):
     layer = Layer()
     everything = layer.run(layer.ours)
     for count in (1, 2):
@@ -195,7 +195,7 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-def test_what_it_does_not_take_goes_another_way(launched):
+def test_what_it_does_not_take_goes_to_another_path(launched):
     layer = Layer()
     layer.stack.requires_grad_()
     layer.run(layer.ours)
@@ -207,10 +207,10 @@ def test_what_it_does_not_take_goes_another_way(launched):
     assert "bf16 or fp16" in grouped_cuda.refusal(*operands)
     layer = Layer()
     operands = layer.leaves["x"], layer.stack, EXPERTS, layer.leaves["a"].half(), layer.leaves["b"]
-    assert "neither fp32 nor" in grouped_cuda.refusal(*operands)
+    assert "neither in fp32 nor" in grouped_cuda.refusal(*operands)
 
 
-def test_the_ways_in_words(monkeypatch):
+def test_the_paths_in_words(monkeypatch):
     here, shape = torch.device(DEVICE), (EXPERTS, 512, 1024)
     assert computed_by(here, torch.bfloat16, *shape, 0, 16) == ("grouped_cuda", "grouped product (Triton)")
     _, said = computed_by(here, torch.float16, *shape, 64, 16)

@@ -1,4 +1,4 @@
-"""The fused linear against the fp64 oracle, on every code path this machine has."""
+"""The LoRA linear against the fp64 oracle, on every code path this machine has."""
 
 import itertools
 import os
@@ -41,7 +41,7 @@ def test_forward_and_gradients_follow_the_oracle(path, base, dtype, adapter_dtyp
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + BF16)
 def test_a_single_row_follows_the_oracle(path, base, dtype, adapter_dtype):
-    # One row's errors share their factors, so that a single draw is noise: many draws, held to the rule together.
+    # The errors of one row share their factors, so a single draw is noise: many draws are held to the rule together.
     cases = [Case(1, 192, 130, 8, dtype, adapter_dtype, base, bias=True, seed=seed) for seed in range(16)]
     results = [(case.ours(), case.reference(), case.reference(torch.float64)) for case in cases]
     for i, what in enumerate(("y", "dx", "dA", "dB", "dbias")):
@@ -60,7 +60,7 @@ def test_activations_large_enough_to_stream(base, dtype, adapter_dtype, monkeypa
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES + BF16)
 def test_a_few_rows_over_a_dense_weight_on_the_cpu(dtype, adapter_dtype, monkeypatch):
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
-    monkeypatch.setenv("FASTLORA_CPU_ISA", "portable")  # where AVX512_BF16 is, one C++ call takes bf16
+    monkeypatch.setenv("FASTLORA_CPU_ISA", "portable")  # with AVX512_BF16, one C++ call would take bf16
     Case(17, 192, 130, 8, dtype, adapter_dtype, bias=True).check()
     Case(1, 192, 2070, 8, dtype, adapter_dtype).check()
 
@@ -254,7 +254,7 @@ def test_autocast_casts_as_linear_does():
         assert torch.equal(first, second)  # the low-rank products stay in fp32
 
 
-def test_nf4_linear_is_the_product_alone(path):
+def test_nf4_linear_is_only_the_product(path):
     case = Case(20, 128, 48, 4, torch.float32, base="nf4", bias=True)
     x = case.x.clone().requires_grad_()
     bias = case.bias.clone().requires_grad_()

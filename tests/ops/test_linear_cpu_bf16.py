@@ -1,4 +1,4 @@
-"""The linear by one C++ call each way, as autograd and its users meet it; the arithmetic is `test_native_linear`'s."""
+"""The linear by one C++ call each way, through autograd; tests/native/test_linear.py tests the arithmetic."""
 
 from typing import Any
 
@@ -100,7 +100,7 @@ def test_strides_and_leading_dimensions(calls: list[str], adapter_dtype: torch.d
     assert calls == ["linear", "linear_backward"] * 2
 
 
-def test_what_it_does_not_take_goes_another_way(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_take_goes_to_another_path(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, a, b, dy = operands()
     transposed = weight.t().contiguous().t()
     y = lora_linear(x, transposed, a, b, SCALING)
@@ -139,7 +139,7 @@ def test_a_trained_weight_and_bias(calls: list[str]) -> None:
     torch.testing.assert_close(y, expected, atol=0.05, rtol=0.02)
 
 
-def test_a_product_alone(calls: list[str]) -> None:
+def test_a_product_without_adapters(calls: list[str]) -> None:
     x, weight, _, _, dy = operands(20, "nf4")
     assert isinstance(weight, NF4Weight)
     y = nf4_linear(x, weight)
@@ -149,7 +149,7 @@ def test_a_product_alone(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_only_what_is_asked_for(calls: list[str], base: str) -> None:
+def test_only_what_is_needed_is_computed(calls: list[str], base: str) -> None:
     x, weight, a, b, dy = operands(20, base)
     everything = torch.autograd.grad(lora_linear(x, weight, a, b, SCALING), (x, a, b), dy)
     for wanted in range(1, 8):
@@ -216,7 +216,7 @@ def test_checkpoints_and_autocast_give_the_same_bits() -> None:
     assert torch.equal(y, plain[0])
 
 
-def test_takes_asks_for_what_the_library_needs() -> None:
+def test_takes_checks_what_the_library_needs() -> None:
     x, weight, *_ = operands()
     assert linear_cpu_bf16.takes(x, weight, None)
     assert not linear_cpu_bf16.takes(x.half(), weight, None)

@@ -26,7 +26,7 @@ DTYPES = [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torc
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
-    """The environment forces nothing but Triton."""
+    """The environment forces Triton and nothing else."""
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
     monkeypatch.delenv("FASTLORA_AUTOTUNE", raising=False)
     monkeypatch.setattr(search, "_found", {})
@@ -136,7 +136,7 @@ def test_fp32_goes_where_it_can(m):
 
 @pytest.mark.parametrize("needs", [Needs(*map(bool, map(int, bits))) for bits in ("100", "010", "001", "110", "011")])
 @pytest.mark.parametrize("kernel", ["fused", "dequantize"])
-def test_only_what_is_asked_for_is_computed(monkeypatch, needs, kernel):
+def test_only_what_is_needed_is_computed(monkeypatch, needs, kernel):
     force(monkeypatch, kernel, kernel)
     layer = Layer(24, 64, 40)
     _, some = layer.ours(needs)
@@ -185,7 +185,7 @@ def test_activations_with_any_strides():
         (289, 0.25, ["shrink", "expand", "dequantize"]),
     ],
 )
-def test_the_table_decides_and_h_is_formed_only_where_it_is_wanted(monkeypatch, calls, m, p, expected):
+def test_the_table_decides_and_h_is_computed_only_where_it_is_needed(monkeypatch, calls, m, p, expected):
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("unknown", (8, 0)))
     layer = Layer(m, 64, 40, p=p)
     linear_cuda.forward(layer.x, layer.weight, layer.lora, None, save_h=False)
@@ -247,6 +247,6 @@ def test_autotuning_gives_the_right_result_and_searches_once(monkeypatch, p):
     layer = Layer(9, 64, 40, p=p)
     layer.ours()
     searched = len(timed)
-    assert searched >= (5 if p == 0 else 4)  # of linear: the table's, dequantize, decode, fused; of linear_t no decode
+    assert searched >= (5 if p == 0 else 4)  # linear: the table's, dequantize, decode, fused; linear_t: no decode
     layer.check()
     assert len(timed) == searched  # the second call remembers

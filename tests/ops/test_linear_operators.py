@@ -1,4 +1,4 @@
-"""The fused linear as operators of torch: fakes, torch.compile, checkpointing, transforms, and what is refused."""
+"""The LoRA linear as operators of torch: fakes, torch.compile, checkpointing, transforms, and what is refused."""
 
 import pytest
 import torch

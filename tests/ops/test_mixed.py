@@ -1,4 +1,4 @@
-"""A batch whose samples have different adapters: peft's numbers, forward and backward, and peft's refusals."""
+"""A batch whose samples have different adapters: peft's results, forward and backward, and peft's refusals."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def _with_other(model, **options):
 
 @pytest.mark.parametrize("base", [llama, qwen2, bnb_llama])
 def test_mixed_batches(base, monkeypatch):
-    """Whole models: layers that have both adapters, one of them, and none of a sample's."""
+    """Whole models, with layers that have both adapters, one of them, or none of a sample's."""
     plain, model = (_with_other(wrapped(base)).eval() for _ in range(2))
     replace_linear(model)
     for module in (*plain.modules(), *model.modules()):
@@ -83,7 +83,7 @@ def test_dropout_in_a_mixed_batch_is_that_of_each_samples_adapter():
         (lambda model: _with_other(model).merge_adapter(), NAMES, "Cannot pass `adapter_names` when there are merged"),
     ],
 )
-def test_what_peft_refuses_of_mixed_batches_stays_its_error(change, names, message):
+def test_what_peft_refuses_in_mixed_batches_is_still_its_error(change, names, message):
     model = replace_linear(wrapped()).eval()
     change(model)
     with pytest.raises(ValueError, match=message):
@@ -102,7 +102,7 @@ def test_mixed_batches_generate():
 
 
 def test_mixed_batches_after_inference_mode_can_be_trained():
-    """What is kept for a batch in inference mode must not reach a graph."""
+    """Tensors kept for a batch in inference mode must not reach a graph."""
     model = replace_linear(_with_other(wrapped())).eval()
     with torch.inference_mode():
         model(BATCH, adapter_names=NAMES)
@@ -132,7 +132,7 @@ def test_a_name_for_each_sample():
 
 @pytest.mark.parametrize("rows", [3, 40, 700])
 def test_kernels_read_an_nf4_weight_packed_where_rows_are_few(rows, monkeypatch):
-    """Decoding, the fused product, and the expanded weight: each against the products of the samples alone."""
+    """Decoding, the fused dequantize-GEMM, and the expanded weight: each against separate products of the samples."""
     pytest.importorskip("triton")
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
     from fastlora.ops import linear_cuda, mixed_cuda

@@ -1,4 +1,4 @@
-"""NF4 bit for bit: codes, scales and values against bitsandbytes; bad input named."""
+"""NF4 bit for bit: codes, scales and values against bitsandbytes; bad input is named."""
 
 import copy
 import io
