@@ -49,7 +49,7 @@ def test_every_metric_has_rows(tmp_path):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", [provider.name for provider in PROVIDERS if provider.name != "compile"])
 def test_each_provider_is_right(kernel, name):
-    """Ours by the rule; a peer need only run. The compiled reference takes long; another test has it uncompiled."""
+    """Ours by the tolerance rule; a peer need only run. The compiled reference takes long; another test has it."""
     (provider,) = find_providers([name])
     problem = Problem(kernel, 512, 1024, 16, GPU)
     if not provider.takes_part(problem):
@@ -68,7 +68,7 @@ def test_each_provider_is_right(kernel, name):
         assert share < math.inf, wrong
 
 
-def test_hidden_launches_leave_the_kernels_alone():
+def test_hidden_launches_leave_only_the_kernels():
     x = torch.randn(16, 16, device=GPU)
 
     def many(serial):
@@ -76,8 +76,8 @@ def test_hidden_launches_leave_the_kernels_alone():
             x.add_(1)
 
     hidden = interleave({"many": many}, GPU, 0.0, 20)["many"].p50
-    told = interleave({"many": many}, GPU, 0.0, 20, hide_launches=False)["many"].p50
-    assert 0 < hidden < told
+    shown = interleave({"many": many}, GPU, 0.0, 20, hide_launches=False)["many"].p50
+    assert 0 < hidden < shown
 
 
 def test_a_replayed_graph_works_on_every_copy():

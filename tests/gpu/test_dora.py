@@ -1,4 +1,4 @@
-"""DoRA on a GPU: as exact as torch in the same dtypes, and no word from the device between calls."""
+"""DoRA on a GPU: as exact as torch in the same dtypes, and no sync with the device between calls."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_dora(base, tokens, adapter_dtype):
 
 
 def check(base, tokens, adapter_dtype, device):
-    """One case, on any device that the Triton kernels run on."""
+    """One case, on any device on which the Triton kernels run."""
     packed, values = drawn(adapter_dtype, tokens, device)
     exact = packed.dequantize(torch.float32).to(device)
     weight = packed.to(device) if base == "nf4" else exact.bfloat16()
@@ -69,7 +69,7 @@ def check(base, tokens, adapter_dtype, device):
         assert_as_accurate(value, baseline[name], oracle[name], name)
 
 
-def test_norms_that_stay_need_no_word_from_the_device():
+def test_norms_that_stay_need_no_sync_with_the_device():
     packed, given = drawn(torch.float32, 4)
     weight, kept = packed.to("cuda"), KeptNorms()
     first = kept.of(weight, given["a"], given["b"], 1.0).clone()

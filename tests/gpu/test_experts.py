@@ -45,7 +45,7 @@ def test_as_exact_as_formed_weights(rows, packed, dtype):
         assert_as_accurate(value, baseline[name], oracle[name], name)
 
 
-def test_a_dense_stack_needs_no_word_from_the_device():
+def test_a_dense_stack_needs_no_sync_with_the_device():
     x, offsets = torch.randn(64, K, device="cuda").bfloat16(), torch.tensor([10, 64], dtype=torch.int32, device="cuda")
     w, a, b = (torch.randn(2, *shape, device="cuda").bfloat16() for shape in ((N, K), (R, K), (N, R)))
     grouped_lora_linear(x, w, a, b, 1.0, offsets)

@@ -121,7 +121,7 @@ def test_dropout_draws_the_mask_of_the_cpu():
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("m", [16, 64, 128])
 def test_the_weight_is_bit_for_bit_the_expanded_one(op, m):
-    """Products with rows of the unit matrix, by pointers and by tensor maps."""
+    """Products with rows of the identity matrix, by pointers and by tensor maps."""
     from fastlora.kernels import fused
 
     function, length = (fused.linear, K) if op == "linear" else (fused.linear_t, N)

@@ -8,7 +8,7 @@ from fastlora.ops.grouped import grouped_lora_linear
 from tests.support.numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
-EXPERTS, N, K, R, SCALING = 6, 320, 448, 16, 0.5  # sizes that are no multiples of a tile
+EXPERTS, N, K, R, SCALING = 6, 320, 448, 16, 0.5  # sizes that are not multiples of a tile
 
 
 def draw(*shape, dtype=torch.bfloat16, seed=0, std=1.0):
@@ -17,7 +17,7 @@ def draw(*shape, dtype=torch.bfloat16, seed=0, std=1.0):
 
 
 class Layer:
-    """An adapted stack, and rows of which one expert has none and the last ones are nobody's."""
+    """An adapted stack, and rows: one expert has none, and the last rows have no expert."""
 
     def __init__(self, rows, kind="dense", dtype=torch.bfloat16, adapter=torch.float32, n=N, k=K):
         shares = torch.tensor([5, 0, 1, 9, 2, 3])
@@ -60,7 +60,7 @@ class Layer:
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch):
-    """Counts calls of the Triton way, which every test here is about."""
+    """Counts calls of the Triton path, which every test here is about."""
     calls = []
     way = grouped_cuda.grouped_linear
     monkeypatch.setattr(grouped_cuda, "grouped_linear", lambda *args: calls.append(1) or way(*args))

@@ -1,4 +1,4 @@
-"""A batch whose samples have different adapters, on a GPU: the kernels against the product of each sample alone."""
+"""A batch whose samples have different adapters, on a GPU: the kernels against separate products of the samples."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NAMES = ["one", "two", "none", "one", "one", "two"]
 
 
 def run(device, dtype, adapter_dtype, tokens, base, p):
-    """y and the gradients, and the same by torch in fp64 and in `dtype`."""
+    """y and the gradients, with the same by torch in fp64 and in `dtype`."""
     generator = torch.Generator().manual_seed(0)
     drawn = {
         "x": torch.randn(len(NAMES), tokens, K, generator=generator),

@@ -1,4 +1,4 @@
-"""The table of choices: what its rows mean, which of them count, and what the environment changes."""
+"""The table of choices: what its rows mean, which of them apply, and what the environment changes."""
 
 import math
 import time
@@ -16,7 +16,7 @@ FLOP_PER_BYTE = {"sm_80": 153, "sm_86": 76, "sm_89": 164, "sm_90": 181, "sm_100"
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """No environment, and nothing remembered from another test."""
+    """No environment variables, and nothing cached from another test."""
     for name in ("FASTLORA_BACKEND", "FASTLORA_AUTOTUNE"):
         monkeypatch.delenv(name, raising=False)
     remembered = (choice._table, choice._choices, choice._tiles)
@@ -77,7 +77,7 @@ def test_measured_rows_replace_the_defaults_between_the_least_and_the_largest_m(
     assert kernels(found) == [(16, "decode-cuda"), (64, "fused"), (None, "dequantize")]
 
 
-def test_the_nearest_shape_counts():
+def test_the_nearest_shape_is_taken():
     rows = [row(m=9, k=1024, n=1024, r=16, kernel="a"), row(m=9, k=4096, n=14336, r=16, kernel="b")]
     rows += [row(m=9, k=4096, n=14336, r=128, kernel="c")]
     assert kernels(choice.ladder(rows, [], "linear", 1024, 2048, 8, False)) == [(9, "a")]
@@ -141,7 +141,7 @@ def test_tiles_of_the_low_rank_kernels(monkeypatch):
     assert choice.tile("dy", 1, 4096, 16, "split", False, CPU) == Tile(16, 32, 8, 3)
 
 
-def test_the_compiled_decode_kernel_is_taken_where_it_is_live_and_not_where_triton_is_forced(monkeypatch):
+def test_the_compiled_decode_kernel_is_taken_where_it_runs_unless_triton_is_forced(monkeypatch):
     def chosen(backend: str | None, m: int = 16, dropout: bool = False, op: str = "linear") -> str:
         if backend:
             monkeypatch.setenv("FASTLORA_BACKEND", backend)
@@ -158,7 +158,7 @@ def test_the_compiled_decode_kernel_is_taken_where_it_is_live_and_not_where_trit
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """The Triton kernels run on "cuda", as far as dispatch can tell."""
+    """The Triton kernels run on "cuda", as far as `backend` can tell."""
     monkeypatch.setattr(backends, "_no_triton", lambda *_: "")
     backends._backend.cache_clear()
     yield
@@ -173,7 +173,7 @@ def test_the_backend_says_which_decode_kernel_runs(monkeypatch, a_gpu):
     assert backends.backend("cuda") == ("triton", "Triton kernels, compiled decode")
 
 
-def test_the_compiled_decode_kernel_that_is_not_there_cannot_be_forced(monkeypatch, a_gpu):
+def test_a_missing_compiled_decode_kernel_cannot_be_forced(monkeypatch, a_gpu):
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
     with pytest.raises(ValueError, match=r"FASTLORA_BACKEND=cuda cannot run on cpu: .* needs a CUDA device"):
         backends.backend("cpu")
@@ -196,21 +196,21 @@ def test_a_choice_takes_less_than_five_microseconds():
     assert best < 5e-6
 
 
-def quickest(monkeypatch, milliseconds: dict[str, float], m: int = 33, fits=lambda other: True) -> str:
-    """The kernel that a search finds where kernels take these times."""
+def fastest(monkeypatch, milliseconds: dict[str, float], m: int = 33, fits=lambda other: True) -> str:
+    """The kernel that a search finds if kernels take these times."""
     monkeypatch.setattr(search, "_milliseconds", lambda call, device: call() or milliseconds[ran[-1]])
     ran: list[str] = []
     found = search.search("linear", m, 64, 64, 16, False, CPU, False, lambda other: ran.append(other.kernel), fits)
     return found.kernel if ran else f"{found.kernel}, remembered"
 
 
-def test_a_search_takes_the_quickest_and_remembers_it_up_to_the_next_power_of_two(monkeypatch):
+def test_a_search_takes_the_fastest_and_remembers_it_up_to_the_next_power_of_two(monkeypatch):
     times = {"dequantize": 1.0, "decode": 3.0, "fused": 2.0}
-    assert quickest(monkeypatch, times) == "dequantize"
-    assert quickest(monkeypatch, times, m=64) == "dequantize, remembered"
-    assert quickest(monkeypatch, {**times, "fused": 0.5}, m=65) == "fused"
-    assert quickest(monkeypatch, {**times, "decode": 0.1}, m=3) == "decode"
-    assert quickest(monkeypatch, {**times, "decode": 0.1}, m=7, fits=lambda other: other.kernel != "decode") != "decode"
+    assert fastest(monkeypatch, times) == "dequantize"
+    assert fastest(monkeypatch, times, m=64) == "dequantize, remembered"
+    assert fastest(monkeypatch, {**times, "fused": 0.5}, m=65) == "fused"
+    assert fastest(monkeypatch, {**times, "decode": 0.1}, m=3) == "decode"
+    assert fastest(monkeypatch, {**times, "decode": 0.1}, m=7, fits=lambda other: other.kernel != "decode") != "decode"
 
 
 def test_a_candidate_that_asks_too_much_of_the_gpu_is_dropped(monkeypatch):

@@ -22,7 +22,7 @@ SASS_PER_WEIGHT = {  # at most; a tree of selects takes 26
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_machine_code(arch, tmp_path):
-    # A process of its own: kernels that were imported for the interpreter cannot be compiled.
+    # In a process of its own: kernels that were imported for the interpreter cannot be compiled.
     out = tmp_path / "static.csv"
     command = [sys.executable, "-m", "bench", "static", "--arch", str(arch), "--out", str(out)]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)

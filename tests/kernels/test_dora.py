@@ -1,4 +1,4 @@
-"""DoRA's kernels, interpreted: norms of rows and when they are formed anew, the factor in scales, rescaling."""
+"""DoRA's kernels, interpreted: row norms and when they are computed anew, the factor in scales, rescaling."""
 
 import dataclasses
 import weakref
@@ -55,7 +55,7 @@ def test_norms_of_rows(n, k, r, base, options):
 
 
 @pytest.mark.parametrize("base", ["nf4", "dense"])
-def test_norms_are_formed_anew_when_the_device_finds_a_change(base, monkeypatch):
+def test_norms_are_computed_anew_when_the_device_finds_a_change(base, monkeypatch):
     weight, values = case(40, 128, base)
     a, b = draw(4, 128, seed=1).requires_grad_(), draw(40, 4, seed=2).requires_grad_()
     kept = kept_norms.KeptNorms()
@@ -64,9 +64,9 @@ def test_norms_are_formed_anew_when_the_device_finds_a_change(base, monkeypatch)
         return (values + scaling * b.detach().double() @ a.detach().double()).norm(dim=1).float()
 
     torch.testing.assert_close(kept.of(weight, a, b, 1.0), exact())
-    told = []
+    seen = []
     real = kernel.row_norms
-    monkeypatch.setattr(kernel, "row_norms", lambda changed, *args: told.append(changed.item()) or real(changed, *args))
+    monkeypatch.setattr(kernel, "row_norms", lambda changed, *args: seen.append(changed.item()) or real(changed, *args))
     torch.testing.assert_close(kept.of(weight, a, b, 1.0), exact())
     a.data[1, 3] += 1  # no version counter sees it
     torch.testing.assert_close(kept.of(weight, a, b, 1.0), exact())
@@ -75,14 +75,14 @@ def test_norms_are_formed_anew_when_the_device_finds_a_change(base, monkeypatch)
     torch.testing.assert_close(kept.of(weight, a, b, 1.0), exact(), equal_nan=True)
     b.data[39, 3] = 0.0
     torch.testing.assert_close(kept.of(weight, a, b, 1.0), exact())
-    assert told == [0, 1, 1, 0, 1]
+    assert seen == [0, 1, 1, 0, 1]
     torch.testing.assert_close(kept.of(weight, a, b, 0.25), exact(0.25))
     kept.forget()
     torch.testing.assert_close(kept.of(weight, a, b, 1.0), exact())
 
 
 def test_a_backward_after_the_norms_have_changed_is_that_of_its_own_forward():
-    """The kept norms are overwritten in place; what a graph needs of them must be its own."""
+    """The kept norms are overwritten in place; a graph needs its own copy of them."""
     weight, _ = case(64, 128, "nf4")
     a, b, m = draw(4, 128, seed=1).requires_grad_(), draw(64, 4, seed=2).requires_grad_(), draw(64, seed=3).abs()
     m.requires_grad_()
@@ -167,7 +167,7 @@ def test_what_the_scales_cannot_carry_is_rescaled(k, dtype, monkeypatch):
     assert rms(y.double() - exact) <= (1e-5 if dtype == torch.float32 else 2e-3) * rms(exact)
 
 
-def test_nothing_is_recorded_where_no_gradient_can_be_asked_for(monkeypatch):
+def test_nothing_is_recorded_where_no_gradient_is_possible(monkeypatch):
     weight, _ = case(64, 128, "nf4")
     a, b, m = draw(4, 128, seed=1).requires_grad_(), draw(64, 4, seed=2).requires_grad_(), draw(64, seed=3)
     x, norms = draw(200, 128, seed=4), dora.row_norms(weight, a, b, 1.0)
@@ -190,7 +190,7 @@ def test_what_a_captured_graph_reads_is_kept_for_it(monkeypatch):
     held = weakref.ref(kept._adapters[0])
     monkeypatch.setattr(kept_norms, "_is_capturing", lambda frozen: True)
     fresh = kept.of(weight, a, b, 0.5)
-    assert fresh is not kept._norms, "formed in the graph, and for it alone"
+    assert fresh is not kept._norms, "computed in the graph, and only for it"
     kept.of(weight, a, b, 1.0)
     monkeypatch.setattr(kept_norms, "_is_capturing", lambda frozen: False)
     kept.of(weight, a, b, 0.5)

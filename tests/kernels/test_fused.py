@@ -102,12 +102,12 @@ def test_the_default_config():
 @pytest.mark.parametrize(("blocksize", "nested"), [(32, True), (64, False), (64, True), (128, True), (256, False)])
 @pytest.mark.parametrize("config", [FEW, MANY._replace(block_k=128, tma=True)])
 def test_the_weight_is_bit_for_bit_the_expanded_one(config, blocksize, nested):
-    """Products with the unit matrix: whatever the code looks up, scales and rounds comes out as it is."""
+    """Products with the identity matrix: the weight that the loop looks up, scales and rounds comes out as it is."""
     n, k = 40, 256 + blocksize % 128  # 288, 320, 256, 256
     weight = quantized(n, k, blocksize, nested)
     exact = weight.dequantize(torch.float16)
     rows, columns = (torch.eye(size, dtype=torch.float16, device=DEVICE) for size in (n, k))
-    some = slice(k - 32, k)  # with the end of a row among them
+    some = slice(k - 32, k)  # including the end of a row
     assert torch.equal(fused.linear(columns[some], weight, config=config), exact.t()[some])
     assert torch.equal(fused.linear_t(rows, weight, config=config), exact)
 
@@ -235,7 +235,7 @@ for specimen in specimens.fused_specimens():
 
 @pytest.mark.slow
 def test_the_loop_expands_each_weight_once():
-    """One lookup a weight: where Triton pulls an operand's layout back through the expansion, there are two or four."""
+    """One lookup a weight; two or four if Triton propagated an operand's layout back through the expansion."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, "-c", _COUNT], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -243,6 +243,6 @@ def test_the_loop_expands_each_weight_once():
     assert len(lines) == 10
     for name, arch, lookups, instructions, right_product in lines:
         assert float(lookups) == 1, f"{name} on sm_{arch}: {lookups} lookups a weight"
-        limit = 6 if "_m16" in name else 8.5  # where one weight meets 64 tokens, up to one more is mma.sync itself
+        limit = 6 if "_m16" in name else 8.5  # with 64 tokens a weight, up to one instruction more is mma.sync itself
         assert float(instructions) <= limit, f"{name} on sm_{arch}: {instructions} instructions a weight"
         assert right_product == "True", f"{name} on sm_{arch}: wgmma where it should not be, or none where it should"

@@ -18,7 +18,7 @@ from tests.support.kernel_cases import DEVICE, KERNELS, draw  # noqa: E402
 pytestmark = KERNELS
 SCALING = 0.5
 ENDS = [3, 3, 25, 26, 34]  # the second expert has no row
-ROWS = 36  # the last two are nobody's
+ROWS = 36  # the last two have no expert
 FEW = Config(block_m=16, block_n=64, block_k=64, splits=1, warps=4, stages=3, tma=False)
 MANY = Config(block_m=16, block_n=32, block_k=64, splits=1, warps=4, stages=3, tma=True)
 KINDS = ("dense", "transposed", "nested", "plain")
@@ -46,7 +46,7 @@ class Case:
         self.h, self.g = (draw(rows, r, seed=seed) if r else None for seed in (3, 4))
         for tensor in (self.x, self.dy, self.h, self.g):
             if tensor is not None:
-                tensor[ends[-1] :] = float("nan")  # nobody's rows are not read
+                tensor[ends[-1] :] = float("nan")  # rows without an expert are not read
         self.b, self.a, self.bias = None, None, None
         if r:
             self.b = draw(n, r, experts, seed=5).div(r**0.5).to(adapter).permute(2, 0, 1)  # as peft packs it
@@ -63,7 +63,7 @@ class Case:
         return grouped.grouped_linear_t(self.dy, self.weight, self.segments, self.g, self.a, config)
 
     def expected(self, dtype, back=False):
-        """What torch makes of it, expert by expert."""
+        """The same by torch, expert by expert."""
         x, h, scaling = (self.dy, self.g, 1.0) if back else (self.x, self.h, SCALING)
         out = torch.zeros(self.rows, self.exact.shape[2 if back else 1], dtype=dtype, device=DEVICE)
         for expert, (begin, end) in enumerate(zip([0, *self.ends], self.ends, strict=False)):
@@ -122,7 +122,7 @@ def test_the_default_config_with_and_without_adapters(kind, r):
 @pytest.mark.parametrize(
     ("ends", "rows"),
     [([0, 0, 0], 5), ([0, 0, 20], 20), ([20], 20), ([0] * 20 + [1] * 10 + [4] * 10, 4), ([16, 32, 48], 70)],
-    ids=["nobodys", "the last alone", "one expert", "more experts than rows", "whole tiles"],
+    ids=["no expert", "only the last", "one expert", "more experts than rows", "whole tiles"],
 )
 def test_uneven_and_empty_experts(kind, ends, rows):
     Case(kind, n=32, k=64, ends=ends, rows=rows).check(FEW)
@@ -138,7 +138,7 @@ def test_no_rows_and_rank_zero():
 
 @pytest.mark.parametrize("config", [FEW, MANY])
 def test_the_weight_is_bit_for_bit_the_expanded_one(config):
-    """Rows of the unit matrix, all of them for every expert: whatever is looked up and scaled comes out as it is."""
+    """All rows of the identity matrix for every expert: what the loop looks up and scales comes out as it is."""
     case = Case("nested", n=40, k=64, r=0, ends=[64, 128, 192], rows=192)
     case.x = torch.eye(64, dtype=torch.float16, device=DEVICE).repeat(3, 1)
     assert torch.equal(case.y(config), case.exact.mT.reshape(192, 40))

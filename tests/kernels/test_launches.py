@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compiled(arch, *words):
-    """(kernel, bytes of shared memory, bytes spilled) of what a process of `launches.py` compiles."""
+    """(kernel, bytes of shared memory, bytes spilled) for each kernel that a process of `launches.py` compiles."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.launches", str(arch), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -34,7 +34,7 @@ def test_every_launch_compiles():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 120])  # an architecture of each way to multiply; all six: `bench static`
+@pytest.mark.parametrize("arch", [80, 90, 120])  # one architecture for each way to multiply; all six: `bench static`
 def test_what_experts_launch_compiles(arch):
     found = compiled(arch, "experts")
     assert {name for name, *_ in found} == STACKS | (LOW_RANK - {"_lora_expand_kernel"})

@@ -1,7 +1,7 @@
 """How the error of a sum grows with its length in the Triton kernels, interpreted: see `long_sums`.
 
-The interpreter sums a tile as numpy does and the tiles in order, as the kernels' accumulators do. It is slow, so sums
-here are a little longer than what one program may add up; how much that is, is asked of the plan, for any length.
+The interpreter sums a tile as numpy does and the tiles in order, as the kernels' accumulators do. It is slow, so the
+sums here are only a little longer than what one program may add up. The plan says how much that is, for any length.
 """
 
 import pytest
@@ -26,7 +26,7 @@ CUT = Config(block_m=16, block_n=32, block_k=128, splits=1, warps=4, stages=3, t
 
 @pytest.fixture
 def one_program(monkeypatch):
-    """A device that one program fills."""
+    """A device that a single program fills."""
     monkeypatch.setattr(lora_plan, "programs_wanted", lambda index: 1)
     lora_plan.plan.cache_clear()
     yield

@@ -27,7 +27,7 @@ def nf4_case(n, k, blocksize=64, nested=True):
 
 
 def padded(n, columns, dtype):
-    """A NaN matrix whose rows lie three elements further apart than they are long, and the whole of it."""
+    """A NaN matrix with three more elements after each row, and the same with these elements."""
     whole = torch.full((n, columns + 3), float("nan"), device=DEVICE, dtype=dtype)
     return whole[:, :columns], whole
 
@@ -55,7 +55,7 @@ def test_dequantize_is_bitwise_the_reference(shape, blocksize, nested):
         nf4_kernel.dequantize(weight, out)
         assert torch.equal(out, exact.to(dtype))
         assert whole[:, shape[1] :].isnan().all()
-        contiguous = torch.empty(shape, device=DEVICE, dtype=dtype)  # one flat run of blocks to the kernel
+        contiguous = torch.empty(shape, device=DEVICE, dtype=dtype)  # for the kernel, one flat run of blocks
         nf4_kernel.dequantize(weight, contiguous)
         assert torch.equal(contiguous, out)
 

@@ -1,4 +1,4 @@
-"""Merging s · B A into the weight before its one rounding: sound for NF4, wrong for a bf16 base. Both facts held."""
+"""Merging s · B A into the weight before its one rounding: sound for NF4, wrong for a bf16 base. Both are tested."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def update(size: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gain(realised: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Projection of the realised update on the true one: 1 where nothing of it is lost."""
+    """Projection of the realised update on the true one: 1 if nothing is lost."""
     return ((realised * wanted).sum() / wanted.square().sum()).item()
 
 
@@ -69,7 +69,7 @@ def test_the_linear_therefore_never_merges_into_a_dense_weight(base):
     ("size", "most", "least"), [(7e-4, 0.01, -0.01), (7e-3, 0.05, 0), (7e-2, 0.7, 0.4), (0.3, 1.05, 0.9)]
 )
 def test_quantizing_again_loses_a_small_update(base, size, most, least):
-    """What `merge(model, quantize="nf4")` warns of: values that were quantized before lie amid NF4's steps."""
+    """What `merge(model, quantize="nf4")` warns of: values quantized before are in the middle of NF4's steps."""
     before = nf4.quantize(base)
     a, b = update(size)
     merged = linear.nf4_dequantize(before, torch.float32, a, b, 1.0)

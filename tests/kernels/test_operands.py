@@ -1,4 +1,4 @@
-"""A packed weight, which refuses to be made of parts that do not fit, so that no launcher need look at them again."""
+"""A packed weight refuses to be made of parts that do not fit, so that no launcher needs to check them again."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ NESTED = ("absmax2", "code2", "offset")
 
 
 def parts_of(nested=True, n=33, k=501, blocksize=64):
-    """Arguments of a sound weight, whose last byte, block and run of scales are not full."""
+    """Arguments of a valid weight, whose last byte, block and run of scales are not full."""
     weight = nf4.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(0)), blocksize, nested)
     return {field.name: getattr(weight, field.name) for field in dataclasses.fields(Packed)}
 
@@ -60,7 +60,7 @@ def test_parts_that_fit_make_a_weight(kind, nested, n, k, blocksize):
     assert all(found is part for found, part in zip(weight.tensors(), parts.values(), strict=True))
 
 
-def test_codes_may_lie_at_any_address():
+def test_codes_may_be_at_any_address():
     parts = parts_of()
     shifted = torch.empty(parts["codes"].numel() + 1, dtype=torch.uint8)[1:].copy_(parts["codes"])
     assert Packed(**{**parts, "codes": shifted}).codes is shifted

@@ -20,7 +20,7 @@ LENGTHS = [70, 3, 1, 0, 40]
 
 
 def shared():
-    """Samples with adapters of their own: two of them twice, some rows with none, factors and rates that differ."""
+    """Samples with adapters of their own: two adapters twice, some rows with none, different factors and rates."""
     ends = torch.tensor(LENGTHS).cumsum(0).int().to(DEVICE)
     facts = torch.tensor([[3.0 / 0.75, 3.0, 1 / 0.75, 16384], [1.0, 1.0, 1.0, 0], [0.5, 0.5, 1.0, 0]]).to(DEVICE)
     order = torch.tensor([2, 4, 0, 3]).to(DEVICE)
@@ -31,7 +31,7 @@ def shared():
 
 
 def experts():
-    """Experts of a mixture, the second without a row, and two rows that are nobody's."""
+    """Experts of a mixture, the second without a row, and two rows that have no expert."""
     offsets = torch.tensor([70, 70, 112], dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([0] * 70 + [2] * 42 + [-1] * 2)
     return by_segments.by_offsets(offsets, 114), rows, [1.0] * 3, [0.0] * 3
@@ -83,7 +83,7 @@ def test_low_rank_products_by_segments(dtype, adapter, limit, k, n, r, case):
 
 
 def test_programs_find_their_rows_whatever_the_lengths():
-    """Many segments, most of them empty: every row is met once."""
+    """Many segments, most of them empty: every row is found once."""
     lengths = torch.zeros(40, dtype=torch.int64)
     lengths[[0, 7, 8, 31, 39]] = torch.tensor([1, 129, 64, 63, 2])
     ends = lengths.cumsum(0).int().to(DEVICE)
