@@ -70,7 +70,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A line of the table; None where a cell is empty."""
 
     gpu: str
@@ -86,7 +86,7 @@ class Row(NamedTuple):
     source: str
 
 
-def read(path: Path = TABLE) -> list[Row]:
+def read(path: Path = TABLE) -> list[TableRow]:
     """The rows of a table, in its order.
 
     Raises:
@@ -105,15 +105,15 @@ def read(path: Path = TABLE) -> list[Row]:
     return rows
 
 
-def _row(cells: dict[str, str]) -> Row:
+def _row(cells: dict[str, str]) -> TableRow:
     m, k, n, r = (int(cells[name]) if cells[name] else None for name in _SIZES)
     dropout = {"": None, "yes": True, "no": False}[cells["dropout"]]
     config = tuple(int(cells[name] or 0) for name in _CONFIG) if cells["block_m"] else None
     us = float(cells["us"]) if cells["us"] else None
-    return Row(cells["gpu"], cells["op"], m, k, n, r, dropout, cells["kernel"], config, us, cells["source"])
+    return TableRow(cells["gpu"], cells["op"], m, k, n, r, dropout, cells["kernel"], config, us, cells["source"])
 
 
-def write(rows: list[Row], path: Path) -> None:
+def write(rows: list[TableRow], path: Path) -> None:
     """Replace a table in one step: GPUs in the order given, each one's rows by operation, shape and M."""
     gpus = list(dict.fromkeys(row.gpu for row in rows))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +125,12 @@ def write(rows: list[Row], path: Path) -> None:
     staged.replace(path)
 
 
-def _order(row: Row) -> tuple[Any, ...]:
+def _order(row: TableRow) -> tuple[Any, ...]:
     sizes = (ANY_M if size is None else size for size in (row.k, row.n, row.r))
     return OPS.index(row.op), row.kernel if row.op in LOW_RANK else "", *sizes, _bound(row)
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row: TableRow) -> dict[str, str]:
     config = row.config or ("",) * len(_CONFIG)
     dropout = {None: "", True: "yes", False: "no"}[row.dropout]
     us = None if row.us is None else f"{row.us:.2f}"
@@ -139,11 +139,13 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 @functools.cache
-def _table() -> list[Row]:
+def _table() -> list[TableRow]:
     return read()
 
 
-def rows_for(name: str, capability: tuple[int, int], rows: Iterable[Row] | None = None) -> tuple[list[Row], list[Row]]:
+def rows_for(
+    name: str, capability: tuple[int, int], rows: Iterable[TableRow] | None = None
+) -> tuple[list[TableRow], list[TableRow]]:
     """(rows by the GPU's name, rows by its architecture or, where that has none, by the next one below)."""
     rows = list(_table() if rows is None else rows)
     own = 10 * capability[0] + capability[1]
@@ -235,8 +237,8 @@ def _tiles(
 
 
 def ladder(
-    by_name: list[Row], by_arch: list[Row], op: str, k: int | None, n: int | None, r: int, dropout: bool
-) -> list[Row]:
+    by_name: list[TableRow], by_arch: list[TableRow], op: str, k: int | None, n: int | None, r: int, dropout: bool
+) -> list[TableRow]:
     """The rows that apply to a shape, by rising M: those of the GPU's name, with its architecture's below and above."""
     first, rest = (_nearest(rows, op, k, n, r, dropout) for rows in (by_name, by_arch))
     if not first:
@@ -248,25 +250,25 @@ def ladder(
     return [*below, *first, *above]
 
 
-def _nearest(rows: list[Row], op: str, k: int | None, n: int | None, r: int, dropout: bool) -> list[Row]:
+def _nearest(rows: list[TableRow], op: str, k: int | None, n: int | None, r: int, dropout: bool) -> list[TableRow]:
     """The rows for `op` at the nearest shape they have, one for each M, by rising M."""
     fitting = [row for row in rows if row.op == op and row.dropout in (None, dropout)]
     if not fitting:
         return []
 
-    def distance(row: Row) -> float:
+    def distance(row: TableRow) -> float:
         pairs = ((row.k, k), (row.n, n), (row.r, r))
         return sum(abs(math.log(max(mine, 1) / max(asked, 1))) for mine, asked in pairs if mine and asked is not None)
 
     least = min(map(distance, fitting))
-    rungs: dict[int, Row] = {}
+    rungs: dict[int, TableRow] = {}
     for row in fitting:
         if distance(row) == least and (_bound(row) not in rungs or row.dropout is not None):
             rungs[_bound(row)] = row
     return [rungs[bound] for bound in sorted(rungs)]
 
 
-def _bound(row: Row) -> int:
+def _bound(row: TableRow) -> int:
     return ANY_M if row.m is None else row.m
 
 

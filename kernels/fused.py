@@ -252,7 +252,7 @@ def linear_t(
     return _multiply(dy, weight, True, g, lora_at, 1.0, None, dropout, config)
 
 
-def _check(x: Tensor, weight: Packed, transposed: bool, h: Tensor | None, b: Tensor | None) -> None:
+def _check_fused(x: Tensor, weight: Packed, transposed: bool, h: Tensor | None, b: Tensor | None) -> None:
     """Raise ValueError where the operands do not fit together."""
     n, k = weight.shape
     length, columns = (n, k) if transposed else (k, n)
@@ -274,7 +274,7 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     """x Vᵀ + mask ∘ (scaling · h Bᵀ) + bias, [M, columns], where V [columns, length] is W or, where transposed, Wᵀ."""
     n, k = weight.shape
-    _check(x, weight, transposed, h, b)
+    _check_fused(x, weight, transposed, h, b)
     (m, length), columns = x.shape, k if transposed else n
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = words_of(weight)

@@ -243,7 +243,7 @@ def grouped_linear_t(
     )
 
 
-def _check(
+def _check_segments(
     x: Tensor,
     weight: Tensor | Packed,
     segments: Segments,
@@ -283,7 +283,7 @@ def _multiply(
     n, k = weight.shape[-2:]
     n = n // segments.adapters if packed else n
     columns, length = (k, n) if transposed else (n, k)
-    _check(x, weight, segments, columns, length, h, b)
+    _check_segments(x, weight, segments, columns, length, h, b)
     rows, experts = x.shape[0], segments.adapters
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if not out.numel():

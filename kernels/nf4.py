@@ -102,7 +102,7 @@ def _nf4_dequantize_kernel(
         _store(row_ptrs + offs_k[None, :], w.to(out_ptr.dtype.element_ty), out_mask, EVEN)
 
 
-class Tile(NamedTuple):
+class DequantizeTile(NamedTuple):
     """How a launch is cut."""
 
     block_n: int
@@ -112,18 +112,18 @@ class Tile(NamedTuple):
     block_r: int  # ranks a product on the tensor cores takes; a loop takes the rest
 
 
-FLAT = Tile(1, 8192, 1, 4, 16)
-SMALL = Tile(64, 64, 1, 8, 16)
+FLAT = DequantizeTile(1, 8192, 1, 4, 16)
+SMALL = DequantizeTile(64, 64, 1, 8, 16)
 _TILES = {  # for ranks up to 16, and for larger ones
-    "none": (Tile(64, 128, 2, 4, 16),) * 2,
-    "narrow": (Tile(32, 128, 4, 4, 16), Tile(64, 128, 2, 8, 16)),
-    "split": (Tile(32, 128, 4, 4, 16), Tile(64, 128, 1, 4, 16)),
-    "tf32x3": (Tile(32, 128, 2, 4, 16), Tile(64, 128, 1, 8, 16)),
+    "none": (DequantizeTile(64, 128, 2, 4, 16),) * 2,
+    "narrow": (DequantizeTile(32, 128, 4, 4, 16), DequantizeTile(64, 128, 2, 8, 16)),
+    "split": (DequantizeTile(32, 128, 4, 4, 16), DequantizeTile(64, 128, 1, 4, 16)),
+    "tf32x3": (DequantizeTile(32, 128, 2, 4, 16), DequantizeTile(64, 128, 1, 8, 16)),
     "ieee": (SMALL, SMALL),
 }
 
 
-def tile(precision: str, r: int, words: bool) -> Tile:
+def tile(precision: str, r: int, words: bool) -> DequantizeTile:
     """The tile of a launch that keeps rows, by how B A is multiplied ("none": not at all) and by its rank.
 
     words: whether weights can be taken eight at a time.
@@ -138,7 +138,7 @@ def precision(out: torch.dtype, adapter: torch.dtype) -> str:
     return {torch.bfloat16: "split", torch.float16: "tf32x3"}.get(out, "ieee")
 
 
-def _check(weight: Packed, out: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+def _check_dequantize(weight: Packed, out: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
     n, k = weight.shape
     if out.shape != (n, k):
         raise ValueError(f"out is {list(out.shape)}, but the weight is {[n, k]}")
@@ -166,7 +166,7 @@ def dequantize(
         ValueError: shapes do not fit together, or only one adapter is given.
     """
     n, k = weight.shape
-    _check(weight, out, lora_a, lora_b)
+    _check_dequantize(weight, out, lora_a, lora_b)
     code = level_table(out.device)
     merge = lora_a is not None and lora_b is not None
     a, b, how = code.view(1, 16), code.view(1, 16), "none"

@@ -148,7 +148,7 @@ def _interpret() -> None:
         raise ValueError("--dry-run needs Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
 
 
-def _case_of(row: choice.Row) -> TuneCase:
+def _case_of(row: choice.TableRow) -> TuneCase:
     mode = row.kernel if row.op in LOW_RANK else ""
     return TuneCase(row.op, row.m or 0, row.k or 0, row.n or 0, row.r or 0, mode)
 
@@ -160,7 +160,7 @@ class _Bench:
         self.plan = plan
         self._drawn: dict[tuple[int, int, int], Operands] = {}
 
-    def fastest(self, case: TuneCase, gpu: str) -> choice.Row | None:
+    def fastest(self, case: TuneCase, gpu: str) -> choice.TableRow | None:
         """The row of the fastest candidate that is right; None where none is right."""
         if case.op in LOW_RANK:
             found, truth = low_rank_trials(case, self.plan.device, self.plan.dtype)
@@ -176,7 +176,7 @@ class _Bench:
         best = ranking[0]
         dropout = False if best.kernel.startswith("decode") else None
         sides = case.m, case.k or None, case.n or None, case.r
-        return choice.Row(gpu, case.op, *sides, dropout, best.kernel, best.config, times[best], "measured")
+        return choice.TableRow(gpu, case.op, *sides, dropout, best.kernel, best.config, times[best], "measured")
 
     def _operands(self, case: TuneCase) -> Operands:
         key = case.k, case.n, case.r
@@ -234,7 +234,7 @@ def _is_right(case: TuneCase, trial: Trial, truth: Truth) -> bool:
     return not fault
 
 
-def crossovers(rows: list[choice.Row]) -> Iterator[str]:
+def crossovers(rows: list[choice.TableRow]) -> Iterator[str]:
     """A line for each product and shape: the largest M measured at which dequantizing was not the fastest."""
     shapes = dict.fromkeys((row.op, row.k, row.n) for row in rows if row.op in PRODUCTS)
     for op, k, n in shapes:

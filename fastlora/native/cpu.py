@@ -140,7 +140,7 @@ def nf4_dequantize(
     isa = chosen_isa(lib)
     if out.numel() == 0:
         return
-    check(
+    raise_for_status(
         lib.fastlora_nf4_dequantize(
             ctypes.byref(packed), pointer_of(lora_a), pointer_of(lora_b), R, scaling, out.data_ptr(),
             DTYPES[out.dtype], isa, torch.get_num_threads(),
@@ -186,7 +186,7 @@ def _run_product(lib: ctypes.CDLL, function, weight: Packed, x: Tensor, M: int, 
     isa = chosen_isa(lib)
     if out.numel() == 0:
         return
-    check(
+    raise_for_status(
         function(
             ctypes.byref(weight_of(weight)),
             x.data_ptr(),
@@ -232,7 +232,7 @@ def chosen_isa(library: ctypes.CDLL) -> int:
     return ISAS.index(name)
 
 
-def check(result: int) -> None:
+def raise_for_status(result: int) -> None:
     """Raises the error that a call's status stands for."""
     if result == _NO_MEMORY:
         raise MemoryError("fastlora's CPU library could not allocate its scratch buffer")

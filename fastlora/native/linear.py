@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.operands import Lora, Packed
-from fastlora.native.cpu import ISAS, check, chosen_isa, loaded
+from fastlora.native.cpu import ISAS, chosen_isa, loaded, raise_for_status
 from fastlora.native.lora import dropout_of
 from fastlora.native.weight import fields_of
 
@@ -91,7 +91,7 @@ def linear(
             torch.get_num_threads(),
         )  # fmt: skip
         if result:
-            check(result)
+            raise_for_status(result)
     return y, h
 
 
@@ -147,7 +147,7 @@ def linear_backward(
         torch.get_num_threads(),
     )  # fmt: skip
     if result:
-        check(result)
+        raise_for_status(result)
     return dx, da, db
 
 

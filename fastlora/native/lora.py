@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastlora.native.cpu import check, chosen_isa, loaded
+from fastlora.native.cpu import chosen_isa, loaded, raise_for_status
 from fastlora.native.weight import DTYPES, require_matrix
 from fastlora.reference import dropout_threshold
 
@@ -65,7 +65,7 @@ def lora_shrink(
     dropout, isa = dropout_of(seed, p), chosen_isa(library)
     if M == 0:
         return
-    check(
+    raise_for_status(
         library.fastlora_lora_shrink(
             ctypes.byref(activations), _reference(dropout), lora_a.data_ptr(), R, *lora_a.stride(), scaling,
             out.data_ptr(), isa, torch.get_num_threads(),
@@ -105,7 +105,7 @@ def lora_outer(
     dropout, isa = dropout_of(seed, p), chosen_isa(library)
     if K == 0:
         return
-    check(
+    raise_for_status(
         library.fastlora_lora_outer(
             ctypes.byref(activations),
             _reference(dropout),
@@ -137,7 +137,7 @@ def dropout_mask(seed: int, p: float, out: Tensor) -> None:
     dropout, isa = dropout_of(seed, p), chosen_isa(library)
     if out.numel() == 0:
         return
-    check(
+    raise_for_status(
         library.fastlora_dropout_mask(
             _reference(dropout), *out.shape, out.data_ptr(), DTYPES[out.dtype], isa, torch.get_num_threads()
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.operands import check_blocksize
-from fastlora.native.cpu import check, chosen_isa, loaded
+from fastlora.native.cpu import chosen_isa, loaded, raise_for_status
 from fastlora.native.weight import DTYPES, require
 
 TABLE_STEPS = 65536
@@ -37,7 +37,7 @@ def nf4_quantize(w: Tensor, blocksize: int, codes: Tensor, absmax: Tensor) -> No
     require("codes", codes, (torch.uint8,), (numel + 1) // 2)
     require("absmax", absmax, (torch.float32,), -(-numel // blocksize))
     log2_blocksize = blocksize.bit_length() - 1
-    check(
+    raise_for_status(
         library.fastlora_nf4_quantize(
             w.data_ptr(), DTYPES[w.dtype], numel, log2_blocksize, codes.data_ptr(), absmax.data_ptr(),
             chosen_isa(library), torch.get_num_threads(),
@@ -63,7 +63,7 @@ def quantize_scales(absmax: Tensor, offset: float, table: Tensor, levels: Tensor
     require("table", table, (torch.uint8,), TABLE_STEPS)
     require("levels", levels, (torch.uint8,), blocks)
     require("absmax2", absmax2, (torch.float32,), -(-blocks // 256))
-    check(
+    raise_for_status(
         library.fastlora_nf4_quantize_scales(
             absmax.data_ptr(), blocks, offset, table.data_ptr(), levels.data_ptr(), absmax2.data_ptr(),
             torch.get_num_threads(),

@@ -22,7 +22,7 @@ def as_autocast(
     return x.to(dtype), in_dtype(weight, dtype), bias
 
 
-def check(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
+def check_linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
     """Raise ValueError where x [..., K], a weight [N, K] and a bias [N] do not fit together."""
     dtype, shape = x.dtype, weight.shape
     if dtype not in FLOAT_DTYPES:

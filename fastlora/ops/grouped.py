@@ -54,7 +54,7 @@ def grouped_lora_linear(
     Raises:
         ValueError: the operands do not fit together.
     """
-    _check(x, weight, lora_a, lora_b, offsets, bias)
+    _check_grouped(x, weight, lora_a, lora_b, offsets, bias)
     if not grouped_cuda.refusal(x, weight, offsets.numel(), lora_a, lora_b):
         return grouped_cuda.grouped_linear(x, weight, lora_a, lora_b, scaling, offsets, bias)
     if _takes_grouped_mm(x, weight, offsets.numel()) and (isinstance(weight, Tensor) or x.shape[0] > FEW_ROWS):
@@ -62,7 +62,7 @@ def grouped_lora_linear(
     return grouped_loop.one_by_one(x, weight, lora_a, lora_b, scaling, offsets, bias)
 
 
-def _check(
+def _check_grouped(
     x: Tensor,
     weight: Tensor | NF4Weight,
     lora_a: Tensor | None,

@@ -26,7 +26,7 @@ from fastlora.kernels.operands import Lora
 from fastlora.ops import dequantize, linear_cpu, linear_cpu_bf16
 from fastlora.ops.autograd import refuse_func_gradients, refuse_second_derivative, seen_by_others
 from fastlora.ops.backend import backend
-from fastlora.ops.checks import as_autocast, check, check_adapter_shapes, check_adapters
+from fastlora.ops.checks import as_autocast, check_adapter_shapes, check_adapters, check_linear
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.ops.operands import Gradients, Needs, Step
 
@@ -73,7 +73,7 @@ def lora_linear(
     if not 0.0 <= dropout_p < 1.0 - LEAST_DROPOUT:
         raise ValueError(f"dropout_p must be at least 0 and below 1 - 2**-17; got {dropout_p}")
     x, weight, bias = as_autocast(x, weight, bias)
-    check(x, weight, bias)
+    check_linear(x, weight, bias)
     check_adapters(x, weight.shape, lora_a, lora_b)
     seed = None
     if training and dropout_p >= LEAST_DROPOUT:
@@ -92,7 +92,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         ValueError: shapes, dtypes or devices do not fit.
     """
     x, _, bias = as_autocast(x, weight, bias)
-    check(x, weight, bias)
+    check_linear(x, weight, bias)
     return _call(x, weight, None, bias)
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from fastlora.kernels import choice, search
-from fastlora.kernels.choice import ANY_M, Row, Tile
+from fastlora.kernels.choice import ANY_M, TableRow, Tile
 
 from fastlora.ops import backend as backends
 
@@ -28,12 +28,12 @@ def fresh(monkeypatch):
         cached.cache_clear()
 
 
-def row(op="linear", m=None, k=None, n=None, r=None, kernel="fused", gpu="NVIDIA H200", **rest) -> Row:
+def row(op="linear", m=None, k=None, n=None, r=None, kernel="fused", gpu="NVIDIA H200", **rest) -> TableRow:
     config = rest.pop("config", None)
-    return Row(gpu, op, m, k, n, r, rest.pop("dropout", None), kernel, config, None, "measured")
+    return TableRow(gpu, op, m, k, n, r, rest.pop("dropout", None), kernel, config, None, "measured")
 
 
-def kernels(rows: list[Row]) -> list[tuple[int | None, str]]:
+def kernels(rows: list[TableRow]) -> list[tuple[int | None, str]]:
     return [(rung.m, rung.kernel) for rung in rows]
 
 
@@ -115,7 +115,7 @@ def test_a_table_that_cannot_be_read_names_the_line(tmp_path, change, says):
         choice.read(path)
 
 
-def use(monkeypatch, rows: list[Row]) -> None:
+def use(monkeypatch, rows: list[TableRow]) -> None:
     monkeypatch.setattr(choice, "_table", lambda: rows)
 
 

@@ -20,7 +20,7 @@ def run(path, *options: str) -> int:
     return main(["tune", "--dry-run", "--out", str(path), *options])
 
 
-def rows(path) -> list[choice.Row]:
+def rows(path) -> list[choice.TableRow]:
     return [row for row in choice.read(path) if row.source == "measured"]
 
 
@@ -133,8 +133,8 @@ def test_cases_come_in_the_order_of_their_worth():
 
 
 def test_the_crossover_is_the_largest_m_where_dequantizing_was_not_the_fastest():
-    def row(m: int, kernel: str) -> choice.Row:
-        return choice.Row("a", "linear", m, 64, 128, 16, None, kernel, None, 1.0, "measured")
+    def row(m: int, kernel: str) -> choice.TableRow:
+        return choice.TableRow("a", "linear", m, 64, 128, 16, None, kernel, None, 1.0, "measured")
 
     rows = [row(1, "decode"), row(64, "fused"), row(256, "fused"), row(512, "dequantize")]
     assert list(tune.crossovers(rows)) == ["linear 64x128: M* is 256 or more, below 512"]
