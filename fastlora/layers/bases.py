@@ -1,7 +1,7 @@
-"""What a LoRA layer goes over: a dense layer, an `NF4Linear`, or bitsandbytes' `Linear4bit`.
+"""What is under a LoRA layer: a dense layer, an `NF4Linear`, or bitsandbytes' `Linear4bit`.
 
-`frozen` is the one place that tells them apart on the way of x: whatever the base is, a LoRA layer gets from it the x
-to multiply, a weight (a dense tensor or an `NF4Weight`), a bias, and the dtype that the result is to have.
+On the way of x, `frozen` is the only place that distinguishes them: for any base it returns the x to multiply, a weight
+(a dense tensor or an `NF4Weight`), a bias, and the dtype of the result.
 
 A `Linear4bit` is adopted: its memory is read in place, in the dtype in which that layer computes.
 """
@@ -42,7 +42,7 @@ class AdoptedWeight:
             ValueError: not quantized yet, fp4, or repacked by bitsandbytes for CPU inference.
         """
         weight: Any = linear4bit.weight
-        if torch.compiler.is_compiling():  # kept, it would be a guard that fails at the second call
+        if torch.compiler.is_compiling():  # keeping it would add a guard that fails at the second call
             return NF4Weight.from_bnb(weight)
         state = getattr(weight, "quant_state", None)
         view = self._view
@@ -59,18 +59,18 @@ class AdoptedWeight:
         return self._view
 
     def forget(self) -> None:
-        """Let go of the memory, as when the layer moves to another device."""
+        """Release the memory, for instance when the layer moves to another device."""
         self._weight = self._view = None
 
 
 def is_linear4bit(module: nn.Module) -> bool:
-    """Whether a module is bitsandbytes' `Linear4bit` itself or one of its two named forms."""
+    """Whether a module is bitsandbytes' `Linear4bit` itself, `LinearNF4` or `LinearFP4`."""
     bnb = sys.modules.get("bitsandbytes")
     return bnb is not None and type(module) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
 
 
 def compute_dtype(linear4bit: Any, x: Tensor) -> torch.dtype:
-    """The dtype in which a `Linear4bit` computes for this input: its `compute_dtype`, else, at first, that of x."""
+    """The dtype in which a `Linear4bit` computes for this input: its `compute_dtype`, or x's before that is set."""
     if not linear4bit.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
         return x.dtype
     return linear4bit.compute_dtype or x.dtype
@@ -88,7 +88,7 @@ def frozen(
     """(x to multiply, weight [N, K], bias [N], dtype of the result or None for that of the product).
 
     Args:
-        base: a layer of one of the three kinds. adopted: what is remembered of a `Linear4bit`.
+        base: a layer of one of the three kinds. adopted: the view kept of a `Linear4bit`'s weight.
     """
     if is_dense(base):
         return x, dense_weight(base), base._parameters["bias"], None
@@ -113,14 +113,14 @@ def base_weight(base: Any, adopted: AdoptedWeight | None = None) -> Tensor | NF4
     if is_linear4bit(base):
         return (adopted or AdoptedWeight()).of(base)
     raise ValueError(
-        f"a LoRALinear goes over nn.Linear, Conv1D, NF4Linear or bitsandbytes' Linear4bit, not {type(base).__name__}"
+        f"a LoRALinear wraps nn.Linear, Conv1D, NF4Linear or bitsandbytes' Linear4bit, not {type(base).__name__}"
     )
 
 
 def computed_over(base: Any, shape: tuple[int, int], r: int, quantize: bool = False) -> tuple[str, str]:
-    """The paths that compute a linear over this base, and how by the number of tokens; "" over a `Conv1D`'s weight.
+    """The paths that compute a linear over this base, and how, by the number of tokens; "" for how over a `Conv1D`.
 
-    shape: (N, K). quantize: the base is about to become NF4.
+    shape: (N, K). quantize: whether the base is about to become NF4.
     """
     weight = base.weight
     state = getattr(weight, "quant_state", None)

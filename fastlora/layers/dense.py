@@ -1,6 +1,6 @@
 """Linear layers with an unquantized weight: `nn.Linear`, and GPT-2's `Conv1D`.
 
-`Conv1D` is y = x W + b with W [K, N], the transpose of what others store: its weight is read as a view [N, K].
+`Conv1D` is y = x W + b with W [K, N], the transpose of what other layers store: its weight is read as a view [N, K].
 Nothing is copied, and the layer keeps its parameter and its name.
 """
 
@@ -23,13 +23,13 @@ def is_dense(module: Any) -> bool:
 
 
 def dense_weight(module: Any) -> Tensor:
-    """The weight [N, K] of a layer that `is_dense`; of a `Conv1D` a transposed view."""
+    """The weight [N, K] of a layer that `is_dense`; for a `Conv1D` a transposed view."""
     weight: Tensor = module._parameters["weight"]
     return weight if type(module) is nn.Linear else weight.t()
 
 
 def as_linear(conv: Any) -> nn.Linear:
-    """An `nn.Linear` with a copy of a `Conv1D`'s weight, [N, K] contiguous, and its bias, shared."""
+    """An `nn.Linear` with a copy of a `Conv1D`'s weight, [N, K] contiguous; the bias is shared."""
     k, n = conv.weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta")
     linear.weight = nn.Parameter(conv.weight.detach().t().contiguous(), requires_grad=False)
@@ -38,7 +38,7 @@ def as_linear(conv: Any) -> nn.Linear:
 
 
 def as_conv1d(linear: nn.Linear) -> nn.Module:
-    """A `Conv1D` with an `nn.Linear`'s weight, transposed, and its bias or zeros."""
+    """A `Conv1D` with an `nn.Linear`'s weight, transposed, and with its bias, or zeros if it has none."""
     from transformers.pytorch_utils import Conv1D
 
     n, k = linear.weight.shape

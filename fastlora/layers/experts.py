@@ -1,14 +1,14 @@
-"""Stacks of experts (mixtures of experts) with LoRA, without forming any W + B A.
+"""Stacks of experts (mixtures of experts) with LoRA; no W + B A is ever formed.
 
 transformers keeps the experts of a layer as 3-D parameters: gate_up_proj [E, 2I, H] and down_proj [E, H, I], or with
 the last two dimensions exchanged (`is_transposed`).
 
-`forward` sorts the pairs of token and expert by expert, runs both projections as `grouped_lora_linear`, and adds the
-weighted results up, each token's in the order of its choices. That is what transformers' "grouped_mm" computes, so the
-result does not depend on atomics.
+`forward` sorts the pairs of token and expert by expert, runs both projections as `grouped_lora_linear`, and adds up the
+weighted results of each token in the order of its choices. transformers' "grouped_mm" computes the same, so the result
+does not depend on atomics.
 
-A stack may be packed in NF4 by bitsandbytes' parametrization (`peft_layers.packing`): then the product reads the codes
-of the experts that have tokens.
+A stack may be packed in NF4 by bitsandbytes' parametrization (`peft_layers.packing`); then the product reads only the
+codes of experts that have tokens.
 """
 
 import functools
@@ -31,7 +31,7 @@ _WIDENED = re.compile(r"_proj\[\w+\]\.(float\(\)|to\(torch\.float32\))")  # an e
 
 
 def routing_of(experts: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
-    """(experts [T, k], weights [T, k]) of a call; None where it has other arguments."""
+    """(experts [T, k], weights [T, k]) of a call; None if it has other arguments."""
     if kwargs:
         try:
             args = tuple(inspect.signature(type(experts).forward).bind(experts, x, *args, **kwargs).arguments.values())
@@ -45,11 +45,11 @@ def routing_of(experts: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dic
 
 
 def forward(experts: Any, count: int, updates: dict[str, Lora], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """What the module computes with its weights adapted.
+    """What the module of experts computes, with adapters on its weights.
 
     Args:
-        experts: a module with transformers' interface of experts. count: how many it has.
-        updates: adapters by parameter name, a [E, R, K] and b [E, N, R]; a projection without any runs as it is.
+        experts: a module with transformers' interface of experts. count: how many experts it has.
+        updates: adapters by parameter name, a [E, R, K] and b [E, N, R]; a projection without one runs as it is.
         x: [T, H]. chosen: [T, k], indices of experts. weights: [T, k].
     Returns:
         [T, H], dtype of x.
@@ -59,17 +59,17 @@ def forward(experts: Any, count: int, updates: dict[str, Lora], x: Tensor, chose
     by_expert, order = torch.sort(flat, stable=True)
     up, down = projections(experts)
     steps = torch.arange(count, device=flat.device, dtype=flat.dtype)
-    offsets = torch.searchsorted(by_expert, steps, right=True).to(torch.int32)
+    offsets = torch.searchsorted(by_expert, steps, right=True).to(torch.int32)  # [E]
     rows = x[order // choices]  # [T k, H]
     dtype = computed_in(x)
-    rows = _project(experts, up, updates, rows.to(dtype), offsets)
-    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-    rows = _project(experts, down, updates, rows.to(dtype), offsets)
+    rows = _project(experts, up, updates, rows.to(dtype), offsets)  # [T k, 2I], or [T k, I] without a gate
+    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)  # [T k, I]
+    rows = _project(experts, down, updates, rows.to(dtype), offsets)  # [T k, H]
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
-    weighted = rows * weights.reshape(-1)[order].unsqueeze(-1)
+    weighted = rows * weights.reshape(-1)[order].unsqueeze(-1)  # [T k, H]
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return weighted[place].view(tokens, choices, weighted.shape[-1]).sum(dim=1).to(x.dtype)
+    return weighted[place].view(tokens, choices, weighted.shape[-1]).sum(dim=1).to(x.dtype)  # [T, H]
 
 
 def projections(experts: Any) -> tuple[str, str]:
@@ -95,7 +95,7 @@ def _project(experts: Any, name: str, updates: dict[str, Lora], rows: Tensor, of
 
 
 def computes_in_fp32(experts: Any) -> bool:
-    """Whether the module's own forward, which "eager" stands for, casts each expert's weights to fp32."""
+    """Whether the module runs its own forward ("eager") and that casts each expert's weights to fp32."""
     return getattr(experts.config, "_experts_implementation", None) in (None, "eager") and _widens(type(experts))  # type: ignore[arg-type]
 
 
@@ -104,5 +104,5 @@ def computes_in_fp32(experts: Any) -> bool:
 def _widens(kind: Any) -> bool:
     try:
         return _WIDENED.search(inspect.getsource(inspect.unwrap(kind.forward))) is not None
-    except (OSError, TypeError):  # no source to be had
+    except (OSError, TypeError):  # there is no source
         return False

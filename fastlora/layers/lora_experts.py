@@ -1,13 +1,13 @@
-"""Stacks of experts with adapters of fastlora's own: what peft's `target_parameters` means, without peft.
+"""Stacks of experts with fastlora's own adapters: what peft's `target_parameters` means, without peft.
 
-transformers keeps the experts of a layer as 3-D parameters of one module. `LoRAExperts` takes that module's place,
-holds it as `base_layer`, and computes as `layers.experts` does: sorted by expert, W + B A never formed. A and B of all
-experts are two matrices packed as peft packs them, so that its files hold them as they are:
+transformers keeps the experts of a layer as 3-D parameters of one module. `LoRAExperts` replaces that module, holds it
+as `base_layer`, and computes as `layers.experts` does: sorted by expert, W + B A never formed. A and B of all experts
+are two matrices packed as peft packs them, so that peft's files hold them as they are:
 
     A [E·r, in]     expert slowest
     B [out, r·E]    expert fastest
 
-A stack in NF4 is packed expert by expert, each as [out, in] whichever way the model keeps it.
+A stack in NF4 is packed expert by expert, each as [out, in], however the model keeps it.
 """
 
 import math
@@ -31,10 +31,10 @@ class LoRAExperts(nn.Module):
     """A module of experts with trained low-rank updates on its stacked parameters.
 
     Args:
-        base_layer: with transformers' interface of experts; used as it is, its forward is not called.
+        base_layer: with transformers' interface of experts; used as it is, but its forward is not called.
         stacks: r and lora_alpha by parameter.
         use_rslora: scaling is lora_alpha / sqrt(r) instead of lora_alpha / r.
-        adapter_dtype: dtype of A and B; fp32 where None.
+        adapter_dtype: dtype of A and B; fp32 if None.
         init_lora_weights: True, False or "gaussian".
     Source: arXiv:2106.09685, section 4.1.
     """
@@ -97,14 +97,14 @@ class LoRAExperts(nn.Module):
         if routing is None or x.ndim != 2:
             raise ValueError(
                 f"{type(self.base_layer).__name__} with adapters takes tokens [T, H], their experts [T, k] and weights "
-                "[T, k], and was called with other arguments"
+                "[T, k], but was called with other arguments"
             )
         shown = _Shown(self, computed_in(x))
         updates = {name: self.update(name) for name in self.r}
         return experts.forward(shown, self.num_experts, updates, x, *routing)
 
     def quantize(self, blocksize: int = 64, double_quant: bool = True) -> None:
-        """Pack the stacks of both projections in NF4; the parameters are let go of."""
+        """Pack the stacks of both projections in NF4; the parameters are released."""
         for name in experts.projections(self.base_layer):
             weight = stacked(self.base_layer, name)
             n = weight.shape[1]
@@ -122,7 +122,7 @@ class LoRAExperts(nn.Module):
         wide = weight.detach().float()
         if name in self.r:
             a, b, scaling, *_ = self.update(name)
-            wide = torch.baddbmm(wide, b.detach().float(), a.detach().float(), alpha=scaling)
+            wide = torch.baddbmm(wide, b.detach().float(), a.detach().float(), alpha=scaling)  # [E, N, r] @ [E, r, K]
         wide = wide.to(dtype or weight.dtype)
         return wide.transpose(1, 2).contiguous() if self.base_layer.is_transposed else wide
 
@@ -133,7 +133,7 @@ class LoRAExperts(nn.Module):
         return stacked(self.base_layer, name)
 
     def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module of experts, with the updates folded into its parameters; with a dtype, all of them have it."""
+        """The module of experts with the updates merged into its parameters; given a dtype, all parameters have it."""
         base: Any = self.base_layer
         for name in experts.projections(base):
             if name in self.r or name in self.packed or dtype is not None:
@@ -143,7 +143,7 @@ class LoRAExperts(nn.Module):
         return base
 
     def rows(self, name: str, blocksize: int = 0) -> Iterator[Row]:
-        """The rows of the report; name: of this module. blocksize: of the NF4 that dense stacks are about to become."""
+        """The rows of the report. name: of this module. blocksize: of the NF4 that dense stacks are about to become."""
         for parameter, r in self.r.items():
             (a, b, _), weight = self.adapter(parameter), self.weight(parameter)
             shape, size = (b.shape[0], a.shape[1]), weight.blocksize if isinstance(weight, NF4Weight) else blocksize
@@ -173,7 +173,7 @@ class _Shown:
 
 
 def adapted_experts(model: nn.Module) -> dict[str, LoRAExperts]:
-    """The model's `LoRAExperts` by name, without torch.compile's part in the names."""
+    """The model's `LoRAExperts` by name, without what torch.compile adds to the names."""
     return {
         name.replace("_orig_mod.", ""): module
         for name, module in model.named_modules()
@@ -182,6 +182,6 @@ def adapted_experts(model: nn.Module) -> dict[str, LoRAExperts]:
 
 
 def stacked(base: Any, name: str) -> Tensor:
-    """[E, N, K]: a parameter of a module of experts, a view of it where it is kept as [E, K, N]."""
+    """A parameter of a module of experts as [E, N, K]; a view where it is kept as [E, K, N]."""
     weight: Tensor = getattr(base, name)
     return weight.transpose(1, 2) if base.is_transposed else weight

@@ -3,7 +3,7 @@
     y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ
 
 The layer is thin: it holds tensors under peft's names (`base_layer.weight`, `lora_A.default.weight`,
-`lora_B.default.weight`), with peft's meaning of `r`, `lora_alpha` and `scaling`, and hands them to `ops.linear`.
+`lora_B.default.weight`), with peft's meaning of `r`, `lora_alpha` and `scaling`, and passes them to `ops.linear`.
 Source: arXiv:2106.09685, section 4.1 (LoRA); arXiv:2312.03732 (rsLoRA).
 """
 
@@ -24,7 +24,7 @@ from fastlora.ops.nf4 import NF4Weight
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank update, computed as one.
 
-    The base's forward is not called and hooks on `base_layer`, `lora_A` or `lora_B` do not run: put hooks on this
+    The base's forward is not called, and hooks on `base_layer`, `lora_A` or `lora_B` do not run: put hooks on this
     module. Parameter names, the dictionaries by adapter name and `scaling` are peft's.
 
     Args:
@@ -33,11 +33,11 @@ class LoRALinear(nn.Module):
         lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
         lora_dropout: probability with which an element of the update's input is dropped in training.
         adapter_name: key in `lora_A` and `lora_B`.
-        adapter_dtype: dtype of A and B; fp32 where None. A full-precision base also takes its own dtype.
-        init_lora_weights: a start by the names in `layers.starts`, except "loftq" and "eva"; "pissa" and "olora"
+        adapter_dtype: dtype of A and B; fp32 if None. Over a full-precision base, fp32 or the base's dtype.
+        init_lora_weights: a start by its name in `layers.starts`, except "loftq" and "eva"; "pissa" and "olora"
             change the weight of `base_layer` in place.
     Raises:
-        ValueError: an argument out of its range, or a base of another kind.
+        ValueError: an argument is out of range, or the base is of another kind.
     Source: arXiv:2106.09685, section 4.1; arXiv:2312.03732 (rsLoRA).
     """
 
@@ -74,7 +74,7 @@ class LoRALinear(nn.Module):
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=False)
         starts.fill(init_lora_weights, lora_a, lora_b, weight.dtype)
-        # (A0, scaling · B0) taken out of the base, by adapter name: kept to save what the adapter adds to them
+        # (A0, scaling · B0) taken out of the base, by adapter name: what is saved is the adapter minus these
         self.taken_out: dict[str, starts.Pair] = {}
         if starts.changes_base(init_lora_weights):
             assert isinstance(weight, Tensor)
@@ -92,7 +92,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The base layer's weight, as code that asks a linear layer for its dtype or device expects."""
+        """The base layer's weight, for code that reads a linear layer's dtype or device from it."""
         return self.base_layer.weight
 
     @property
@@ -116,7 +116,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N].
 
-        Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as there.
+        Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as its own.
         """
         modules: Any = self._modules
         dropout = modules["lora_dropout"]._modules[self.active_adapter]
@@ -128,14 +128,14 @@ class LoRALinear(nn.Module):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the layer that was found is a `Conv1D`."""
+        """Whether the layer was a `Conv1D` when it was found."""
         return is_conv1d(self.base_layer) or getattr(self.base_layer, "fan_in_fan_out", False)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A plain `nn.Linear`, or `Conv1D`, with weight W + scaling · B A, summed in fp32, rounded once to `dtype`.
 
         Args:
-            dtype: default: that of W, for NF4 that before quantization.
+            dtype: by default that of W, for NF4 that before quantization.
         """
         weight = base_weight(self.base_layer, self._adopted)
         lora_a, lora_b, scaling = self.adapter()
@@ -160,11 +160,11 @@ class LoRALinear(nn.Module):
                 destination[f"{prefix}taken_out.{name}.{part}"] = tensor
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *told: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *more: Any
     ) -> None:
         mine = {f"{prefix}taken_out.{name}.{part}": (name, part) for name in self.taken_out for part in "AB"}
         rest = {key: value for key, value in state_dict.items() if key not in mine}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, *told)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, *more)
         missing += [key for key in mine if key not in state_dict]
         for key, (name, part) in mine.items():
             if key in state_dict:

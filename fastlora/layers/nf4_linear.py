@@ -2,7 +2,7 @@
 
     y = x Wᵀ + b
 
-`NF4Linear` saves and loads `weight`, `weight.absmax`, ... as bitsandbytes does, so either library reads the other's
+`NF4Linear` saves and loads `weight`, `weight.absmax`, ... as bitsandbytes does, so each library reads the other's
 checkpoints.
 Source: arXiv:2305.14314, section 3.
 """
@@ -25,13 +25,13 @@ _BUFFERS = ("codes", "absmax", "absmax2", "code2", "offset")
 class NF4Linear(nn.Module):
     """A frozen linear layer whose weight is NF4.
 
-    The packed weight lies in buffers, so `.to(device)`, `deepcopy` and pickle work as for any module; `.to(dtype)`
-    and `.half()` leave it as it is, for its scales are fp32 by definition. The state dict has bitsandbytes' names.
+    The packed weight is in buffers, so `.to(device)`, `deepcopy` and pickle work as for any module; `.to(dtype)` and
+    `.half()` leave it as it is, because its scales are fp32 by definition. The state dict has bitsandbytes' names.
 
     Args:
         weight: NF4 of shape (N, K).
-        bias: [N] or None; kept as it is, the same object where it is a Parameter.
-        fan_in_fan_out: the layer was a `Conv1D`, and becomes one again when its weight is expanded.
+        bias: [N] or None; kept as it is, the same object if it is a Parameter.
+        fan_in_fan_out: whether the layer was a `Conv1D`, and becomes one again when its weight is expanded.
     Source: arXiv:2305.14314, section 3.
     """
 
@@ -86,7 +86,7 @@ class NF4Linear(nn.Module):
         return nf4_linear(x, self.weight, self.bias_for(x))
 
     def bias_for(self, x: Tensor) -> Tensor | None:
-        """The bias in x's dtype, or wider in fp32: an NF4 weight goes with any input, and so shall the bias."""
+        """The bias in x's dtype or fp32: an NF4 weight takes input of any dtype, so the bias must too."""
         bias = self.bias
         return bias if bias is None or bias.dtype in (x.dtype, torch.float32) else bias.to(x.dtype)
 
@@ -109,7 +109,7 @@ class NF4Linear(nn.Module):
         if self.codes.is_meta:
             raise RuntimeError(
                 f"{prefix}weight is NF4 on the meta device and has nothing to save: under FSDP set "
-                "cpu_ram_efficient_loading=False, for every process needs the NF4 weights of its own"
+                "cpu_ram_efficient_loading=False, because every process needs its own NF4 weights"
             )
         for name, tensor in self.weight.state_dict().items():
             destination[prefix + name] = tensor

@@ -1,9 +1,9 @@
 """What became of every linear layer of a model, and why: the answer to "is this layer fast?"
 
-`replace_linear` leaves a `Report` on the model as `model.fastlora_report`; `fastlora.report(model)` looks anew. Each
-linear layer has one row, whether it was replaced or not, so that no layer is slow in silence. On peft's own layers,
-which may step back to peft's forward at any call, a row also counts the calls of either kind and keeps the reason of
-the last step back.
+`replace_linear` leaves a `Report` on the model as `model.fastlora_report`; `fastlora.report(model)` makes a new one.
+Each linear layer has one row, whether it was replaced or not, so that no layer is slow in silence. peft's own layers
+may step back to peft's forward at any call; their rows also count both kinds of call and keep the reason of the last
+step back.
 """
 
 import json
@@ -17,7 +17,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 @dataclass
 class Calls:
-    """How often a layer of peft's was computed by ours, and how often it stepped back to peft's forward.
+    """How often fastlora computed one of peft's layers, and how often the layer stepped back to peft's forward.
 
     Calls inside a `torch.compile` graph are not counted: there the choice is made once, at compile time.
     """
@@ -37,15 +37,15 @@ class Row:
 
     Args:
         name: its path in the model, as in `model.named_modules()`.
-        kind: class of the layer as it was found.
+        kind: class of the layer when it was found.
         shape: (out_features, in_features).
         replaced: whether fastlora computes it from now on.
-        reason: what was done and why, or why nothing was.
-        path: what computes it, named as its file in `ops/` ("linear_cuda"); "unchanged" where nothing of ours does.
+        reason: what was done and why, or why nothing was done.
+        path: what computes it, named as its file in `ops/` ("linear_cuda"); "unchanged" if fastlora does not.
         r: rank of the adapter, 0 without one.
         quantized: whether the base weight is NF4.
-        calls: counts for a layer of peft's, None elsewhere.
-        kernels: what computes it by the number of tokens, without dropout; empty where fastlora does not.
+        calls: counts for a layer of peft's, None for others.
+        kernels: what computes it by the number of tokens, without dropout; empty if fastlora does not.
     """
 
     name: str
@@ -65,9 +65,9 @@ class Report:
     """Rows for all linear layers of a model, in its order, and what the kernels run on.
 
     Args:
-        rows: one per linear layer.
-        backend: name of the path: "triton", "cpp" or "torch".
-        backend_reason: why that path.
+        rows: one for each linear layer.
+        backend: "triton", "cpp" or "torch".
+        backend_reason: why that backend.
         notes: what else the user should know.
     """
 
@@ -108,8 +108,8 @@ class Report:
         """Print the report as a table.
 
         Args:
-            console: a `rich.console.Console`; a new one on stdout where None.
-            every_layer: a line for every layer; else layers that differ only in their number share a line.
+            console: a `rich.console.Console`; None for a new one on stdout.
+            every_layer: a line for every layer; if False, layers that differ only in their number share a line.
         """
         lines = [(row.name, 1, row) for row in self.rows] if every_layer else list(_grouped(self.rows))
         try:
@@ -138,7 +138,7 @@ class Report:
         return "\n".join([self.summary(), *("  ".join(_cells(*line)) for line in lines), *self._kernels(), *self.notes])
 
     def _kernels(self) -> list[str]:
-        """A line for each way that replaced layers are computed, with the shapes computed so."""
+        """A line for each way in which replaced layers are computed, with the shapes that are computed so."""
         shapes: dict[str, dict[str, None]] = {}
         for row in self.replaced:
             if row.kernels:
@@ -148,7 +148,7 @@ class Report:
 
 
 def _shared_prefix(names: list[str]) -> str:
-    """What the names of numbered layers begin with, such as "model.layers.*"; empty where that is nothing."""
+    """The shared beginning of the names of numbered layers, such as "model.layers.*"; empty if there is none."""
     beginnings = {name[: name.rfind("*") + 1] for name in names if "*" in name}
     return beginnings.pop() if len(beginnings) == 1 else ""
 

@@ -1,6 +1,6 @@
-"""Models in wrappers, and tensors that FSDP2 has spread over processes (`fully_shard`): read whole, and filled.
+"""Models in wrappers, and tensors that FSDP2 has spread over processes (`fully_shard`): reading and filling them whole.
 
-What is here is done together: every process of the group calls it, for the same tensors in the same order.
+These functions are collective: every process of the group calls them, for the same tensors in the same order.
 """
 
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from torch import Tensor, distributed, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter of the model is spread over processes, be it gathered at present."""
+    """Whether any parameter of the model is spread over processes, even if it is gathered at present."""
     return any(map(_is_dtensor, model.parameters())) or any(map(_is_unit, model.modules()))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that is spread over processes; any other as it is."""
+    """The full tensor where one is spread over processes; any other tensor as it is."""
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 @torch.no_grad()
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy a full tensor into a parameter; where that is spread, each process takes its part of process 0's value."""
+    """Copy a full tensor into a parameter; if that is spread, each process takes its part of process 0's value."""
     if _is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
@@ -34,14 +34,14 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Spread again what FSDP2 has left gathered after a forward: what is written into gathered copies is lost."""
+    """Spread again what FSDP2 has left gathered after a forward: writes into gathered copies would be lost."""
     for module in model.modules():
         if _is_unit(module):
             module.reshard()  # type: ignore[operator]
 
 
 def by_first(write: Callable[[], None], together: bool) -> None:
-    """Call in process 0 alone, and let the others wait until it has ended; in this one where not `together`."""
+    """Call `write` only in process 0, and let the others wait for it; if not `together`, call it in this process."""
     if not together or not distributed.is_initialized():
         write()
         return

@@ -11,12 +11,12 @@
     "eva"                  A = leading singular vectors of the layer's inputs, B = 0 (`fastlora.model.eva`)
     False                  A and B as `nn.Linear` makes them: the update is not zero
 
-Drawn numbers come in peft's order, so that one seed gives both libraries the same start.
+Random numbers are drawn in peft's order, so one seed gives both libraries the same start.
 
-Where the base changes, the adapter means something on that changed base alone. A model keeps its start, and saves
-s (B A - B0 A0), of rank 2 r, which means the same on the base that everybody has (`standalone`). "loftq" with one
-iteration needs no such thing: whoever loads the base in NF4 has it. peft leaves its s out; divided by it here, so that
-the start is right for any `lora_alpha`, and peft's where that is r.
+Where the base changes, the adapter is valid only on that changed base. So a model keeps its start and saves
+s (B A - B0 A0), of rank 2 r, which means the same on the original base (`standalone`). "loftq" with one iteration does
+not need that: loading the base in NF4 gives the changed base. For loftq peft leaves s out; here B A is divided by it,
+so that the start is right for any `lora_alpha`, and equal to peft's where that is r.
 
 Source: arXiv:2404.02948 (PiSSA), arXiv:2406.01775 (OLoRA), arXiv:2310.08659 (LoftQ);
 https://datta0.github.io/posts/rethink-lora-init (orthogonal).
@@ -38,7 +38,7 @@ _NITER = re.compile(r"pissa_niter_(\d+)")
 
 
 def check(init: Any) -> None:
-    """Raise ValueError where this is no start by one of the names above."""
+    """Raise ValueError unless this is a start by one of the names above."""
     if isinstance(init, bool) or init in _NAMES or (isinstance(init, str) and _NITER.fullmatch(init)):
         return
     with_peft = "let peft initialize (get_peft_model) and call replace_linear on the result"
@@ -54,15 +54,15 @@ def reads_weight(init: Any) -> bool:
 
 
 def changes_base(init: Any, loftq_iter: int = 1) -> bool:
-    """Whether the base is no longer the checkpoint's, nor what quantizing it gives."""
+    """Whether the base becomes something other than the checkpoint's weight or its quantized form."""
     return reads_weight(init) and (init != "loftq" or loftq_iter > 1)
 
 
 def loftq_iterations(config: Any) -> int:
-    """`loftq_iter` of peft's `loftq_config`, a mapping or an object; 1 where None.
+    """`loftq_iter` of peft's `loftq_config`, a mapping or an object; 1 for None.
 
     Raises:
-        ValueError: no such config, an unknown option, other bits than 4, or a number of iterations below 1.
+        ValueError: not such a config, an unknown option, other bits than 4, or a number of iterations below 1.
     """
     if not isinstance(config, (Mapping, type(None))) and not hasattr(config, "__dict__"):
         raise ValueError(f"loftq_config must be a mapping or a LoftQConfig, not {config!r}")
@@ -79,31 +79,31 @@ def loftq_iterations(config: Any) -> int:
 
 
 def check_layer(init: Any, name: str, weight: Any, r: int, shared_with: str, quantized: bool) -> None:
-    """Raise ValueError where a layer cannot start so.
+    """Raise ValueError where a layer cannot have this start.
 
     Args:
         weight: [N, K], dense; or an `NF4Weight`.
-        shared_with: the name of another parameter that is this weight, or empty.
+        shared_with: the name of another parameter that is the same weight, or empty.
         quantized: whether the weight is about to become NF4.
     """
     said = f"init_lora_weights={init!r}"
     if init == "orthogonal" and r % 2:
         raise ValueError(f"{said} needs an even rank; {name} has r={r}")
     if init == "eva" and weight.device.type == "meta":
-        raise ValueError(f"{said} runs the model, and the weight of {name} is not loaded: load the weights first")
+        raise ValueError(f"{said} runs the model, but the weight of {name} is not loaded: load the weights first")
     if not reads_weight(init):
         return
     if isinstance(weight, nf4.NF4Weight):
         raise ValueError(
-            f"{said} starts from the weight before quantization, and that of {name} is quantized: load the model in "
+            f"{said} starts from the weight before quantization, but that of {name} is quantized: load the model in "
             "full precision and pass quantize='nf4'"
         )
     if init == "loftq" and not quantized:
-        raise ValueError(f"{said} makes up for quantization, and the weight of {name} stays as it is: quantize='nf4'")
+        raise ValueError(f"{said} makes up for quantization, but {name} is not quantized: pass quantize='nf4'")
     if changes_base(init) and shared_with:
         raise ValueError(f"{said} would change the weight of {name}, which is {shared_with} too: exclude the layer")
     if weight.device.type == "meta" or weight.numel() == 0:
-        raise ValueError(f"{said} starts from the weight, and that of {name} is not loaded: load the weights first")
+        raise ValueError(f"{said} starts from the weight, but that of {name} is not loaded: load the weights first")
     if not torch.isfinite(weight).all():
         raise ValueError(f"{name}.weight holds NaN or inf: repair the checkpoint, or exclude the layer")
     if r > min(weight.shape):
@@ -111,7 +111,7 @@ def check_layer(init: Any, name: str, weight: Any, r: int, shared_with: str, qua
 
 
 def fill(init: Any, lora_a: nn.Linear, lora_b: nn.Linear, dtype: torch.dtype) -> None:
-    """Start two new layers, where the weight is not read; dtype: that of the base, to which "orthogonal" is rounded."""
+    """Start two new layers without reading the weight. dtype: the base's, to which "orthogonal" is rounded."""
     r = lora_a.out_features
     if init is True:
         nn.init.kaiming_uniform_(lora_a.weight, a=5**0.5)
@@ -130,7 +130,7 @@ def fill(init: Any, lora_a: nn.Linear, lora_b: nn.Linear, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def from_weight(init: str, weight: Tensor, r: int, scaling: float) -> Pair:
-    """(A0 [R, K], B0 [N, R]) in fp32, which `take_out` is to take out of the weight.
+    """(A0 [R, K], B0 [N, R]) in fp32, for `take_out` to take out of the weight.
 
     Args:
         init: "pissa", "pissa_niter_N" or "olora".
@@ -157,7 +157,7 @@ def loftq(
     """(A0, B0) in fp32 that make up for the quantization of a weight [N, K], as far as rank r can.
 
     Returns:
-        the pair, and that of the iteration before: the base is NF4(W - scaling · B A) of the latter, NF4(W) where None.
+        the pair, and the pair of the iteration before: the base is NF4(W - scaling · B A) of that one, NF4(W) if None.
     """
     wide, pair, before = weight.float(), None, None
     for _ in range(iterations):
@@ -173,15 +173,15 @@ def standalone(pair: Pair, taken_out: Pair, scaling: float) -> Pair:
     """(A [2 R, K], B [N, 2 R]): the update on the base as it was before the start.
 
     Args:
-        taken_out: (A0, s0 · B0), s0 the scaling at the start.
-        scaling: that of now.
+        taken_out: (A0, s0 · B0), where s0 is the scaling at the start.
+        scaling: the present one.
     """
     (a, b), (a0, b0) = pair, (part.to(pair[0].device) for part in taken_out)
     return torch.cat((a.float(), a0)), torch.cat((b.float(), -b0 / scaling), dim=1)
 
 
 def _leading(matrix: Tensor, r: int, niter: int | None, scaling: float) -> Pair:
-    """(A, B) with scaling · B A = the part of the r largest singular values, their roots shared out evenly."""
+    """(A, B) with scaling · B A = the part of the r largest singular values; each factor has their square roots."""
     if niter is None:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:

@@ -1,4 +1,4 @@
-"""Stacks of experts without peft: what peft computes over the same adapters, files that both read, packed stacks."""
+"""Stacks of experts without peft: the same as peft over the same adapters, files that both read, packed stacks."""
 
 import copy
 
@@ -44,7 +44,7 @@ def gradients(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "gate_up", "down"])
 def test_saved_here_it_is_pefts_model(name, dtype, targets, tmp_path):
-    """Logits and gradients as near to those in fp64 as peft's own, from the file that was saved here."""
+    """Logits and gradients are as near to those in fp64 as peft's own, from the file saved here."""
     alphas = {"alpha_pattern": {"down_proj": 5}} if BOTH[1] in targets else {}
     model = ours(name, dtype, target_parameters=list(targets), use_rslora=True, **alphas)
     save_adapter(model, tmp_path)
@@ -182,7 +182,7 @@ def test_what_is_left_out_gets_no_adapter(options, targets):
 
 
 @pytest.mark.parametrize("options", [{"exclude_modules": ["mlp.experts"]}, {"layers_to_transform": [7]}])
-def test_nothing_left_is_an_error(options):
+def test_no_stack_left_is_an_error(options):
     model = two_layers()
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"target_parameters=.*leaves no stack of experts to adapt"):

@@ -13,8 +13,8 @@ from fastlora import reference
 from fastlora.layers.bases import is_linear4bit
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.ops import linear as functional
 from fastlora.ops import nf4
+from fastlora.ops.linear import lora_linear
 from fastlora.ops.nf4 import NF4Weight
 from tests.support.numerics import assert_as_accurate
 
@@ -78,7 +78,7 @@ def test_forward_and_gradients_against_the_oracle(kind, dtype, bias):
 
     compute = torch.bfloat16 if kind == "bnb-bf16" else dtype
     found = run(ours, x, lora_a, lora_b)
-    # the oracle sees x as the layer computes with it, and a weight that was rounded nowhere
+    # the oracle sees x as the layer computes with it, and a weight that is not rounded
     seen = x.to(compute)
     oracle = run(plain(torch.float64, torch.float64), seen.double(), lora_a.double(), lora_b.double())
     baseline = run(plain(compute, dtype), x, lora_a, lora_b)
@@ -152,7 +152,7 @@ def test_dropout_only_in_training_and_only_on_the_update(kind):
     assert (mean - quiet).square().mean().sqrt() < 0.15 * update
 
 
-def test_nn_dropout_module_is_obeyed():
+def test_a_changed_nn_dropout_is_followed():
     """Code that turns dropout off sets `p` on every nn.Dropout of a model."""
     layer = make_layer("dense", lora_dropout=0.5).train()
     for module in layer.modules():
@@ -264,7 +264,7 @@ def test_nf4_linear_takes_any_input_dtype():
         torch.testing.assert_close(layer(x), found)
 
 
-def test_linear4bit_is_read_where_it_lies():
+def test_linear4bit_is_read_in_place():
     layer = make_layer("bnb")
     view = layer._adopted.of(layer.base_layer)
     assert view.codes.data_ptr() == layer.base_layer.weight.data_ptr()
@@ -352,7 +352,7 @@ def test_a_wider_bias_is_rounded_with_the_sum(packed, dtype, rows):
     exact = (base.dequantize(torch.float32) if packed else base).double()
     oracle = x.double() @ (exact + b.double() @ a.double()).t() + bias.double()
     separate = F.linear(x, exact.to(dtype)) + (x.float() @ a.t() @ b.t() + bias)
-    assert_as_accurate(functional.lora_linear(x, base, a, b, 1.0, bias), separate.to(dtype), oracle)
+    assert_as_accurate(lora_linear(x, base, a, b, 1.0, bias), separate.to(dtype), oracle)
     if packed:
         alone = x.double() @ exact.t() + bias.double()
         layer = NF4Linear(base, bias)

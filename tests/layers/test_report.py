@@ -1,4 +1,4 @@
-"""The report's words on what computes a layer by its number of tokens: they are what the code paths do."""
+"""What the report says computes a layer, by the number of tokens, is what the code paths do."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_steps_on_the_cpu_are_what_the_path_does(r):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_one_product_is_said_where_it_serves(packed):
+def test_one_product_is_reported_where_it_runs(packed):
     n, k, r = 96, 64, 4
     weight, lora = operands(n, k, r, dtype=torch.bfloat16)
     if not packed:
@@ -90,7 +90,7 @@ def test_the_report_has_them(capsys):
     assert isinstance(model.model.layers[0].mlp.up_proj.base_layer, NF4Linear)
 
 
-def test_a_transposed_weight_is_not_spoken_for():
+def test_nothing_is_said_about_a_transposed_weight():
     model = gpt2()
     fastlora.replace_linear(model, r=2)
     assert {row.kernels for row in fastlora.report(model).replaced} == {""}

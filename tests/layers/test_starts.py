@@ -1,4 +1,4 @@
-"""Starts by name, without peft: its numbers where it has them, a model that is unchanged at first, files that fit."""
+"""Starts by name, without peft: peft's numbers where peft has them, a model unchanged at first, files that fit."""
 
 import copy
 import io
@@ -60,7 +60,7 @@ def test_the_numbers_are_pefts(init, dtype, rslora):
             pairs[1:] = [(pairs[2][0] @ pairs[1][0], pairs[2][1] @ pairs[1][1])]
         for mine, true in pairs:
             close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
-            torch.testing.assert_close(mine, true, **close, msg=lambda told, name=name: f"{name}: {told}")
+            torch.testing.assert_close(mine, true, **close, msg=lambda said, name=name: f"{name}: {said}")
         compared += 1
     assert compared == 6
 
@@ -85,7 +85,7 @@ def test_the_model_computes_at_first_what_it_did(init, base):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_principal_part_is_what_is_trained(init):
-    """PiSSA takes out the largest singular values; OLoRA an orthonormal basis of columns."""
+    """PiSSA takes out the largest singular values, OLoRA an orthonormal basis of columns."""
     model = llama()
     weight = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     replace_linear(model, r=4, lora_alpha=8, init_lora_weights=init)
@@ -102,7 +102,7 @@ def test_the_principal_part_is_what_is_trained(init):
 
 @pytest.mark.parametrize("init", CHANGING)
 @pytest.mark.parametrize("rslora", [False, True])
-def test_what_is_saved_fits_the_base_as_everybody_has_it(init, rslora, tmp_path):
+def test_what_is_saved_fits_the_original_base(init, rslora, tmp_path):
     peft = pytest.importorskip("peft")
     options = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 3}, "use_rslora": rslora}
     model = replace_linear(llama(), r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=init, **options)
@@ -120,7 +120,7 @@ def test_what_is_saved_fits_the_base_as_everybody_has_it(init, rslora, tmp_path)
 
 @pytest.mark.parametrize("init", CHANGING)
 def test_what_was_taken_out_goes_with_the_model(init, tmp_path):
-    """A copy, and another model that loads the state, save the same adapter; a random start is not another's."""
+    """A copy, and a model that loads the state, save the same adapter; a random start belongs to one model."""
     options = {"r": 4, "target_modules": TARGETS, "init_lora_weights": init}
     torch.manual_seed(1)
     model = shaken(replace_linear(llama(), **options))
@@ -200,7 +200,7 @@ def test_loftq(alpha):
         a, b, scaling = layer.adapter()
         true_a, true_b, _ = by_hand(weight, 8)
         torch.testing.assert_close(scaling * b @ a, true_b @ true_a, rtol=1e-3, atol=1e-5)
-        if alpha == 8:  # peft's own matrices, but for the sign of each singular vector
+        if alpha == 8:  # peft's own matrices, except for the sign of each singular vector
             torch.testing.assert_close(a.abs(), true_a.abs(), rtol=1e-2, atol=1e-4)
         assert torch.equal(layer.base_layer.codes, plain.get_submodule(name).base_layer.codes)
         left = (layer.to_linear().weight - weight).norm()
@@ -210,7 +210,7 @@ def test_loftq(alpha):
 @pytest.mark.parametrize("iterations", [2, 5])
 @pytest.mark.parametrize("alpha", [8, 20])
 def test_loftq_with_more_iterations(iterations, alpha):
-    """Each makes the base that goes with the update before: what is left of the weight's error shrinks."""
+    """Each makes the base that belongs to the update before; the remaining error of the weight shrinks."""
     exact = llama()
     options = {"r": 8, "target_modules": TARGETS, "quantize": "nf4", "double_quant": False, "lora_alpha": alpha}
     options["init_lora_weights"] = "loftq"
@@ -224,7 +224,7 @@ def test_loftq_with_more_iterations(iterations, alpha):
         a, b, scaling = layer.adapter()
         true_a, true_b, base = by_hand(weight, 8, iterations)
         torch.testing.assert_close(scaling * b @ a, true_b @ true_a, rtol=1e-3, atol=1e-4)
-        # the sums before differ in their last bits, and with them scales; a value between two levels may take either
+        # earlier sums differ in their last bits, and so do scales; a value between two levels may take either
         mine = layer.base_layer.weight.dequantize()
         assert (~torch.isclose(mine, base, rtol=1e-5, atol=0)).float().mean() < 1e-3, name
         for which, kind in ((layer, "more"), (once.get_submodule(name), "one")):
@@ -232,8 +232,8 @@ def test_loftq_with_more_iterations(iterations, alpha):
     assert sum(left["more"]) < 0.97 * sum(left["one"])
 
 
-def test_loftq_with_more_iterations_is_saved_for_the_base_as_everybody_has_it(tmp_path):
-    """Over the weights in full precision: what training added; with quantize, up to the error of quantization."""
+def test_loftq_with_more_iterations_is_saved_for_the_original_base(tmp_path):
+    """Over the weights in full precision it is what training added; with quantize, up to the quantization error."""
     peft = pytest.importorskip("peft")
     options = {"r": 8, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": "loftq"}
     options |= {"loftq_config": peft.LoftQConfig(loftq_bits=4, loftq_iter=3), "quantize": "nf4"}
@@ -313,7 +313,7 @@ def test_a_weight_in_4_bits_or_shared_is_no_start():
     assert all(torch.equal(value, state[name]) for name, value in broken.state_dict().items()), "nothing is changed"
 
 
-def test_a_linear_layer_alone():
+def test_a_single_linear_layer():
     linear = nn.Linear(16, 12)
     weight = linear.weight.detach().clone()
     layer = LoRALinear(linear, r=4, lora_alpha=4, init_lora_weights="pissa")
