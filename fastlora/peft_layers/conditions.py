@@ -1,7 +1,7 @@
-"""When a LoRA layer of peft's can be sped up, and what it holds at that moment.
+"""When one of peft's LoRA layers can be sped up, and what it holds at that moment.
 
 Everything is read from the layer at each call: a user may disable, merge, add, switch or hot-swap adapters at any time.
-A reason is a short sentence, empty where ours computes the same as peft's forward.
+A reason is a short sentence; it is empty where our forward computes the same as peft's.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from fastlora.layers.dense import dense_weight, is_conv1d, is_dense
 
 try:
     from peft.tuners.lora.variants import DoraLinearVariant
-except ImportError:  # an older peft, whose DoRA steps back
+except ImportError:  # an older peft; with it DoRA steps back
     DoraLinearVariant = None  # type: ignore[assignment, misc]
 
 # Reasons that the user asked for: not worth a warning.
@@ -30,9 +30,9 @@ _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
 
 
 def standing_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = False) -> str:
-    """Why a layer whose class can be sped up is not sped up as it now stands; empty where it can be.
+    """Why a layer whose class can be sped up cannot be in its present state; empty where it can.
 
-    whichever_is_active: only what no other choice of active adapters would change.
+    whichever_is_active: only a reason that holds whichever adapters are active.
     """
     if "forward" in layer.__dict__:
         return "its forward has been replaced on the instance"
@@ -41,12 +41,12 @@ def standing_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = Fal
     if reason:
         return reason
     names = list(layer.lora_A) if whichever_is_active else active_names(layer) or list(layer.lora_A)
-    told = [adapter_reason(layer, name) for name in names]
-    return told[0] if told and all(told) else ""
+    reasons = [adapter_reason(layer, name) for name in names]
+    return reasons[0] if reasons and all(reasons) else ""
 
 
 def at_a_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, list[str]]:
-    """Why this call must go to peft's forward, empty where ours computes the same; and the adapters that take part."""
+    """Why this call must go to peft's forward, empty where ours computes the same, and the adapters that take part."""
     per_sample = kwargs.get("adapter_names")
     if args or (kwargs and any(value is not None for name, value in kwargs.items() if name != "adapter_names")):
         return "called with more than the input", []
@@ -76,7 +76,7 @@ def at_a_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _dropped(layer: Any, name: str) -> float:
-    """The share of its input that an adapter drops now; `nn.Dropout` has it, `nn.Identity` has none."""
+    """The share of its input that an adapter drops now: p of `nn.Dropout`, 0 for `nn.Identity`."""
     dropout = layer._modules["lora_dropout"]._modules[name]
     return dropout.__dict__.get("p", 0.0) if dropout.training else 0.0  # type: ignore[no-any-return]
 
@@ -94,12 +94,12 @@ def sampled_names(layer: Any, per_sample: Sequence[str]) -> list[str]:
 
 
 def adapter(layer: Any, name: str) -> Lora:
-    """One adapter as it stands."""
+    """One adapter in its present state."""
     modules = layer._modules
     lora_a = modules["lora_A"]._modules[name]._parameters
     lora_b = modules["lora_B"]._modules[name]._parameters
     b, bias, scaling = lora_b["weight"], lora_b["bias"], layer.scaling[name]
-    if isinstance(scaling, Tensor):  # peft prepares for hot-swapping under torch.compile so: no number in the graph
+    if isinstance(scaling, Tensor):  # so peft prepares for hot-swapping under torch.compile: no number in the graph
         b, bias, scaling = b * scaling, None if bias is None else bias * scaling, 1.0
     return Lora(lora_a["weight"], b, scaling, _dropped(layer, name), bias=bias)
 
@@ -112,7 +112,7 @@ def _together_reason(layer: Any, names: list[str]) -> str:
 
 
 def _mixed_reason(layer: Any, names: list[str], x: Tensor, per_sample: Sequence[str]) -> str:
-    """Why a batch of several adapters cannot run as one; what peft refuses goes to peft, for its error."""
+    """Why a batch with several adapters cannot run as one; what peft refuses goes to peft, which raises its error."""
     if any(name in layer.lora_variant for name in names):
         return "DoRA with adapter_names"
     if x.ndim < 2 or len(per_sample) != x.shape[0]:
@@ -123,7 +123,7 @@ def _mixed_reason(layer: Any, names: list[str], x: Tensor, per_sample: Sequence[
 
 
 def base_reason(base: Any) -> str:
-    """Why a base layer cannot be computed by ours; empty where it can."""
+    """Why our forward cannot compute a base layer; empty where it can."""
     if not is_plain(base):
         return "the base layer has hooks or a forward of its own"
     if is_dense(base):
@@ -148,19 +148,19 @@ def base_reason(base: Any) -> str:
 
 
 def _orientation_reason(layer: Any, base: Any) -> str:
-    """A `Conv1D` is transposed and read so; any other layer that claims to be is peft's."""
+    """A `Conv1D` is transposed and is read so; any other layer with fan_in_fan_out is left to peft."""
     return "" if bool(getattr(layer, "fan_in_fan_out", False)) == is_conv1d(base) else _TRANSPOSED
 
 
 def adapter_reason(layer: Any, name: str) -> str:
-    """Why one adapter cannot be computed by ours; empty where it can."""
+    """Why our forward cannot compute one adapter; empty where it can."""
     if name in layer.lora_variant and (reason := _variant_reason(layer, name)):
         return reason
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return "A or B is parametrized or no plain nn.Linear"
+        return "A or B is parametrized or not a plain nn.Linear"
     if not (is_plain(lora_a) and is_plain(lora_b)):
         return "A or B has hooks or a forward of its own"
     if lora_a._parameters["bias"] is not None:
@@ -169,7 +169,7 @@ def adapter_reason(layer: Any, name: str) -> str:
     b: Any = lora_b._parameters["weight"]
     bias: Any = lora_b._parameters["bias"]
     if type(a) not in _PLAIN or type(b) not in _PLAIN:
-        return f"A is a {type(a).__name__}, B a {type(b).__name__}"
+        return f"A is a {type(a).__name__} and B a {type(b).__name__}"
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype not in FLOAT_DTYPES):
         return f"B's bias is a {type(bias).__name__} of {bias.dtype}"
     if bias is not None and name in layer.lora_variant:
@@ -195,33 +195,33 @@ def _scaling_reason(layer: Any, name: str, lora_b: Tensor) -> str:
 
 
 def _variant_reason(layer: Any, name: str) -> str:
-    """DoRA is computed; every other variant is peft's."""
+    """Why an adapter that is a variant is left to peft; empty for DoRA where ours computes it."""
     if type(layer.lora_variant[name]) is not DoraLinearVariant:
         return f"the adapter is a variant, {type(layer.lora_variant[name]).__name__}"
     magnitude = layer.lora_magnitude_vector._modules[name]
     if type(magnitude.weight) not in _PLAIN or not is_plain(magnitude):
-        return "DoRA's magnitude has hooks, a forward of its own, or is no plain tensor"
+        return "DoRA's magnitude has hooks, a forward of its own, or is not a plain tensor"
     return "DoRA with ephemeral_gpu_offload" if layer.ephemeral_gpu_offload else ""
 
 
 def _dtype_reason(x: Tensor, base: Any, adapters: set[torch.dtype], dora: bool, drops: bool) -> str:
-    """Whether the dtypes are those that ours takes: x as the weight, or autocast; adapters fp32 or as x."""
+    """Why ours does not take these dtypes; empty where it does: x as the weight, or autocast; adapters fp32 or as x."""
     given, four_bit, autocast = x.dtype, not is_dense(base), torch.is_autocast_enabled(x.device.type)
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
-        # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may be in neither
+        # over 4 bits peft adds the update, in autocast's dtype, to a result in the input's: the sum may have neither
         good = dtype in FLOAT_DTYPES and (not four_bit or given in (torch.float32, dtype))
     else:
         dtype = compute_dtype(base, x) if four_bit else dense_weight(base).dtype
         good = four_bit or given is dtype
     if good and not dora and given in FLOAT_DTYPES and adapters <= {torch.float32, dtype}:
         return ""
-    told = ", ".join(sorted(map(str, adapters)))
+    names = ", ".join(sorted(map(str, adapters)))
     if not (good and given in FLOAT_DTYPES and adapters <= {torch.float32, dtype}):
-        return f"dtypes: input {given}, adapters {told}, computed in {dtype}"
+        return f"dtypes: input {given}, adapters {names}, computed in {dtype}"
     if not dora or adapters <= {dtype}:
         return ""
     if drops and not autocast:
-        return f"DoRA with dropout and {told} adapters over {dtype}: peft multiplies in {told}"
+        return f"DoRA with dropout and {names} adapters over {dtype}: peft multiplies in {names}"
     trained = not four_bit and dense_weight(base).requires_grad
-    return f"DoRA with {told} adapters over a trained {dtype} weight" if trained else ""
+    return f"DoRA with {names} adapters over a trained {dtype} weight" if trained else ""

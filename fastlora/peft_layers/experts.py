@@ -1,6 +1,6 @@
 """peft's wrappers around stacks of experts (`target_parameters`): what they hold, and when they can be sped up.
 
-peft wraps the module of experts once for each adapted parameter and packs all experts' adapters in two matrices:
+peft wraps the module of experts once for each adapted parameter, and packs the adapters of all experts in two matrices:
 
     A [E·r, in]     expert slowest:  rows e·r to (e + 1)·r are A of expert e
     B [out, r·E]    expert fastest:  columns e, E + e, 2 E + e, ... are B of expert e
@@ -29,7 +29,7 @@ from fastlora.ops.grouped import computed_by
 from fastlora.peft_layers.conditions import EXPECTED, active_names, adapter, is_plain
 from fastlora.peft_layers.linear import SPED_UP, SpedUp, count
 
-# None in a peft that has no target_parameters yet.
+# None in a peft that does not have target_parameters yet.
 ParamWrapper: Any = getattr(peft_layer, "ParamWrapper", None)
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -41,12 +41,12 @@ def is_wrapper(layer: Any) -> bool:
 
 
 def is_packed(layer: Any) -> bool:
-    """Whether the parameter of one of peft's wrappers is packed: peft can then neither form W + B A nor merge it."""
+    """Whether the parameter of one of peft's wrappers is packed: then peft can neither form W + B A nor merge."""
     return parametrize.is_parametrized(layer.get_base_layer(), layer.parameter_name)
 
 
 def follow(layer: Any) -> None:
-    """Bring the scales of a packed stack to where its codes are: no buffers, they do not move with the module."""
+    """Move the scales of a packed stack to its codes: they are not buffers, so they do not move with the module."""
     if is_packed(layer):
         packed = layer.get_base_layer().parametrizations[layer.parameter_name]
         if hasattr(packed[0], "quant_state"):
@@ -62,7 +62,7 @@ def chain(layer: Any) -> list[Any]:
 
 
 def standing_reason(layer: Any) -> str:
-    """Why a wrapper of peft's is not sped up as it now stands; empty where it can be."""
+    """Why one of peft's wrappers cannot be sped up in its present state; empty where it can."""
     experts = layer.get_base_layer()
     if "forward" in layer.__dict__:
         return "its forward has been replaced on the instance"
@@ -71,9 +71,9 @@ def standing_reason(layer: Any) -> str:
     if any(not hasattr(experts, name) for name in INTERFACE):
         return f"{type(experts).__name__} does not have transformers' interface of experts"
     if getattr(layer, "_did_swap_in_out_features", False) == bool(experts.is_transposed):
-        return "this peft lays A and B of a stack out the other way: pip install 'peft>=0.20'"
+        return "this peft stores A and B of a stack the other way: pip install 'peft>=0.20'"
     if layer.parameter_name not in projections(experts):
-        return f"{layer.parameter_name} is none of the projections {projections(experts)}"
+        return f"{layer.parameter_name} is not one of the projections {projections(experts)}"
     if getattr(experts.config, "_experts_implementation", None) not in IMPLEMENTATIONS:
         return f"experts_implementation={experts.config._experts_implementation} is asked for"
     if getattr(experts, "_is_expert_parallel", False):
@@ -104,21 +104,21 @@ def step_back_reason(wrappers: list[Any], x: Tensor, args: tuple[Any, ...], kwar
 
 
 def updates_of(wrappers: list[Any]) -> dict[str, Lora]:
-    """Parameter name -> its active adapters, several as one of the summed rank."""
+    """Parameter name -> its active adapters; several become one of the summed rank."""
     found = {}
     for wrapper in wrappers:
         parts = [_unpack(wrapper, name) for name in _active(wrapper)]
         if len(parts) == 1:
             found[wrapper.parameter_name] = parts[0]
         elif parts:
-            a = torch.cat([part.a for part in parts], dim=1)
-            b = torch.cat([part.b * part.scaling for part in parts], dim=2)
+            a = torch.cat([part.a for part in parts], dim=1)  # [E, R_1 + R_2 + ..., K]
+            b = torch.cat([part.b * part.scaling for part in parts], dim=2)  # [E, N, R_1 + R_2 + ...]
             found[wrapper.parameter_name] = Lora(a, b)
     return found
 
 
 def row(name: str, layer: Any, reason: str) -> Row:
-    """A row of the report; `reason` says why peft computes the layer, empty where fastlora does."""
+    """A row of the report. reason: why peft computes the layer; empty if fastlora does."""
     experts, rank = layer.get_base_layer(), next(iter(layer.r.values()), 0)
     shape, kind = (layer.out_features, layer.in_features), f"ParamWrapper({type(experts).__name__})"
     if reason:
@@ -152,14 +152,14 @@ def _wrapper_reason(wrapper: Any) -> str:
     for name in _active(wrapper):
         parts = [wrapper._modules[part]._modules[name] for part in ("lora_A", "lora_B")]
         if any(type(part) is not nn.Linear or not is_plain(part) or part.bias is not None for part in parts):
-            return reason or "A or B is no plain nn.Linear without hooks and bias"
+            return reason or "A or B is not a plain nn.Linear without hooks and bias"
         if any(type(part.weight) not in _PLAIN for part in parts):
             return reason or f"A is a {type(parts[0].weight).__name__}"
     return reason
 
 
 def _experts_reason(experts: Any) -> str:
-    if not _is_plain_but_for_bitsandbytes(experts):
+    if not _is_plain_except_bitsandbytes(experts):
         return "the experts have hooks or a forward of their own"
     for name in projections(experts):
         if parametrize.is_parametrized(experts, name):
@@ -174,13 +174,13 @@ def _experts_reason(experts: Any) -> str:
 
 
 def _parametrized_reason(experts: Any, name: str) -> str:
-    """Why a parametrized stack cannot be read: only what bitsandbytes packed in NF4 can."""
+    """Why a parametrized stack cannot be read; empty where it can: only what bitsandbytes packed in NF4."""
     found = experts.parametrizations[name]
     kinds = [type(parametrization).__name__ for parametrization in found]
     if kinds[:1] != ["Bnb4bitParametrization"] or kinds[1:] not in ([], ["Transposed"]):
         return f"{name} is parametrized"
     if len(kinds) != 1 + bool(experts.is_transposed):
-        return f"{name} is packed as [in, out]: quantize_experts packs it as the product reads it"
+        return f"{name} is packed as [in, out]: pack it with quantize_experts, as the product reads it"
     state = found[0].quant_state
     if state.quant_type != "nf4" or state.dtype not in FLOAT_DTYPES:
         return f"{name} is {state.quant_type} of {state.dtype}"
@@ -199,9 +199,9 @@ def _dtype_reason(x: Tensor, experts: Any, wrappers: list[Any]) -> str:
     return "" if adapters <= {torch.float32, computed} else f"dtypes: adapters {', '.join(map(str, adapters))}"
 
 
-def _is_plain_but_for_bitsandbytes(module: nn.Module) -> bool:
+def _is_plain_except_bitsandbytes(module: nn.Module) -> bool:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # bitsandbytes' own keep its expanded stacks for the length of a call: there are none here.
+    # bitsandbytes' own hooks keep its expanded stacks during a call; here nothing is expanded.
     others = [hook for hook in hooks if getattr(hook, "__module__", "") != "bitsandbytes.nn.parametrize"]
     return not (others or module._backward_hooks or module._backward_pre_hooks) and "forward" not in module.__dict__
 
@@ -209,10 +209,10 @@ def _is_plain_but_for_bitsandbytes(module: nn.Module) -> bool:
 if ParamWrapper is not None:
 
     class SpedUpParamWrapper(SpedUp, ParamWrapper):  # type: ignore[misc]
-        """peft's `lora.ParamWrapper` over a stack of experts, which does not form W + B A."""
+        """peft's `lora.ParamWrapper` over a stack of experts, sped up: W + B A is not formed."""
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """The experts' output: by ours where the conditions hold, else by peft's forward."""
+            """The experts' output, by our forward where the conditions hold, else by peft's."""
             wrappers = chain(self)
             reason = step_back_reason(wrappers, x, args, kwargs)
             if not compiler.is_compiling():
@@ -221,7 +221,7 @@ if ParamWrapper is not None:
             if reason:
                 if reason not in EXPECTED and any(map(is_packed, wrappers)):
                     raise RuntimeError(
-                        f"peft computes no adapters over a packed stack, nor does fastlora here: {reason}"
+                        f"peft computes no adapters over a packed stack, and fastlora cannot here: {reason}"
                     )
                 return super().forward(x, *args, **kwargs)
             base = wrappers[-1].base_layer
@@ -229,7 +229,7 @@ if ParamWrapper is not None:
             return experts.forward(base, self.num_experts, updates_of(wrappers), x, *(routing or ()))
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            """As peft's; a packed stack takes no sum, and peft would lose the update without a word."""
+            """As peft's, but refuses a packed stack, into which peft would merge without effect and without a word."""
             if is_packed(self):
                 raise ValueError(
                     f"{self.parameter_name} is packed in 4 bits and cannot take an update: save the adapter, load the "
@@ -238,7 +238,7 @@ if ParamWrapper is not None:
             super().merge(safe_merge, adapter_names)
 
         def unmerge(self) -> None:
-            """As peft's; not from a stack packed since, from which peft would subtract without effect."""
+            """As peft's, but refuses a stack packed since the merge: peft's subtraction would have no effect on it."""
             if self.merged and is_packed(self):
                 raise ValueError(f"{self.parameter_name} was packed while adapters were merged: load the model again")
             super().unmerge()
@@ -248,5 +248,5 @@ if ParamWrapper is not None:
             follow(self)
             return result
 
-    SpedUpParamWrapper.__name__ = "ParamWrapper"  # by which peft recognizes it when further adapters come
+    SpedUpParamWrapper.__name__ = "ParamWrapper"  # peft recognizes it by this name when further adapters come
     SPED_UP[ParamWrapper] = SpedUpParamWrapper, lambda layer, _: standing_reason(layer)

@@ -1,9 +1,9 @@
-"""DoRA's row norms of one layer of peft's, kept until A, B or the weight change.
+"""DoRA's row norms for one of peft's layers, kept until A, B or the weight changes.
 
 A norm takes a pass over the whole weight; gradient accumulation, recomputation under checkpointing and evaluation
 reuse it. A and B are compared with copies, because writes through `.data`, by bitsandbytes' optimizers and by FSDP
-leave no trace on a tensor; such writes to the frozen weight are not seen. On CUDA the device itself compares and
-decides (`kernels.dora`). Where torch.compile or a dispatch mode must see all that happens, the norm is formed anew.
+leave no trace on a tensor; such writes to the frozen weight are not noticed. On CUDA the device itself compares and
+decides (`kernels.dora`). Where torch.compile or a dispatch mode must see everything, the norm is computed anew.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from fastlora.ops.nf4 import NF4Weight
 
 
 class KeptNorms:
-    """The row norms of one layer, formed anew when A, B, the weight or the scaling have changed."""
+    """The row norms of one layer, computed anew when A, B, the weight or the scaling has changed."""
 
     def __init__(self) -> None:
-        self._captured: list[Any] = []  # what CUDA graphs will read again
+        self._captured: list[Any] = []  # tensors that CUDA graphs will read again
         self.forget()
 
     def forget(self) -> None:
-        """Form them anew at the next call."""
+        """Compute them anew at the next call."""
         self._weight: Tensor | None = None
         self._facts: tuple[Any, ...] = ()
         self._adapters: tuple[Tensor, ...] = ()
@@ -46,10 +46,10 @@ class KeptNorms:
             if capturing:
                 self._captured.append((self._weight, self._adapters, self._norms))
             return self._refreshed(weight, adapters, scaling)
-        if capturing:  # what is formed now is there only once the graph runs
+        if capturing:  # what is computed now is there only once the graph runs
             return row_norms(weight, lora_a, lora_b, scaling)
         if not same or not self._same(adapters):
-            self._weight, self._facts = frozen.detach(), facts  # held, so that its memory is nobody else's
+            self._weight, self._facts = frozen.detach(), facts  # held, so that its address is not reused
             with torch.inference_mode(False):  # training may need them later
                 self._adapters = tuple(adapter.clone(memory_format=torch.contiguous_format) for adapter in adapters)
                 self._norms = row_norms(weight, lora_a, lora_b, scaling)
@@ -57,7 +57,7 @@ class KeptNorms:
         return self._norms
 
     def _refreshed(self, weight: Tensor | NF4Weight, adapters: tuple[Tensor, Tensor], scaling: float) -> Tensor:
-        """The norms, formed anew by the device where it finds A or B changed."""
+        """The norms, computed anew by the device if it finds that A or B has changed."""
         from fastlora.kernels import dora as kernel
 
         assert self._norms is not None

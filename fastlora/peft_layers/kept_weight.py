@@ -1,7 +1,7 @@
-"""The weight of a layer of peft's as it was before a merge, so that unmerging gives back every bit.
+"""The weight of one of peft's layers as it was before a merge, so that unmerging gives back every bit.
 
 peft unmerges by subtracting what it added, which in 16 bits, and more so in 4, leaves a rounded weight behind. Here
-the weight is put back that was kept: of a dense one a copy in main memory, in 4 bits bitsandbytes' own parameter.
+the weight that was kept is put back: for a dense layer a copy in main memory, in 4 bits bitsandbytes' own parameter.
 """
 
 from typing import Any
@@ -13,16 +13,16 @@ from fastlora.layers.bases import is_linear4bit
 
 
 class KeptWeight:
-    """What one layer's base weight and bias were before its adapters were merged.
+    """What the base weight and bias of a layer were before its adapters were merged.
 
-    A copy or a pickle of it starts empty; such a layer unmerges by peft's subtraction.
+    A copy or a pickle of it starts empty; a layer with an empty one unmerges by peft's subtraction.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._weight: Tensor | None = None
         self._attributes: dict[str, Any] = {}
         self._bias: Tensor | None = None
@@ -35,16 +35,16 @@ class KeptWeight:
         return KeptWeight, ()
 
     def keep(self, layer: Any) -> None:
-        """Take the weight of a layer that has nothing merged; a further merge leaves what is kept."""
+        """Keep the weight of a layer that has nothing merged; at a further merge, what is kept stays."""
         if layer.merged:
             return
         self.forget()
         base = layer.get_base_layer()
         if base.weight.is_inference():
-            return  # changes of such a tensor are not counted
+            return  # torch does not count changes of such a tensor
         if not is_linear4bit(base) and type(base.weight) not in (nn.Parameter, Tensor):
-            return  # sharded, or of another library's kind: peft's subtraction it is
-        # peft gives a Linear4bit a new parameter, and writes into that of a dense layer
+            return  # sharded, or another library's kind: peft's subtraction is used
+        # peft gives a Linear4bit a new parameter, but writes into the parameter of a dense layer
         self._weight = base.weight if is_linear4bit(base) else base.weight.detach().to("cpu", copy=True)
         bias = getattr(base, "bias", None)
         self._attributes = dict(base.weight.__dict__)
@@ -53,7 +53,7 @@ class KeptWeight:
             self._bias = bias.detach().to("cpu", copy=True)
 
     def settle(self, layer: Any) -> None:
-        """Remember what the merged weight is; where nothing has been merged, forget."""
+        """Remember which weight is merged; if nothing has been merged, forget."""
         if not layer.merged:
             self.forget()
         elif self._weight is not None:
@@ -66,14 +66,14 @@ class KeptWeight:
 
     @torch.no_grad()
     def put_back(self, layer: Any) -> bool:
-        """Undo all merges of the layer; False, with nothing done, where its weight has changed since."""
+        """Undo all merges of the layer; if its weight has changed since, do nothing and return False."""
         if not self.fits(layer):
             self.forget()
             return False
         assert self._weight is not None
         base = layer.get_base_layer()
         if is_linear4bit(base):
-            self._weight.__dict__.update(self._attributes)  # peft's merge writes into them, as if it were unquantized
+            self._weight.__dict__.update(self._attributes)  # peft's merge overwrites them as for an unquantized weight
             base.weight = self._weight.to(base.weight.device)
         else:
             base.weight.data.copy_(self._weight)
@@ -86,7 +86,7 @@ class KeptWeight:
 
 
 def changed(layer: Any) -> None:
-    """Count a change that went through `.data`, for other layers that share the weight."""
+    """Count a change made through `.data`, so that other layers that share the weight notice it."""
     weight = layer.get_base_layer().weight
     if not weight.is_inference() and type(weight) in (nn.Parameter, Tensor):
         torch.autograd.graph.increment_version(weight)

@@ -1,17 +1,17 @@
-"""peft's LoRA linear layers with a `forward` of ours: the classes, and what gives a layer its class.
+"""peft's LoRA linear layers with our `forward`: the classes, and what gives a layer its class.
 
-An object's class can be changed while it lives. Each of these classes is a subclass of one of peft's, and `SPED_UP`
-says which takes whose place. Its `forward` computes what peft's does where the conditions hold
-(`peft_layers.conditions`) and steps back to peft's where they do not. They are read at each call, because a user may
+The class of an object can be changed while it lives. Each of these classes is a subclass of one of peft's, and
+`SPED_UP` says which replaces which. Where the conditions hold (`peft_layers.conditions`), its `forward` computes what
+peft's does; where they do not, it steps back to peft's. The conditions are checked at each call, because a user may
 disable, merge, add or switch adapters at any time. Each layer counts both kinds of call and keeps the reason of the
-last step back (`layer.fastlora_calls`, `fastlora.report(model)`); a reason met for the first time is logged as a
-warning, unless the user asked for what it says.
+last step back (`layer.fastlora_calls`, `fastlora.report(model)`). A new reason is logged as a warning, unless it is
+something that the user asked for.
 
-Several active adapters run as one of the summed rank: A's rows one below the other, B's columns side by side, each
-times its scaling. Where they have dropout masks or dtypes of their own, h is formed for each. DoRA rescales the rows
+Several active adapters run as one of the summed rank: A's rows one below another, B's columns side by side, each
+times its scaling. If they have their own dropout masks or dtypes, h is computed for each. DoRA rescales the outputs
 of the product (`ops.dora`).
 
-The classes bear the names of peft's, so that a layer prints as peft prints it.
+The classes have the names of peft's, so that a layer prints as peft prints it.
 """
 
 import functools
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 _warned: set[str] = set()
 
-# peft's class -> (the class that takes its place, why a layer cannot be sped up as it now stands: "" where it can)
+# peft's class -> (the class that replaces it, why a layer cannot be sped up in its present state: "" where it can)
 SPED_UP: dict[type, tuple[type, Callable[[Any, bool], str]]] = {}
 
 
 class SpedUp:
-    """What every layer of peft's with a forward of ours has."""
+    """What every sped-up layer of peft's has."""
 
     fastlora_calls: Calls
     fastlora_adopted: AdoptedWeight
@@ -54,14 +54,14 @@ class SpedUp:
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        watch_injections()  # an unpickled model may be the first in its process
+        watch_injections()  # an unpickled model may be the first one in its process
 
 
 class _SpedUpLinear(SpedUp):
     """The forward that these classes put before peft's."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output: by one call of ours where the conditions hold, else by peft's forward."""
+        """The layer's output, by our forward where the conditions hold, else by peft's."""
         reason, active = at_a_call(self, x, args, kwargs)
         if not compiler.is_compiling():
             count(self.fastlora_calls, reason)
@@ -99,7 +99,7 @@ class _SpedUpLinear(SpedUp):
         return result
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """peft's merge; the weight as it was is kept for `unmerge`."""
+        """peft's merge; the old weight is kept for `unmerge`."""
         self.fastlora_kept.keep(self)
         try:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
@@ -107,7 +107,7 @@ class _SpedUpLinear(SpedUp):
             self.fastlora_kept.settle(self)
 
     def unmerge(self: Any) -> None:
-        """The weight as it was before the merge, to the bit; by peft's subtraction where it has been changed since."""
+        """Put back the weight from before the merge, bit for bit; if it has changed since, use peft's subtraction."""
         if not (self.merged and self.fastlora_kept.put_back(self)):
             super().unmerge()  # type: ignore[misc]
             changed(self)
@@ -136,7 +136,7 @@ def plain_class(layer: Any) -> type:
 
 
 def speed_up_layer(layer: Any) -> None:
-    """Give one layer of peft's the class that speeds it up, where there is one."""
+    """Give one of peft's layers the class that speeds it up, if there is one."""
     if type(layer) in SPED_UP:
         layer.__class__ = SPED_UP[type(layer)][0]
         layer.fastlora_calls, layer.fastlora_adopted = Calls(), AdoptedWeight()
@@ -144,7 +144,7 @@ def speed_up_layer(layer: Any) -> None:
 
 
 def watch_injections() -> None:
-    """From now on, adapters that peft injects into a model with sped-up layers are sped up where they can be."""
+    """From now on, speed up adapters that peft injects into a model with sped-up layers, where that is possible."""
     inject = LoraModel.inject_adapter
     if hasattr(inject, "fastlora_watches"):
         return
@@ -163,9 +163,9 @@ def watch_injections() -> None:
 
 
 def standing_reason(layer: Any, whichever_is_active: bool = False) -> str:
-    """Why a LoRA layer of peft's is not sped up as it now stands; empty where it can be.
+    """Why one of peft's LoRA layers cannot be sped up in its present state; empty where it can.
 
-    whichever_is_active: only what no other choice of active adapters would change.
+    whichever_is_active: only a reason that holds whichever adapters are active.
     """
     kind = plain_class(layer)
     if kind not in SPED_UP:
@@ -174,12 +174,12 @@ def standing_reason(layer: Any, whichever_is_active: bool = False) -> str:
 
 
 def _are_as_one(adapters: Sequence[Lora]) -> bool:
-    """Whether active adapters make one of the summed rank: none drops anything, and all have one dtype."""
+    """Whether active adapters can run as one of the summed rank: none has dropout, and all have one dtype."""
     return len({adapter.a.dtype for adapter in adapters}) == 1 and not any(adapter.dropout_p for adapter in adapters)
 
 
 def count(calls: Calls, reason: str) -> None:
-    """Count one call; log a reason for stepping back the first time it is met."""
+    """Count one call; log a reason for stepping back the first time it occurs."""
     if not reason:
         calls.sped_up += 1
         return

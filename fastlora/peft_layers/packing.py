@@ -1,9 +1,9 @@
 """Stacks of experts that peft has wrapped, packed in NF4 by bitsandbytes' parametrization.
 
-The wrapping comes first: once a stack is packed peft does not find it any more. Then QLoRA reads the packed codes of
+Wrapping comes first: once a stack is packed, peft does not find it any more. QLoRA then reads only the packed codes of
 the experts that have tokens, where peft would expand the stack. A stack kept as [E, in, out] is packed as
-[E, out, in], because blocks run along what a product sums over, and a second parametrization turns it back: whoever
-asks for the parameter sees the old shape.
+[E, out, in], because blocks run along what a product sums over. A second parametrization turns it back, so that reading
+the parameter gives the old shape.
 """
 
 from typing import Any
@@ -27,26 +27,27 @@ class Transposed(nn.Module):
 def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool = True) -> nn.Module:
     """Pack every stack of experts that peft has wrapped in NF4, for QLoRA over mixtures of experts.
 
-    Only ours computes the wrappers from then on: peft cannot compute over a packed stack, nor merge into one, nor add a
-    further adapter: add adapters first, save them, and merge into the model as it was loaded. `torch.save` of the whole
-    model is refused by torch, as for every parametrized module. A state dict has the codes of a stack [E, in, out] as
-    those of [E, out, in].
+    From then on only fastlora can compute the wrappers. peft can neither compute over a packed stack, nor merge into
+    one, nor add a further adapter: add adapters first, save them, and merge into the model as it was loaded. torch
+    refuses to `torch.save` the whole model, as it does for every parametrized module. In a state dict, the codes of a
+    stack [E, in, out] are those of [E, out, in].
 
     Args:
         model: with adapters on 3-D parameters (`LoraConfig(target_parameters=...)`).
-        blocksize: values a scale serves. double_quant: whether the scales are quantized too.
+        blocksize: values that share a scale. double_quant: whether the scales are quantized too.
     Returns:
         the same model.
     Raises:
-        ValueError: no such parameter, or a shape or layout that the packed path cannot take. Nothing is changed.
+        ValueError: no such parameter, or a shape or layout that cannot be packed. Nothing is changed.
         ImportError: bitsandbytes is not installed.
     """
-    import bitsandbytes.nn.parametrize  # noqa: F401, here for its ImportError: nothing is changed yet
+    import bitsandbytes.nn.parametrize  # noqa: F401, for its ImportError, before anything is changed
 
     wrappers: list[Any] = [module for module in model.modules() if is_wrapper(module)]
     if not wrappers:
         raise ValueError(
-            "no adapters on stacks of experts: wrap the model first, with peft.LoraConfig(target_parameters=[...])"
+            "there are no adapters on stacks of experts: wrap the model first, with "
+            "peft.LoraConfig(target_parameters=[...])"
         )
     for wrapper in wrappers:
         experts, name = wrapper.get_base_layer(), wrapper.parameter_name

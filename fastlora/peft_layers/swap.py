@@ -1,12 +1,12 @@
-"""peft's own LoRA layers in a model, sped up in place and given back.
+"""peft's own LoRA layers in a model, sped up in place and restored.
 
-`speed_up` changes the class of each LoRA layer that can use it (`peft_layers.linear`, `peft_layers.experts`).
+`speed_up` changes the class of each LoRA layer that has a faster one (`peft_layers.linear`, `peft_layers.experts`).
 Parameters, names, checkpoints and all of peft's methods stay as they are; `merge` keeps the weight, so that `unmerge`
-gives back every bit. Layers that peft adds to such a model later are sped up as they come. `restore` takes it all back.
+gives back every bit. Layers that peft adds to such a model later are sped up too. `restore` undoes it all.
 
 A caution about bitsandbytes: in eval mode, without gradients, on a CPU with AVX512_BF16, `Linear4bit.forward` repacks
-its weight in place and loses precision. Our forward never calls it, but stepping back does, as with
-`disable_adapter()`; afterwards only peft can compute the layer, and the reason says so.
+its weight in place and loses precision. Our forward never calls it, but peft's does when a layer steps back, for
+instance under `disable_adapter()`. From then on only peft can compute the layer, and the reason says so.
 """
 
 from typing import Any
@@ -31,11 +31,11 @@ from fastlora.peft_layers.linear import (
 
 
 def speed_up(model: nn.Module) -> Report:
-    """Give every LoRA layer of peft's in the model that can use it a forward of ours; harmless when repeated.
+    """Give our forward to every LoRA layer of peft's in the model that can be sped up; harmless when repeated.
 
     Layers that peft adds to the model later get it too, from `peft.tuners.lora.LoraModel.inject_adapter`.
 
-    A model in which nothing can be sped up runs on as it is: a warning and the report say why.
+    A model in which nothing can be sped up keeps running as it is: a warning and the report say why.
 
     Returns:
         a report on every linear layer, with live counts for those sped up.
@@ -47,8 +47,8 @@ def speed_up(model: nn.Module) -> Report:
         raise ValueError("nothing in this peft model can be sped up: it has no LoRA layers")
     reasons = {name: standing_reason(layer) for name, layer in found.items()}
     if all(reasons.values()):
-        told = "; ".join(sorted(set(reasons.values())))
-        logger.warning("nothing in this peft model can be sped up, it runs on as it is: %s", told)
+        said = "; ".join(sorted(set(reasons.values())))
+        logger.warning("nothing in this peft model can be sped up, so it runs as it is: %s", said)
     for layer in found.values():
         if not standing_reason(layer, True):
             speed_up_layer(layer)
@@ -57,21 +57,22 @@ def speed_up(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give peft's layers their own class back: the model is plain peft again.
+    """Give peft's layers their own class back, so that the model is plain peft again.
 
     Returns:
         the same model.
     Raises:
-        ValueError: no layer of the model is one of peft's sped up in place. Nothing is changed.
+        ValueError: no layer of the model is one of peft's that was sped up in place. Nothing is changed.
     """
     found: list[Any] = [module for module in model.modules() if isinstance(module, SpedUp)]
     if any(type(layer) is not SPED_UP[plain_class(layer)][0] for layer in found):
-        raise ValueError("a LoRA layer has become a unit of FSDP of its own: call restore before the model is sharded")
+        raise ValueError("a LoRA layer has become an FSDP unit of its own: call restore before the model is sharded")
     if any(experts.is_wrapper(layer) and experts.is_packed(layer) for layer in found):
         raise ValueError("stacks of experts are packed, and peft computes no adapters over those: load the model again")
     if not found:
         raise ValueError(
-            "no layer of this model is one of peft's sped up in place: restore(model) undoes replace_linear(model)"
+            "no layer of this model is one of peft's that was sped up in place: restore(model) undoes "
+            "replace_linear(model)"
         )
     for layer in found:
         layer.__class__ = plain_class(layer)
@@ -82,7 +83,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """A report on every linear layer of a model with peft's layers, as it stands now."""
+    """A report on every linear layer of a model with peft's layers, in its present state."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
     return _report(model, found, {name: _report_reason(layer) for name, layer in found.items()})
 
@@ -90,7 +91,7 @@ def report(model: nn.Module) -> Report:
 def _report_reason(layer: Any) -> str:
     if not isinstance(layer, SpedUp):
         return standing_reason(layer) or "peft's own: call replace_linear(model)"
-    if _is_sharded(layer):  # gathered, as a rule, by the time that it is called
+    if _is_sharded(layer):  # by the time it is called it is usually gathered
         return layer.fastlora_calls.last_reason if layer.fastlora_calls.stepped_back else ""
     return standing_reason(layer)
 
@@ -124,5 +125,5 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
             shape = (n, k)
             rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
     if not backends:
-        return Report(rows, "peft", "no layer can be sped up as it now stands")
+        return Report(rows, "peft", "no layer can be sped up in its present state")
     return Report(rows, backends[0].name, backends[0].reason)

@@ -20,7 +20,7 @@ def adapters(n=64, k=32, r=4):
 
 
 def test_norms_of_a_weight_that_is_replaced_again_and_again():
-    """`weight.data = ...` may come to lie where a former one lay."""
+    """`weight.data = ...` may get the address of a former one."""
     weight, kept = nn.Parameter(torch.randn(256, 256), requires_grad=False), kept_norms.KeptNorms()
     a, b = adapters(256, 256)
     for _ in range(20):
@@ -37,7 +37,7 @@ def injected(**options):
 
 
 def test_gradients_under_a_selective_checkpoint_after_a_step():
-    """What recomputation does must be what forward did, though the norms are there by then."""
+    """Recomputation must do what forward did, although the norms are kept by then."""
     holder = replace_linear(injected(use_dora=True))
     nn.init.normal_(holder.linear.lora_B["default"].weight)
 

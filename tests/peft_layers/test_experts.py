@@ -1,4 +1,4 @@
-"""Stacks of experts with peft's `target_parameters`: as exact as peft, which forms every W + B A, and never formed."""
+"""Stacks of experts with peft's `target_parameters`: as exact as peft, which forms every W + B A; ours forms none."""
 
 import copy
 
@@ -58,18 +58,18 @@ def test_autocast():
 
 def test_a_model_trains_as_peft_does():
     losses = {}
-    for fused in (False, True):
+    for ours in (False, True):
         model, _ = stack("qwen3-moe")
-        if fused:
+        if ours:
             fastlora.replace_linear(model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses[fused] = []
+        losses[ours] = []
         for _ in range(6):
             loss = model(tokens(), labels=tokens()).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[fused].append(loss.item())
+            losses[ours].append(loss.item())
     assert losses[True] == pytest.approx(losses[False], rel=2e-5)
     assert losses[True][-1] < losses[True][0] - 0.1
 
@@ -77,7 +77,7 @@ def test_a_model_trains_as_peft_does():
 def test_no_stack_is_formed(monkeypatch):
     model, layer = stack()
     fastlora.replace_linear(model)
-    monkeypatch.setattr(torch, "baddbmm", None)  # what peft forms W + B A with
+    monkeypatch.setattr(torch, "baddbmm", None)  # with which peft forms W + B A
     monkeypatch.setattr(type(layer), "get_delta_weight", None)
     results(layer, torch.float32)
     assert (layer.fastlora_calls.sped_up, layer.fastlora_calls.stepped_back) == (1, 0)
@@ -123,7 +123,7 @@ STEPS_BACK = {
 
 
 @pytest.mark.parametrize("reason", STEPS_BACK)
-def test_what_cannot_be_fused_is_pefts_and_says_so(reason, monkeypatch):
+def test_what_cannot_be_sped_up_is_pefts_and_says_so(reason, monkeypatch):
     model, layer = stack()
     fastlora.replace_linear(model)
     STEPS_BACK[reason](model, layer)
@@ -208,12 +208,12 @@ def test_the_other_layout_of_older_peft_is_left_to_it():
     report = fastlora.replace_linear(model).fastlora_report
     assert not report.replaced
     assert {row.reason for row in report.left if row.r} == {
-        "this peft lays A and B of a stack out the other way: pip install 'peft>=0.20'"
+        "this peft stores A and B of a stack the other way: pip install 'peft>=0.20'"
     }
 
 
 def test_torch_compile_sees_no_break():
-    model, layer = stack(dtype=torch.bfloat16, adapters=torch.bfloat16, r=8)  # a rank that nobody pads
+    model, layer = stack(dtype=torch.bfloat16, adapters=torch.bfloat16, r=8)  # a rank that needs no padding
     x, chosen, weights, _ = routed(layer)
     given = x.bfloat16(), chosen, weights.bfloat16()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Stacks of experts packed in NF4 beside peft over the values they stand for; and both kinds by the Triton kernels."""
+"""Stacks of experts packed in NF4 against peft over the values they stand for, and both kinds by the Triton kernels."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_a_packed_stack_is_as_exact_as_peft_over_its_values(name, dtype, double_
         assert_as_accurate(value, baseline[name], oracle[name], name)
 
 
-def test_a_packed_stack_loses_nothing_unsaid():
+def test_a_packed_stack_loses_nothing_in_silence():
     model, layer = stack()
     _, expanded = packed(layer)
     with pytest.raises(ValueError, match="wrap the model first"):
@@ -101,7 +101,7 @@ def test_a_transposed_stack_that_others_packed_is_not_misread():
     parametrize.replace_parameter_4bit(layer.get_base_layer(), "down_proj", quant_type="nf4")
     fastlora.replace_linear(model)
     x, chosen, weights, _ = routed(layer)
-    with pytest.raises(RuntimeError, match=r"packed as \[in, out\]: quantize_experts"):
+    with pytest.raises(RuntimeError, match=r"packed as \[in, out\]: pack it with quantize_experts"):
         layer(x.float(), chosen, weights.float())
 
 

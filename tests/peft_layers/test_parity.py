@@ -1,9 +1,9 @@
 """Every option of peft's LoRA, over every base and dtype: as exact as peft, or peft itself.
 
-Each case is one layer of peft's, sped up in place, against the same layer in fp64 (the oracle) and peft's own forward
+Each case is one of peft's layers, sped up in place, against the same layer in fp64 (the oracle) and peft's own forward
 in the same dtypes (the baseline): the output and all gradients by the rule of `numerics`. Where a layer steps back to
-peft, its bits must be peft's. The table that these cases make is printed at the end (`pytest -s`). The mutation tests
-plant the classic faults of fused LoRA layers and expect each to be caught here.
+peft, its bits must be peft's. The table of all cases is printed at the end (`pytest -s`). The mutation tests plant the
+classic faults of LoRA layers that compute in one call, and expect each to be caught here.
 """
 
 import copy
@@ -31,7 +31,7 @@ SEED = 2**40 + 7
 
 
 class Option(NamedTuple):
-    """A configuration, what else is done to the layer, and whether it is sped up or why not."""
+    """A configuration, what else is done to the layer, and whether the layer is sped up or why not."""
 
     config: Mapping[str, Any] = MappingProxyType({})
     change: Callable[[Any], object] = lambda layer: None
@@ -41,9 +41,9 @@ class Option(NamedTuple):
     autocast_too: bool = True  # whether they do so under autocast as well
     dense_only: bool = False
     base_bias: bool = False
-    transposed: bool = False  # GPT-2's Conv1D, which has a bias always
+    transposed: bool = False  # GPT-2's Conv1D, which always has a bias
     side_by_side: bool = False  # a mixed batch as if it had few rows
-    backend: str = ""  # forced, where it is not the CPU's own
+    backend: str = ""  # forced; empty for the CPU's own
 
 
 def _second_adapter(layer):
@@ -187,7 +187,7 @@ def printed():
 
 
 def _fill(layer):
-    """An update 0.3 times as large as the base's output, of each adapter, in values that bf16 holds."""
+    """Give each adapter an update 0.3 times as large as the base's output, in values that bf16 holds."""
     generator = torch.Generator().manual_seed(4)
 
     def draw(parameter, std):
@@ -198,7 +198,7 @@ def _fill(layer):
         draw(layer.lora_A[name].weight, K**-0.5)
         draw(layer.lora_B[name].weight, 0.3 / (layer.scaling[name] * rank**0.5))
         if layer.lora_B[name].bias is not None:
-            draw(layer.lora_B[name].bias, 1.0)  # times the scaling larger than the output
+            draw(layer.lora_B[name].bias, 1.0)  # times the scaling, larger than the output
         if name in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[name].weight
             values = magnitude.data * (1 + 0.2 * torch.randn(magnitude.shape, generator=generator))
@@ -206,7 +206,7 @@ def _fill(layer):
 
 
 def build(option, base, dtype, adapter_dtype):
-    """A layer of peft's as the option wants it, in train mode."""
+    """One of peft's layers with an option, in train mode."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(N, K, generator=generator).div(K**0.5).to(dtype)
     if option.transposed:
@@ -262,7 +262,7 @@ def _inputs(drawn):
 
 
 def _masked(x, p=0.5, training=True, inplace=False):
-    """Dropout by the mask that ours derives from the seed; x may be some rows of the input."""
+    """Dropout by the mask that our forward derives from the seed; x may be some rows of the input."""
     if not (training and p):
         return x
     for drawn in (torch.float32, torch.float16, torch.bfloat16):
@@ -273,7 +273,7 @@ def _masked(x, p=0.5, training=True, inplace=False):
 
 
 def step(layer, dtype, autocast, call, drawn):
-    """y, dx, and the gradients of whatever is trained, by name; the inputs hold values of the dtype `drawn`."""
+    """y, dx, and the gradients of all that is trained, by name; the inputs hold values of the dtype `drawn`."""
     x, dy = _inputs(drawn)
     x = x.to(dtype).requires_grad_()
     trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
@@ -284,7 +284,7 @@ def step(layer, dtype, autocast, call, drawn):
 
 
 def check(option, base, dtypes):
-    """Hold one case of the matrix; returns what the table says of it."""
+    """Check one case of the matrix; returns its entry in the table."""
     dtype, adapter_dtype, autocast = dtypes
     wide = adapter_dtype != (autocast or dtype) and (option.autocast_too or not autocast)
     if option.wide_adapters_step_back and wide:
@@ -329,7 +329,7 @@ def test_parity(option, base, dtypes):
 
 
 def test_both_ways_to_a_mixed_batch_are_taken(monkeypatch):
-    """The parity cases are of two kinds, by the number of rows."""
+    """Which way a parity case takes depends on its number of rows."""
     taken = []
     for name in ("_side_by_side", "_in_segments"):
         real = getattr(mixed, name)

@@ -1,4 +1,4 @@
-"""peft's layers sped up in place: the same numbers, the same checkpoint, and no step back in silence."""
+"""peft's layers sped up in place: the same numbers, the same checkpoint, and no silent step back."""
 
 import copy
 import logging
@@ -86,7 +86,7 @@ def test_dropout_is_drawn_in_training_only_and_is_unbiased():
     assert error < 0.15 * update.square().mean().sqrt()
 
 
-def test_it_may_be_called_twice():
+def test_it_can_be_called_twice():
     model = wrapped().train()
     replace_linear(model)
     run(model)
@@ -152,7 +152,7 @@ def _each(change):
 
 
 class OtherVariant(peft.tuners.lora.variants.DoraLinearVariant):
-    """Something that peft may come to have."""
+    """A variant that peft may have in future."""
 
 
 def _variant(model):
@@ -197,15 +197,15 @@ def _double(module):
 )
 def test_it_steps_back_where_a_condition_does_not_hold(change, reason, base, options):
     plain = wrapped(base, **options)
-    fused = replace_linear(wrapped(base, **options))
-    for model in (plain, fused):
+    ours = replace_linear(wrapped(base, **options))
+    for model in (plain, ours):
         change(model)
         model.eval()
-    expected, found = plain(tokens()).logits, fused(tokens()).logits
+    expected, found = plain(tokens()).logits, ours(tokens()).logits
     assert torch.equal(found, expected), "stepping back is peft's own forward"
-    assert counts(fused) == (0, 6)
-    assert all(told.startswith(reason) for told in reasons(fused)), reasons(fused)
-    assert len(reasons(fused)) == 1
+    assert counts(ours) == (0, 6)
+    assert all(said.startswith(reason) for said in reasons(ours)), reasons(ours)
+    assert len(reasons(ours)) == 1
 
 
 def test_global_hooks_see_every_module():
@@ -254,13 +254,13 @@ def test_a_step_back_is_logged_once(caplog):
         ({"target_modules": ["embed_tokens"]}, "fastlora has no faster form of peft's Embedding"),
     ],
 )
-def test_a_model_with_nothing_to_speed_up_runs_on_as_it_is(options, reason, caplog):
+def test_a_model_with_nothing_to_speed_up_runs_as_it_is(options, reason, caplog):
     model = wrapped(**options)
     before, expected = snapshot(model)[:2], model(tokens()).logits
     with caplog.at_level(logging.WARNING, "fastlora.peft_layers.swap"):
         assert replace_linear(model) is model
     assert [record.getMessage() for record in caplog.records] == [
-        f"nothing in this peft model can be sped up, it runs on as it is: {reason}"
+        f"nothing in this peft model can be sped up, so it runs as it is: {reason}"
     ]
     assert snapshot(model)[:2] == before
     assert torch.equal(model(tokens()).logits, expected)

@@ -1,4 +1,4 @@
-"""What is done to peft models with fused layers: several adapters, more of them later, restored, copied, compiled."""
+"""The life of peft models with sped-up layers: several adapters, more of them later, restored, copied, compiled."""
 
 import copy
 import io
@@ -20,8 +20,8 @@ row_norms = kept_norms.row_norms
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_what_else_peft_trains_goes_on_beside_fused_layers(tie, tmp_path):
-    """modules_to_save, trained tokens and their tied head are peft's modules, which nothing here touches."""
+def test_what_else_peft_trains_works_next_to_sped_up_layers(tie, tmp_path):
+    """modules_to_save, trained tokens and their tied head are peft's modules, which fastlora does not touch."""
 
     def make():
         base = wrapped(
@@ -87,7 +87,7 @@ def test_several_adapters_drop_out_each_by_its_own_mask():
     assert not torch.allclose(found[1], model(tokens()).logits, atol=1e-3), "other masks, another result"
 
 
-def test_layers_that_peft_adds_later_are_fused_as_they_come(tmp_path):
+def test_layers_that_peft_adds_later_are_sped_up_too(tmp_path):
     model = replace_linear(wrapped())
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["o_proj"]))
     assert [hasattr(layer, "fastlora_calls") for layer in lora_layers(model)] == [True] * 8
@@ -188,7 +188,7 @@ def test_linear4bit_in_eval_mode_is_not_repacked():
 
 
 def test_hot_swapping_does_not_recompile(tmp_path):
-    """peft turns scalings into tensors for this; the fused path takes them."""
+    """peft turns scalings into tensors for this; our forward takes them."""
     hotswap = pytest.importorskip("peft.utils.hotswap")
     torch._dynamo.reset()
     other = wrapped(lambda: llama(num_hidden_layers=1), r=2, lora_alpha=7)

@@ -1,4 +1,4 @@
-"""Kinds of LoRA that peft computes in its own way: with the one line added they run exactly as before."""
+"""Kinds of LoRA that peft computes in its own way: after `replace_linear` they run exactly as before."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LAYERS = ["q_proj", "k_proj", "down_proj"]
 
 
 def of(name, **options):
-    """A configuration of this peft's, or None where it is older."""
+    """One of peft's configurations, or None if this peft is too old for it."""
     kind = getattr(config, name, None)
     return None if kind is None else kind(**options)
 
@@ -42,24 +42,24 @@ def step(model):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a plain adapter"])
-def test_variants_run_as_before(variant, beside):
+@pytest.mark.parametrize("with_plain", [False, True], ids=["only", "with a plain adapter"])
+def test_variants_run_as_before(variant, with_plain):
     options = VARIANTS[variant]
     if None in options.values():
         pytest.skip(f"this peft has no {variant}")
-    if beside and variant == "KaSA":
-        pytest.skip("peft does not put other adapters beside KaSA")
+    if with_plain and variant == "KaSA":
+        pytest.skip("peft does not combine other adapters with KaSA")
     plain, model = (wrapped(target_modules=LAYERS, **options) for _ in range(2))
-    if beside:
+    if with_plain:
         for each in (plain, model):
             each.add_adapter("plain", peft.LoraConfig(r=2, target_modules=LAYERS))
     replace_linear(model)
     assert [type(layer) for layer in model.modules() if hasattr(layer, "fastlora_calls")] == (
-        [SpedUpLinear] * 6 if beside else []
+        [SpedUpLinear] * 6 if with_plain else []
     )
     for one, other in zip(step(model), step(plain), strict=True):
         assert torch.equal(one, other)
-    if beside:
+    if with_plain:
         assert counts(model) == (0, 6)
         assert all(reason.startswith("the adapter is a variant, ") for reason in reasons(model))
         model.set_adapter("plain")
