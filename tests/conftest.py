@@ -1,4 +1,4 @@
-"""Shared by all tests: the interpreter stands in for a GPU, and missing GPUs are named, not hidden."""
+"""Shared by all tests: the interpreter stands in for a GPU, and a missing GPU is named, not hidden."""
 
 import importlib.util
 import os
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_choices() -> Iterator[None]:
-    """What was chosen by the environment of one test is not remembered in the next; set up before `monkeypatch`."""
+    """Forget after each test what its environment chose; set up before `monkeypatch`."""
     yield
     from fastlora.ops.backend import forget_choices
 
@@ -51,7 +51,7 @@ def fresh_choices() -> Iterator[None]:
 
 @pytest.fixture
 def monkeypatch(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """pytest's, and a variable that is set within a test counts from then on."""
+    """pytest's own, but a variable set within a test takes effect at once."""
     from fastlora.ops.backend import forget_choices
 
     def counting(change: Any) -> Any:
@@ -67,7 +67,7 @@ def monkeypatch(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The instruction set that the CPU library uses for the length of a test."""
+    """The instruction set that the CPU library uses during a test."""
     from fastlora.native import cpu
 
     monkeypatch.setenv("FASTLORA_CPU_ISA", request.param)
@@ -77,7 +77,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """torch on one thread: small tensors are quicker so."""
+    """torch on one thread, which is faster for small tensors."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The compile recipe: both ways of running it, and what a user reads when it cannot run."""
+"""The compile recipe: both ways of running it, and what a user reads if it fails."""
 
 import ctypes
 import os
@@ -59,7 +59,7 @@ def test_compiles_and_replaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("compiler", "route")
-def test_a_compiler_error_is_told_and_leaves_the_old_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_error_leaves_the_old_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native_build, "source_files", lambda: sources(tmp_path, bad="int main( { }\n"))
     target = tmp_path / "library.so"
     target.write_text("the old one")
@@ -69,14 +69,14 @@ def test_a_compiler_error_is_told_and_leaves_the_old_library(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("compiler")
-def test_an_unwritable_target_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_target_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native_build, "source_files", lambda: sources(tmp_path, one=SOURCE))
     (tmp_path / "file").write_text("")
     with pytest.raises(native_build.BuildError, match="cannot write"):
         native_build.compile_library(tmp_path / "file" / "library.so")
 
 
-def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_installing_without_a_compiler_goes_on(tmp_path: Path) -> None:
-    """setup.py's build ends 0, says one line, and packs the sources for a later native.build()."""
+    """setup.py's build exits with 0, prints one line, and packs the sources for a later `python -m fastlora.native`."""
     pytest.importorskip("setuptools", minversion="77")
     build = [
         sys.executable,
@@ -104,9 +104,9 @@ def test_installing_without_a_compiler_goes_on(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": str(tmp_path), "CXX": ""}
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if line.startswith("fastlora:")]
-    assert len(told) == 1
-    assert "installed without its CPU library: no C++ compiler found" in told[0]
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastlora:")]
+    assert len(said) == 1
+    assert "installed without its CPU library: no C++ compiler found" in said[0]
     package = tmp_path / "lib" / "fastlora"
     assert (package / "csrc" / "cpu" / "kernels.inl").is_file()
     assert (package / "native" / "build.py").is_file()

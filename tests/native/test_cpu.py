@@ -62,7 +62,7 @@ def test_loaded_wherever_there_is_a_compiler() -> None:
     assert cpu.status()[0], cpu.status()[1]
 
 
-# K that is no multiple of the block, odd N*K, less than one group, several jobs of the thread pool.
+# K that is not a multiple of the block, odd N*K, less than one group, several jobs of the thread pool.
 SHAPES = [(1, 1), (1, 31), (3, 33), (7, 96), (5, 130), (64, 64), (33, 257), (300, 512), (129, 1030)]
 
 
@@ -164,14 +164,14 @@ def test_products_are_as_accurate_as_fp32(isa: str, name: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_widen_every_half(isa: str, name: str) -> None:
-    """A weight of one +1 hands x through: all fp16 and bf16 values, subnormals and infinities too."""
+    """A weight of one +1 passes x through: all fp16 and bf16 values, including subnormals and infinities."""
     w = Packed(torch.tensor([0xF0], dtype=torch.uint8), torch.ones(1), (1, 1), torch.float32, 64)
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         x = bits.view(dtype)[:, None]
         out = torch.cat([product(name, part, w, 1, 1) for part in x.split(4096)])
         assert torch.equal(out.isnan(), x.isnan())
-        # x times 1, summed from +0: only the sign of zero is not kept.
+        # x times 1, summed from +0: only the sign of zero is lost.
         assert torch.equal(out.nan_to_num(0.5), x.nan_to_num(0.5))
 
 
@@ -318,7 +318,7 @@ def test_a_stale_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fresh_load")
-def test_a_library_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "broken.so"
     path.write_bytes(b"not a library")
     monkeypatch.setattr(build, "library_path", lambda: path)

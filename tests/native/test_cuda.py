@@ -40,19 +40,19 @@ def test_supports_names_what_it_cannot_take():
         assert word in cuda.supports(*given)
 
 
-def test_cpu_tensors_are_sent_away():
+def test_cpu_tensors_are_refused():
     weight = nf4.quantize(torch.randn(64, 128))
     with pytest.raises(ValueError, match="x is on cpu"):
         cuda.decode(torch.zeros(1, 128, dtype=BF16), weight)
     assert "CUDA devices" in cuda.usable(torch.device("cpu"))[1]
 
 
-def test_importing_asks_no_device():
+def test_importing_queries_no_device():
     code = "import torch; from fastlora.native import cuda; cuda.status(); assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_a_missing_library_is_told(monkeypatch, tmp_path):
+def test_a_missing_library_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "cuda_library_path", lambda: tmp_path / "none.so")
     monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
     assert "has not been built: run `python -m fastlora.native`" in cuda._load.__wrapped__()[1]
@@ -114,7 +114,7 @@ def test_nvcc_compiles_the_library(monkeypatch, tmp_path):
     assert compiled.fastlora_cuda_architectures() == b"90"
 
 
-def test_loading_needs_the_c_library_alone(library):
+def test_loading_needs_only_the_c_library(library):
     if shutil.which("readelf") is None:
         pytest.skip("no readelf here")
     dynamic = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout

@@ -133,7 +133,7 @@ def test_strides_addresses_and_no_tokens(gpu):
 
 
 def decode_copying(gpu, given):
-    """As `gpu.decode`, where the call makes copies of operands in memory of its own."""
+    """As `gpu.decode`, for calls that copy operands into memory of their own."""
     clone, contiguous = torch.Tensor.clone, torch.Tensor.contiguous
 
     def known(tensor):
@@ -203,8 +203,8 @@ def test_parts_of_h_stay_small(gpu):
 
 
 def banks(offsets, size):
-    """How often the busiest bank is asked, over what the width of the access makes unavoidable."""
-    lanes = 128 // size  # that are served at once
+    """How often the busiest bank is accessed, over what the width of the access makes unavoidable."""
+    lanes = 128 // size  # served at once
     worst = 0
     for first in range(0, len(offsets), lanes):
         words = [offset // 4 + i for offset in offsets[first : first + lanes] for i in range(size // 4)]
@@ -212,7 +212,7 @@ def banks(offsets, size):
     return worst
 
 
-def test_no_two_lanes_meet_in_a_bank(gpu):
+def test_no_two_lanes_share_a_bank(gpu):
     code, sums = gpu.library.code_offset_of, gpu.library.sum_offset_of
     draw = random.Random(0)
     assert banks([gpu.library.table_offset_of(draw.randrange(256), lane) for lane in range(32)], 4) == 1

@@ -66,7 +66,7 @@ class Case:
         return [y, *linear.linear_backward(self.dy, self.x, h, self.weight, self.lora, True, True, True)]
 
     def expected(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The same by the reference, in `dtype`, or in each tensor's own."""
+        """The same by the reference, in `dtype`, or each tensor in its own."""
         leaves = [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in (self.x, self.lora_a, self.lora_b)]
         bias = None if self.bias is None else self.bias.to(dtype or BF16)
         weight = self.exact_weight.to(dtype or BF16)
@@ -120,7 +120,7 @@ def test_the_largest_rank() -> None:
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
 @pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
 def test_nf4_has_the_bits_of_dequantize(blocksize: int, double_quant: bool) -> None:
-    """Identities hand the weight through, for few tokens and for many. Rows hold a part of a block, one, or several."""
+    """Identities pass the weight through, for few tokens and for many. Rows hold a part of a block, one, or several."""
     for n, k in [(66, 32), (130, 96), (34, 2112)]:
         weight = nf4.quantize(normal(n, k), blocksize, double_quant)
         expected = weight.dequantize(BF16)
@@ -263,7 +263,7 @@ def test_bad_operands_are_refused(message: str) -> None:
         linear.linear(operands["x"], operands["weight"], lora, operands["bias"], True)
 
 
-def test_what_gradients_need_is_asked_for() -> None:
+def test_what_gradients_need_is_required() -> None:
     x, weight, lora = GOOD["x"], GOOD["weight"], Lora(ADAPTERS["lora_a"], ADAPTERS["lora_b"])
     h, dy = torch.zeros(M, R), torch.ones(M, N, dtype=BF16)
     bad: list[tuple[str, tuple]] = [

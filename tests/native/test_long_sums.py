@@ -1,4 +1,4 @@
-"""How the error of a sum grows with its length, where compiled C++ or torch forms it: see `long_sums`."""
+"""How the error of a sum grows with its length, where compiled C++ or torch computes it: see `long_sums`."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ from fastlora.kernels.operands import Lora, Packed
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.native import cpu
-from fastlora.native import linear as native_linear
-from fastlora.native import lora as native_lora
+from fastlora.native import cpu, linear
+from fastlora.native.lora import lora_outer, lora_shrink
 from fastlora.ops import dora, nf4
 from tests.support.long_sums import KINDS, LENGTHS, check, drawn, other
 
@@ -28,12 +27,12 @@ def test_low_rank_products(isa: str, n: int, kind: str) -> None:
     for p in (0.0, 0.25):
         x, a = drawn(kind, 3, n, dtype=BF16), other(kind, 5, n)
         h, seed = torch.empty(3, 5), SEED if p else None
-        native_lora.lora_shrink(x, a, h, 1.0, seed, p)
+        lora_shrink(x, a, h, 1.0, seed, p)
         seen = x.double() * reference.dropout_mask(SEED, 3, n, p).double() if p else x
         if not (p and kind == "drift"):
             check(kind, n, h, seen, a)
         tall, g, d = x.t().contiguous(), a.t().contiguous(), torch.empty(5, 3)
-        native_lora.lora_outer(tall, g, d, 1.0, seed, p)
+        lora_outer(tall, g, d, 1.0, seed, p)
         seen = tall.double() * reference.dropout_mask(SEED, n, 3, p).double() if p else tall
         if not (p and kind == "drift"):
             check(kind, n, d, a, seen.t())
@@ -81,14 +80,14 @@ def test_h_and_g_of_the_linear(adapter_dtype: torch.dtype, n: int) -> None:
         for kind in KINDS:
             x, a = drawn(kind, tokens, n, dtype=BF16), other(kind, 4, n, dtype=adapter_dtype)
             lora = Lora(a, a.new_zeros(2, 4))
-            _, h = native_linear.linear(x, torch.zeros(2, n, dtype=BF16), lora, None, save_h=True)
+            _, h = linear.linear(x, torch.zeros(2, n, dtype=BF16), lora, None, save_h=True)
             assert h is not None
             check(kind, n, h, x, a)
     for kind in KINDS:
         dy, b = drawn(kind, 1, n, dtype=BF16), other(kind, 4, n, dtype=adapter_dtype)
         lora, one = Lora(b.new_zeros(4, 2), b.t().contiguous()), torch.ones(1, 2, dtype=BF16)
         weight = torch.zeros(n, 2, dtype=BF16)
-        _, da, _ = native_linear.linear_backward(dy, one, None, weight, lora, False, True)
+        _, da, _ = linear.linear_backward(dy, one, None, weight, lora, False, True)
         assert da is not None
         check(kind, n, da[:, :1].t(), dy, b, 0.0 if adapter_dtype == FP32 or kind == "drift" else 2.0**-8)
 
@@ -100,10 +99,10 @@ def test_base_products_of_the_linear(kind: str, n: int) -> None:
     for tokens in TOKENS:
         x = drawn("drift", tokens, n, dtype=BF16)
         weight, values = base(other("drift", 4, n), kind)
-        y, _ = native_linear.linear(x, weight, None, None)
+        y, _ = linear.linear(x, weight, None, None)
         check("drift", n, y, x, values)
         weight, values = base(other("drift", 32, n).t().contiguous(), kind)
-        dx, *_ = native_linear.linear_backward(x, None, None, weight, None, True)
+        dx, *_ = linear.linear_backward(x, None, None, weight, None, True)
         assert dx is not None
         check("drift", n, dx, x, values.t())
 
@@ -118,7 +117,7 @@ def test_gradients_of_the_linears_adapters(n: int, kind: str) -> None:
     b = torch.zeros(2, 3)
     b[0] = 1
     rows = dy.t().contiguous(), x.t().contiguous(), h.t().contiguous()
-    _, da, db = native_linear.linear_backward(
+    _, da, db = linear.linear_backward(
         *rows, torch.zeros(2, 2, dtype=BF16), Lora(torch.zeros(3, 2), b), False, True, True
     )
     assert da is not None

@@ -112,7 +112,7 @@ def test_strides(isa: str) -> None:
 
 
 def test_every_half_is_widened(isa: str) -> None:
-    """A of one 1 hands x through: all fp16 and bf16 values, subnormals and infinities too."""
+    """A of one 1 passes x through: all fp16 and bf16 values, including subnormals and infinities."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         x = bits.view(dtype)[:, None]
@@ -162,7 +162,7 @@ def test_without_a_seed_nothing_is_dropped(isa: str) -> None:
 
 
 def test_threads_do_not_change_the_bits(isa: str) -> None:
-    """Neither their number, nor how the result was cut into jobs for them."""
+    """Neither does the way the result was cut into jobs for them."""
     x, lora_a, g = normal(203, 1200, dtype=torch.bfloat16), normal(70, 1200), normal(203, 70)
 
     def everything() -> list[Tensor]:
@@ -180,7 +180,7 @@ def test_threads_do_not_change_the_bits(isa: str) -> None:
     for threads in (2, 7):
         torch.set_num_threads(threads)
         assert all(torch.equal(one, other) for one, other in zip(alone, everything(), strict=True))
-    # A row alone is summed as it is among others.
+    # A single row is summed as it is among others.
     assert torch.equal(shrink(x[:1], lora_a[:1]), shrink(x[:5], lora_a)[:1, :1])
 
 

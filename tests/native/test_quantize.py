@@ -1,4 +1,4 @@
-"""NF4 quantization in the compiled CPU library: the bits of the way in torch, itself held against bitsandbytes."""
+"""NF4 quantization in the compiled CPU library: the bits of the code in torch, itself tested against bitsandbytes."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_bits(isa: str, dtype: torch.dtype, blocksize: int, monkeypatch: pytest.
         assert_same(nf4.quantize(w, blocksize), in_torch(w, blocksize, monkeypatch), shape)
 
 
-def test_scales_all_alike(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_that_are_all_equal(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.ones(64, 256)
     assert_same(nf4.quantize(w), in_torch(w, 64, monkeypatch), "ones")
 

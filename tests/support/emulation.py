@@ -1,4 +1,4 @@
-"""The CUDA kernels on an emulated GPU: compiled for the CPU from the very sources, called through the wrapper."""
+"""The CUDA kernels on an emulated GPU: compiled for the CPU from the same sources, called through the wrapper."""
 
 import ctypes
 import subprocess
@@ -57,7 +57,7 @@ class Operands(NamedTuple):
 
 
 class Emulation:
-    """The emulated library, and calls of it that know which memory they may touch."""
+    """The emulated library, with calls that say which memory they may touch."""
 
     def __init__(self, path):
         self.library = cuda.open_library(path)

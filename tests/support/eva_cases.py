@@ -18,7 +18,7 @@ def batches(count=4, rows=6, masked=True):
 
 
 def spread(model):
-    """The same model with inputs of a spectrum that falls off, as trained models have."""
+    """The same model with inputs whose spectrum falls off, as in trained models."""
     generator = torch.Generator().manual_seed(5)
     embedding = model.get_input_embeddings().weight
     width = embedding.shape[1]

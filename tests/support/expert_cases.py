@@ -50,7 +50,7 @@ def stack(name="mixtral", dtype=torch.float32, adapters=torch.float32, targets=B
 
 
 def routed(layer, rows=200, seed=3):
-    """Tokens, their experts and weights; one expert goes without a token."""
+    """Tokens, their experts and weights; one expert has no token."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, SIZES["hidden_size"], generator=generator, dtype=torch.float64)
     logits = torch.rand(rows, layer.num_experts - 1, generator=generator)
@@ -110,7 +110,7 @@ ALONE = {"target_modules": [], "target_parameters": list(BOTH), "r": 3, "lora_al
 
 
 def moe(name="mixtral", dtype=torch.float32):
-    """A mixture of experts with weights that can be seen."""
+    """A mixture of experts with weights large enough to show in the output."""
     torch.manual_seed(0)
     model = MODELS[name]()
     for key, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
 """Triton's interpreter with bf16 as hardware has it.
 
-As it comes, the interpreter keeps bf16 as 16-bit integers: `tl.dot` multiplies those integers, arithmetic adds them,
-and a cast from fp32 cuts the lower bits off. `teach_bf16` widens bf16 to fp32 before any arithmetic, where every
-product of two bf16 numbers is exact, and rounds to nearest even on the way back, as tensor cores and `cvt.rn` do.
+By default the interpreter keeps bf16 as 16-bit integers: `tl.dot` multiplies those integers, arithmetic adds them, and
+a cast from fp32 cuts the lower bits off. `teach_bf16` widens bf16 to fp32 before any arithmetic, so that every product
+of two bf16 numbers is exact, and rounds to nearest even on the way back, as tensor cores and `cvt.rn` do.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def narrow(values: np.ndarray) -> np.ndarray:
 
 
 def teach_bf16() -> None:
-    """Mend the interpreter of this process; harmless where nothing is interpreted, and the second time."""
+    """Patch the interpreter of this process; harmless if nothing is interpreted, and when repeated."""
     import triton.language as tl
     from triton.runtime import interpreter
 

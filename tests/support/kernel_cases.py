@@ -28,7 +28,7 @@ MODES = [
     (torch.float16, torch.float32, 1e-6),
     (torch.bfloat16, torch.float32, 1e-6),  # the split mode, whose products are exact
     (torch.float16, torch.float16, 1e-3),  # h and g are rounded to fp16
-    (torch.bfloat16, torch.bfloat16, 8e-3),  # or to bf16, eight times as coarse
+    (torch.bfloat16, torch.bfloat16, 8e-3),  # or to bf16, which is eight times coarser
 ]
 
 

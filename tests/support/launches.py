@@ -33,7 +33,7 @@ ALL = Needs(True, True, True)
 
 
 class Driver:
-    """As much of Triton's driver as compiling asks for."""
+    """As much of Triton's driver as compiling needs."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -52,7 +52,7 @@ class Driver:
 
 
 def pretend(arch: int) -> None:
-    """Make this process take the CPU for a GPU of an architecture, and launches end with the machine code."""
+    """Make this process take the CPU for a GPU of an architecture, and make launches end with the machine code."""
     capability = divmod(arch, 10)
     triton.runtime.driver.set_active(Driver(arch))
     run = JITFunction.run
@@ -89,7 +89,7 @@ def step(
 
 
 def stack(rows: int, kind: str, adapter: torch.dtype, n: int = 256, k: int = 512) -> None:
-    """Forward and backward through a stack of eight experts, with so many rows each."""
+    """Forward and backward through a stack of eight experts, with this many rows each."""
     weight: Any = torch.randn(8, n, k).bfloat16()
     if kind == "nf4":
         weight = nf4.quantize(weight.view(-1, k))

@@ -31,7 +31,7 @@ class Case:
         self.exact_weight = dense if base == "dense" else self.weight.dequantize(torch.float32)
 
     def leaves(self, dtype=None, requires_grad=True):
-        """x, A, B and bias as fresh leaves, in another dtype where asked."""
+        """x, A, B and bias as fresh leaves, in another dtype if one is given."""
         tensors = [self.x, self.lora_a, self.lora_b] + ([self.bias] if self.bias is not None else [])
         return [t.detach().clone().to(dtype or t.dtype).requires_grad_(requires_grad) for t in tensors]
 
@@ -51,7 +51,7 @@ class Case:
         return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
 
     def check(self, ours=None, mask=None, **options):
-        """Hold y and every gradient against the tolerance rule."""
+        """Check y and every gradient by the tolerance rule."""
         ours = ours if ours is not None else self.ours(**options)
         results = zip(("y", "dx", "dA", "dB", "dbias"), ours, self.reference(mask=mask), strict=False)
         for (what, got, baseline), oracle in zip(results, self.reference(torch.float64, mask), strict=True):

@@ -1,8 +1,8 @@
-"""Sums of any length whose error can be told: what the tests of long sums draw, and the bounds they hold.
+"""Sums of any length whose error is known: what the tests of long sums draw, and the bounds they check.
 
-A sum in order strays: each addition rounds the whole sum so far, by chance or, where the terms are alike, always the
-same way. Sums of short sums do not. The bounds come of that, not of what torch makes of the same sum. Terms come in
-three kinds, and n of them may err by so much:
+A sum in order drifts: each addition rounds the whole sum so far, at random or, where the terms are equal, always the
+same way. Sums of short sums do not. The bounds follow from that, and not from what torch computes for the same sum.
+There are three kinds of terms, and n of them may err by so much:
 
     normal     of either sign                                             eps (2 + log2(n) / 2) of the sums' rms
     positive   between 0.5 and 1.5                                        eps (2 + log2(n) / 2) of the sum
@@ -25,7 +25,7 @@ EPS = 2.0**-23
 
 
 def drawn(kind: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Factors of the terms: those that change along the last dimension, which is summed over."""
+    """Factors of the terms: those that vary along the last dimension, which is summed over."""
     generator = torch.Generator().manual_seed(seed + shape[-1])
     if kind == "normal":
         return torch.randn(shape, generator=generator).to(dtype)

@@ -40,7 +40,7 @@ def tokens():
 
 
 def randomize(model):
-    """Give every adapter an update that can be seen."""
+    """Give every adapter an update large enough to show in the output."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -49,7 +49,7 @@ def randomize(model):
 
 
 def snapshot(model):
-    """All that replace_linear could change: modules, their classes, parameters, flags."""
+    """Everything that replace_linear could change: modules, their classes, parameters, flags."""
     modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
     parameters = [
         (name, id(parameter), parameter._version, parameter.requires_grad)

@@ -9,7 +9,7 @@ peft = pytest.importorskip("peft")
 
 
 def wrapped(base=llama, **options):
-    """A PeftModel with an update that can be seen."""
+    """A PeftModel with an update large enough to show in the output."""
     model = base()
     if any(type(module).__name__ == "Linear4bit" for module in model.modules()):
         model.is_loaded_in_4bit = True

@@ -26,7 +26,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def plain_peft(dtype=torch.float32, **options):
-    """A PeftModel with an update that can be seen."""
+    """A PeftModel with an update large enough to show in the output."""
     config = peft.LoraConfig(r=4, target_modules=TARGETS, **options)
     return randomize(peft.get_peft_model(llama().to(dtype), config)).train()
 

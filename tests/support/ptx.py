@@ -87,7 +87,7 @@ _INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def teach_ptx(monkeypatch: Any) -> None:
-    """Let interpreted kernels run inline asm for the length of a test."""
+    """Let interpreted kernels run inline asm during a test."""
     from triton.runtime import interpreter
 
     class Results(list[Any]):
