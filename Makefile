@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
 # `make gpu` builds, tests, measures and tunes on a CUDA machine; `make gpu DRY_RUN=1` rehearses it without one.
-# GPU_OPTIONS: what else `python -m bench gpu` takes, such as "--phases tests tune --again".
-# PYTHON chooses the interpreter; TORCH the torch to install (default: 2.13.0 without an NVIDIA GPU, the newest with one).
+# GPU_OPTIONS: further options of `python -m bench gpu`, such as "--phases tests tune --again".
+# PYTHON: the interpreter. TORCH: the torch to install (default: 2.13.0 without an NVIDIA GPU, the newest with one).
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +19,7 @@ test: lint types tests
 
 install: $(VENV)/.installed
 
-# torch comes first and alone, so that no other package's needs choose its build.
+# torch is installed first, by itself, so that no other package's requirements choose its build.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
@@ -41,7 +41,7 @@ tests: install
 bench: install
 	$(BIN)/python -m bench kernels --device $(if $(GPU),cuda,cpu)
 
-# A python that sees a GPU is used as it is: no second torch is fetched beside it. So is one without a network.
+# A python that sees a GPU is used as it is: no second torch is downloaded. So is one without a network.
 SEES_GPU = $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null
 
 gpu:

@@ -1,9 +1,9 @@
 """Builds the C++ and CUDA libraries during installation; everything else about the package is in pyproject.toml.
 
-`pip install -e .` puts the libraries into the source tree; `pip install .` and a wheel carry them along with their
-sources, so that `python -m fastlora.native` can compile them later too. Without a compiler the installation goes on:
-one line says so, and fastlora runs on its plain torch path. Without nvcc it goes on in silence, as on any machine
-without a GPU; `fastlora doctor` tells.
+`pip install -e .` puts the libraries into the source tree; `pip install .` and a wheel include them with their
+sources, so that `python -m fastlora.native` can compile them later too. Without a compiler the installation continues:
+one line says so, and fastlora runs on its plain torch path. Without nvcc it continues silently, as on any machine
+without a GPU; `fastlora doctor` reports it.
 """
 
 import importlib.util
@@ -51,7 +51,7 @@ class build_native(Command):  # noqa: N801
         if not self.editable_mode:
             self._copy_sources()
             for name in (recipe.LIBRARY, recipe.CUDA_LIBRARY):
-                (libraries / name).unlink(missing_ok=True)  # build_py copied the source tree's, maybe of another day
+                (libraries / name).unlink(missing_ok=True)  # build_py copied the source tree's, which may be outdated
         try:
             recipe.compile_library(libraries / recipe.LIBRARY)
         except recipe.BuildError as error:
@@ -93,7 +93,7 @@ class build_native(Command):  # noqa: N801
 
 
 class PlatformDistribution(Distribution):
-    """A package with machine code in it, though not an extension module that setuptools would know of."""
+    """A package that contains machine code, but no extension module that setuptools would know about."""
 
     def has_ext_modules(self) -> bool:
         return True

@@ -4,7 +4,7 @@
            absmax[b] = code2[absmax_u8[b]] * absmax2[b // 256] + offset        (nested scales)
     LoRA:  y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias
 
-Written for reading, not for speed: every product stands alone, and each rounding is where peft has it.
+Written for reading, not for speed: every product is separate, and each rounding is where peft has it.
 Source: arXiv:2106.09685, section 4.1 (LoRA); arXiv:2305.14314, section 3 (NF4, double quantization).
 """
 
@@ -33,8 +33,8 @@ NF4_CODE = (
 )
 NESTED_BLOCKSIZE = 256  # scales per second-level scale
 
-PHILOX_ROUNDS = 7  # the fewest that pass BigCrush, by the paper
-DROPOUT_GROUP = 8  # elements a Philox call serves, 16 bits each
+PHILOX_ROUNDS = 7  # the fewest that pass BigCrush, according to the paper
+DROPOUT_GROUP = 8  # elements that share a Philox call, 16 bits each
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
@@ -45,8 +45,8 @@ def nf4_scales(
 ) -> Tensor:
     """The fp32 scale of every block, [blocks]: `absmax` itself, or its nested form expanded.
 
-    `absmax` begins with block `first` of those that `absmax2` serves. The product and the sum round separately, as
-    bitsandbytes does it.
+    `absmax` begins with block `first` of those that `absmax2` covers. The product and the sum round separately, as in
+    bitsandbytes.
     """
     if absmax2 is None:
         return absmax
@@ -95,7 +95,7 @@ def lora_linear(
     Returns:
         [..., N], dtype of x; the low-rank products run in the adapters' dtype.
     """
-    base = F.linear(x, weight, bias)
+    base = F.linear(x, weight, bias)  # [..., N]
     wide = torch.promote_types(lora_a.dtype, lora_b.dtype)
     dropped = x.to(wide)
     if dropout_mask is not None:
@@ -138,9 +138,9 @@ def dropout_threshold(p: float) -> int:
 
 
 def dropout_mask(seed: int, rows: int, cols: int, p: float) -> Tensor:
-    """The mask of dropout that every backend derives from its seed.
+    """The mask of dropout that every backend derives from the seed.
 
-    Columns go in groups of eight: group g of row m takes the four Philox words of counter
+    Columns are taken in groups of eight: group g of row m uses the four Philox words of counter
     m * ceil(cols / 8) + g, low half before high half.
 
     Returns:
