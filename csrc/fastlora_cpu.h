@@ -1,7 +1,7 @@
 // The C interface of libfastlora_cpu: raw pointers and sizes, so that one build serves every torch and Python.
 //
-// Every call may be made from several threads at once. `isa` is 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + VL,
-// 3 the same with AVX512_BF16, and at most fastlora_best_isa(). A dtype is 0 fp32, 1 bf16, 2 fp16. The caller has
+// Every call can be made from several threads at once. `isa` is 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 F + BW + VL,
+// 3 the same with AVX512_BF16, and at most fastlora_best_isa(). A dtype is 0 fp32, 1 bf16, 2 fp16. The caller must have
 // checked shapes and pointers.
 #pragma once
 
@@ -39,17 +39,17 @@ FASTLORA_EXPORT int fastlora_nf4_gemv_t(const fastlora::Nf4Weight* weight, const
 FASTLORA_EXPORT int fastlora_nf4_quantize(const void* w, int dtype, int64_t numel, int64_t log2_blocksize,
                                           uint8_t* codes, float* absmax, int isa, int threads);
 
-// levels [blocks] and absmax2 [(blocks + 255) / 256] fp32 of scales less `offset`, the nearest of 256 levels being
-// looked up in `table`, which has 65,536 steps over [-1, 1].
+// levels [blocks] and absmax2 [(blocks + 255) / 256] fp32 of scales minus `offset`. The nearest of 256 levels is looked
+// up in `table`, which has 65,536 steps over [-1, 1].
 FASTLORA_EXPORT int fastlora_nf4_quantize_scales(const float* absmax, int64_t blocks, float offset,
                                                  const uint8_t* table, uint8_t* levels, float* absmax2, int threads);
 
-// out [M, rank] fp32 = scaling * (mask of dropout, where not null, times x [M, K]) Aᵀ. `a` [rank, K] has any strides.
+// out [M, rank] fp32 = scaling * (mask of dropout, unless null, times x [M, K]) Aᵀ. `a` [rank, K] has any strides.
 FASTLORA_EXPORT int fastlora_lora_shrink(const fastlora::Activations* x, const fastlora::Dropout* dropout,
                                          const float* a, int64_t rank, int64_t a_row_stride, int64_t a_col_stride,
                                          float scaling, float* out, int isa, int threads);
 
-// out [rank, K] fp32 = scaling * gᵀ (mask of dropout, where not null, times x [M, K]). `out` has any strides, g is
+// out [rank, K] fp32 = scaling * gᵀ (mask of dropout, unless null, times x [M, K]). `out` has any strides; g is
 // [M, rank].
 FASTLORA_EXPORT int fastlora_lora_outer(const fastlora::Activations* x, const fastlora::Dropout* dropout,
                                         const float* g, int64_t rank, float scaling, float* out, int64_t out_row_stride,
@@ -69,5 +69,5 @@ FASTLORA_EXPORT int fastlora_linear_backward(const fastlora::LoraLinear* linear,
                                              int64_t dy_stride, const void* x, int64_t x_stride, const float* h,
                                              void* dx, void* da, void* db, int isa, int threads);
 
-// 1 where torch has products far quicker than those of fastlora_linear for all but few tokens (AMX), else 0.
+// 1 where torch's products (AMX) are much faster than fastlora_linear's except for few tokens, else 0.
 FASTLORA_EXPORT int fastlora_linear_is_for_few_tokens();

@@ -1,9 +1,9 @@
 // The C interface of libfastlora_cuda: raw device pointers, sizes and a stream, so that one build serves every torch.
 //
 // A call makes its device the thread's current one, works on the given stream, allocates nothing and waits for nothing,
-// so it can be captured in a CUDA graph. What it has to know of a device it asks once, at the first call there.
-// Results: 0, a negative number for arguments that the kernels cannot take, or a cudaError_t; fastlora_cuda_message()
-// words them. A dtype is 0 fp32, 1 bf16, 2 fp16.
+// so it can be captured in a CUDA graph. It queries a device only once, at the first call there. Results: 0, a negative
+// number for arguments that the kernels cannot take, or a cudaError_t; fastlora_cuda_message() puts them in words. A
+// dtype is 0 fp32, 1 bf16, 2 fp16.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct CudaDecode {
   int64_t rank;
   const void* bias;  // [N], fp32 or of x's dtype; null for none
   void* out;         // [tokens, N], of x's dtype
-  void* workspace;   // of the size that fastlora_cuda_decode_workspace() tells for this device
+  void* workspace;   // of the size that fastlora_cuda_decode_workspace() returns for this device
   float scaling;
   int32_t x_dtype;
   int32_t adapter_dtype;
@@ -55,7 +55,7 @@ FASTLORA_EXPORT const char* fastlora_cuda_architectures();
 FASTLORA_EXPORT int fastlora_cuda_probe(int device);
 // Bytes of shared memory that a block of the first decode kernel takes; with 0 tokens, one of the second.
 FASTLORA_EXPORT int64_t fastlora_cuda_decode_shared(int64_t tokens);
-// Bytes, or a result as above if negative; a cudaError_t comes as 1000 less than its negative.
+// Bytes, or if negative a result as above; a cudaError_t e is returned as -1000 - e.
 FASTLORA_EXPORT int64_t fastlora_cuda_decode_workspace(int64_t tokens, int64_t rows, int64_t cols,
                                                        int64_t log2_blocksize, int64_t rank, int x_dtype, int device);
 FASTLORA_EXPORT int fastlora_cuda_decode(const fastlora::CudaDecode* arguments, void* stream);

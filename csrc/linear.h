@@ -1,4 +1,4 @@
-// One LoRA linear in bf16 as the fused products of the CPU take it: a frozen base and its adapters.
+// One LoRA linear in bf16 as the one-call products of the CPU take it: a frozen base and its adapters.
 //
 //     y  = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias
 //     dx = dy W + scaling · mask ∘ ((dy B) A),   dA = scaling · (dy B)ᵀ x̃,   dB = scaling · dyᵀ h,   h = x̃ Aᵀ
@@ -11,8 +11,8 @@
 
 namespace fastlora {
 
-// All borrowed from the caller. x, dy, y, dx and a dense weight are bf16, and N and K even, so that a row is a whole
-// number of pairs; over NF4, K is a multiple of 32.
+// Everything is borrowed from the caller. x, dy, y, dx and a dense weight are bf16. N and K are even, so that a row is
+// a whole number of pairs; over NF4, K is a multiple of 32.
 struct LoraLinear {
   const void* weight;     // dense [N, K], or null for NF4
   int64_t weight_stride;  // from row to row, in elements

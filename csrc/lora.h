@@ -1,8 +1,8 @@
 // What the low-rank products of LoRA read: activations in their own dtype, and the mask of dropout as a seed.
 //
-// The mask is never stored. Columns go in groups of eight; group g of row m takes the 128 bits of a Philox-4x32 call
-// with seven rounds, key `seed` and counter m * ceil(cols / 8) + g (its low 32 bits), 16 bits an element, the low
-// half of each word first. An element whose bits are below `threshold` is dropped, the others are scaled:
+// The mask is never stored. Columns are taken in groups of eight; group g of row m uses the 128 bits of a Philox-4x32
+// call with seven rounds, key `seed` and counter m * ceil(cols / 8) + g (its low 32 bits), 16 bits an element, the low
+// half of each word first. An element whose bits are below `threshold` is dropped; the others are scaled:
 //
 //     mask = bits < threshold ? 0 : 65536 / (65536 - threshold)
 //
@@ -18,7 +18,7 @@ constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;
 
-// x [rows, cols], columns next to one another, rows `row_stride` elements apart; borrowed from the caller.
+// x [rows, cols], adjacent columns, rows `row_stride` elements apart; borrowed from the caller.
 struct Activations {
   const void* data;
   int64_t rows;

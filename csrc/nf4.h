@@ -9,8 +9,8 @@
 //
 //     absmax[b] = code2[u8[b]] * absmax2[b / 256] + offset
 //
-// Both formulas are separately rounded fp32 operations. Compile with -ffp-contract=off: a fused multiply-add
-// rounds once and gives other bits than bitsandbytes.
+// Both formulas are separately rounded fp32 operations. Compile with -ffp-contract=off: a contracted multiply-add
+// rounds only once and gives other bits than bitsandbytes.
 //
 // Source: arXiv:2305.14314, section 3.
 #pragma once
@@ -53,7 +53,7 @@ struct Nf4Weight {
   FASTLORA_HD int64_t numel() const { return rows * cols; }
 };
 
-// Product and sum are rounded each for itself.
+// Product and sum are rounded separately.
 FASTLORA_HD inline float nf4_nested_scale(float level, float outer, float offset) {
 #ifdef __CUDA_ARCH__
   return __fadd_rn(__fmul_rn(level, outer), offset);

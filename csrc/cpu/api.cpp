@@ -1,4 +1,4 @@
-// The C entry points: choose the instruction set, prepare what the jobs share, hand the jobs out.
+// The C entry points: choose the instruction set, prepare what the jobs share, distribute the jobs.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -37,7 +37,7 @@ int find_best_isa() {
 #endif
 }
 
-// Asked once: on a virtual machine the question itself takes microseconds.
+// Queried once: on a virtual machine the query itself takes microseconds.
 int best_isa() {
   static const int best = find_best_isa();
   return best;

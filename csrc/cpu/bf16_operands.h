@@ -1,8 +1,8 @@
-// What the fused products read beside activations, in bf16: the base weight, and adapters in parts.
+// What the one-call products read besides activations, in bf16: the base weight, and adapters in parts.
 //
 // bf16 adapters are one part. An fp32 adapter is the sum of three bf16 parts, which hold its 24 bits (a forward of few
-// tokens multiplies it as it is). x Aᵀ and dy B take all three, and products of two fp32 factors, which end in bf16, the
-// first two of each: A1 h1 + A2 h1 + A1 h2.
+// tokens multiplies it as it is). x Aᵀ and dy B take all three parts. Products of two fp32 factors, whose result is
+// bf16, take the first two of each: A1 h1 + A2 h1 + A1 h2.
 #pragma once
 
 #include "bf16_tiles.h"
@@ -13,8 +13,8 @@
 
 namespace fastlora {
 
-// Memory that one thread keeps from call to call, for fresh memory costs more in page faults than many a product. What
-// `room` held before is lost.
+// Memory that a thread keeps from call to call, because the page faults of fresh memory cost more than many a product.
+// What the memory held before is lost.
 char* kept_room(int64_t bytes);
 // Likewise, of a fixed size, for one job.
 constexpr int64_t kJobRoom = 1 << 20;
@@ -28,7 +28,7 @@ constexpr int kMaxParts = 3;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t value, int64_t step) { return ceil_div(value, step) * step; }
 
-// Arrays one behind the other in the memory that a thread keeps, each on a cache line.
+// Arrays one after another in the memory that a thread keeps, each starting on a cache line.
 class Layout {
  public:
   template <class T>
@@ -53,7 +53,7 @@ class Layout {
   char* room_ = nullptr;
 };
 
-// Waking a thread costs as much as some thousand operations on vectors.
+// Waking a thread costs as much as a few thousand operations on vectors.
 inline int worth(int64_t vectors, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + (vectors >> 12)));
 }
@@ -64,7 +64,7 @@ void for_steps(int64_t count, int threads, const Body& body) {
   parallel_for(ceil_div(count, kStep), threads, [&](int64_t index) { body(index * kStep); });
 }
 
-// A matrix of bf16 numbers, columns next to one another.
+// A matrix of bf16 numbers with adjacent columns.
 struct Matrix {
   const Bf16* data;
   int64_t stride;
@@ -74,7 +74,7 @@ struct Matrix {
 
 inline Matrix matrix(const Activations& x) { return {static_cast<const Bf16*>(x.data), x.row_stride}; }
 
-// Sixteen products of the levels and one scale, rounded to bf16 as a weight is anyhow: a table to look codes up in.
+// The products of the sixteen levels and one scale, rounded to bf16 as a weight is anyway: a table to look codes up in.
 FASTLORA_BF16_INLINE __m256i nf4_products(float scale) {
   alignas(64) static constexpr Nf4Code kCode = nf4_code();
   return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_load_ps(kCode.value)));
@@ -95,8 +95,8 @@ FASTLORA_BF16_INLINE void nf4_group(const uint8_t* codes, __m512i table, Bf16* o
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
 }
 
-// Rows of codes that are asked for ahead of use; more would push one another out of the first-level cache, in which rows
-// a power of two apart have few places. They are asked for every so many columns, half a line, for some requests are
+// Rows of codes that are prefetched; more would evict one another from the first-level cache, in which rows a power of
+// two apart have few places. They are requested every kAskedColumns columns, half a line, because some requests are
 // dropped.
 constexpr int64_t kRowsAhead = 4;
 constexpr int64_t kAskedColumns = 64;
@@ -125,7 +125,7 @@ FASTLORA_BF16 inline void nf4_rows(const Nf4Weight& weight, int64_t row, int64_t
 FASTLORA_BF16_INLINE void nf4_pairs(const uint8_t* first, const uint8_t* second, __m512i table, Pair* out) {
   const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
-  // Two bytes of each row to a word of 32 bits, in the order in which the last two steps want them.
+  // Two bytes of each row to a word of 32 bits, in the order in which the last two steps need them.
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i mixed = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(a, b)),
                                                 _mm_unpackhi_epi8(a, b), 1);
@@ -163,7 +163,7 @@ FASTLORA_BF16 inline void nf4_panels(const Nf4Weight& weight, int64_t row, int64
   }
 }
 
-// W [row .. row + rows)[col .. col + count) in bf16: as it lies, or decoded into `room`, rows `room_stride` apart.
+// W [row .. row + rows)[col .. col + count) in bf16: in place, or decoded into `room`, rows `room_stride` apart.
 inline Matrix weight_rows(const LoraLinear& linear, int64_t row, int64_t rows, int64_t col, int64_t count, Bf16* room,
                           int64_t room_stride) {
   if (linear.weight != nullptr) {
@@ -174,7 +174,7 @@ inline Matrix weight_rows(const LoraLinear& linear, int64_t row, int64_t rows, i
   return {room, room_stride};
 }
 
-// How the rank of an adapter lies in memory once in bf16.
+// How the rank of an adapter is laid out in memory once in bf16.
 struct Ranks {
   int64_t rank;
   int parts;
@@ -211,7 +211,7 @@ inline void extend(const Ranks& ranks, const Bf16* parts, Bf16* out) {
   std::memcpy(out + 2 * ranks.padded, parts + ranks.padded, bytes);
 }
 
-// Adds the parts of a sum [all] up, times `factor`, smallest first.
+// Adds up the parts of a sum [all], smallest first, times `factor`.
 inline void join(const Ranks& ranks, const float* sums, float factor, float* out) {
   for (int64_t r = 0; r < ranks.rank; ++r) {
     float value = sums[(ranks.parts - 1) * ranks.padded + r];
@@ -220,7 +220,7 @@ inline void join(const Ranks& ranks, const float* sums, float factor, float* out
   }
 }
 
-// Columns [col, col + count) of A as rows [all][count], where it is not taken as it lies.
+// Columns [col, col + count) of A as rows [all][count], where A is not used in place.
 inline void split_a(const LoraLinear& linear, const Ranks& ranks, int64_t col, int64_t count, Bf16* out,
                     int64_t stride) {
   for (int64_t r = 0; r < ranks.padded; ++r) {
@@ -255,12 +255,12 @@ inline void split_b(const LoraLinear& linear, const Ranks& ranks, int64_t row, i
 // The mask of dropout for columns [col, col + count) of one row, in fp32; col is a multiple of kDropoutGroup.
 inline void mask_row(const Dropout& dropout, int64_t row, int64_t row_length, int64_t col, int64_t count, float* out) {
   const uint32_t counter = static_cast<uint32_t>(row * ceil_div(row_length, kDropoutGroup));
-  // The job writes where the columns lie in a whole row.
+  // The job writes to where the columns are in a whole row.
   void* whole = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(out) - sizeof(float) * static_cast<uintptr_t>(col));
   kAvx512Kernels.dropout_mask(dropout, Output{whole, Dtype::kFloat}, counter, col, col + count);
 }
 
-// out [rows][count] = x[row ..][col ..] with zeros where dropout has them; what remains is not scaled yet. `mask` has
+// out [rows][count] = x[row ..][col ..] with zeros where dropout has zeros; what remains is not scaled yet. `mask` has
 // room for `count` floats.
 FASTLORA_BF16 inline void drop(const Dropout& dropout, const Activations& x, int64_t row, int64_t rows, int64_t col,
                                int64_t count, float* mask, Bf16* out, int64_t stride) {

@@ -1,14 +1,14 @@
-// The bf16 product of AVX512_BF16: one micro-kernel, and what brings operands into the two forms it reads.
+// The bf16 product of AVX512_BF16: one micro-kernel, and the code that brings operands into the two forms it reads.
 //
 // A product contracts pairs of neighbours: vdpbf16ps adds the products of sixteen pairs of bf16 numbers to sixteen fp32
-// sums. One operand is a panel, [pairs][kWide] pairs, read a vector at a time. The other is rows as they lie in memory,
+// sums. One operand is a panel, [pairs][kWide] pairs, read a vector at a time. The other is rows as they are in memory,
 // of which one pair at a time is broadcast:
 //
 //     c[i][j] += sum over p of  rows[i][2p] panel[p][j].lo + rows[i][2p + 1] panel[p][j].hi
 //
 // A matrix whose rows run along the contraction becomes panels by `pack_across` (a transposition), one whose rows run
-// across it by `pack_along` (an interleaving of two rows). Sums stay in fp32 from first to last: a call sums what it is
-// given on its own and adds that to c, so a long contraction, which takes many calls, is a sum of short ones.
+// across it by `pack_along` (an interleaving of two rows). Sums stay in fp32 from first to last: a call sums its own
+// terms first and adds the sum to c, so a long contraction, which takes many calls, is a sum of short ones.
 #pragma once
 
 #include "linear.h"
@@ -33,10 +33,10 @@ constexpr int kLanes = 16;
 constexpr int kWide = 2 * kLanes;  // columns of a panel
 constexpr int kTileRows = 8;
 
-// Two neighbours of a row, which may begin at any element.
+// Two neighbours of a row; the pair may begin at any element.
 typedef uint32_t Pair __attribute__((aligned(2), may_alias));
 
-// Memory that is wanted soon: asked for a few lines at a time, amid arithmetic, for a burst of requests is dropped.
+// Memory that is needed soon: requested a few lines at a time, amid arithmetic, because a burst of requests is dropped.
 class Ahead {
  public:
   Ahead() = default;
@@ -160,7 +160,7 @@ FASTLORA_BF16_INLINE void transpose(__m512i (&r)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) r[i] = t[i];
 }
 
-// `count` elements, the others zero; nothing beyond them is read.
+// `count` elements, the rest zero; nothing beyond them is read.
 FASTLORA_BF16_INLINE __m512i load_some(const Bf16* p, int64_t count) {
   if (count >= kWide) return _mm512_loadu_si512(p);
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
@@ -198,7 +198,7 @@ FASTLORA_BF16 inline void pack_along(const Bf16* src, int64_t stride, int64_t ro
       {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
        24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
   const __m512i low = _mm512_load_si512(kOrder[0]), high = _mm512_load_si512(kOrder[1]);
-  // Eight rows side by side: as many streams as the hardware runs ahead of.
+  // Eight rows side by side: as many streams as the hardware prefetches.
   for (int64_t first = 0; first < rows; first += kStreams) {
     const int64_t end = std::min(rows, first + kStreams);
     for (int64_t at = 0; at < columns; at += kWide) {
@@ -214,8 +214,8 @@ FASTLORA_BF16 inline void pack_along(const Bf16* src, int64_t stride, int64_t ro
   }
 }
 
-// out[0 .. parts): bf16 numbers that add up to `value`: to 8 bits of it, 16, or all 24. What is not finite stands
-// alone.
+// out[0 .. parts): bf16 numbers that add up to `value`: to 8 bits of it, 16, or all 24. A value that is not finite is
+// the first part, and the others are zero.
 FASTLORA_BF16_INLINE void split(__m512 value, int parts, __m256i* out) {
   for (int part = 0; part < parts; ++part) {
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);

@@ -1,7 +1,7 @@
 // Products for a few tokens: rows of W are read once, from first to last, and each is multiplied with every token.
 //
-// An NF4 weight is looked up into registers and used there. A word of 16 bits holds four codes, so four lookups, one
-// after each shift by four bits, give sixteen words of them each; the tokens are put into the same order beforehand.
+// An NF4 weight is looked up into registers and used there. A word of 16 bits holds four codes. So four lookups, with a
+// shift by four bits between them, give sixteen values each, one a word; the tokens are put into that order beforehand.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kFewTokens = 8;
 constexpr int kFewRows = 4;  // rows of W that are multiplied at a time with few tokens
-// Columns that are summed on their own, of each lane some hundreds, before their sums are added to those before them.
+// Columns that are summed separately, a few hundred in each lane, before their sums are added to the earlier ones.
 constexpr int64_t kStretch = 8192;
 
 // acc[t][i] += x[t] . w[i].
@@ -67,7 +67,7 @@ FASTLORA_BF16 void dot(const Bf16* x, int64_t x_stride, int64_t tokens, const Bf
   }
 }
 
-// Row `i` of kFewRows; the last one again where there are no more.
+// Row `i` of kFewRows; beyond the last row, the last one again.
 inline void point_at(const Matrix& matrix, int64_t rows, const Bf16** out) {
   for (int64_t i = 0; i < kFewRows; ++i) out[i] = matrix.at(std::min(i, rows - 1), 0);
 }
@@ -83,7 +83,7 @@ inline bool is_read_from_codes(const LoraLinear& linear) {
 
 // One token's x [count] in the order of the lookups, stretches of kCodeColumns columns `stride` apart.
 FASTLORA_BF16 inline void in_order_of_codes(const Bf16* x, int64_t count, Bf16* out, int64_t stride) {
-  // The low nibble of a byte holds the second of its two columns, and comes first.
+  // The low nibble of a byte holds the second of its two columns, but comes first.
   alignas(64) static constexpr uint16_t kOrder[2][kWide] = {
       {1, 5, 9,  13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61,
        0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60},

@@ -35,7 +35,7 @@ FASTLORA_VECTOR float sum(F v) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-// Four bytes in every lane; each lane shifts its own nibble down. The table is two registers, bit 3 chooses.
+// Four bytes in every lane; each lane shifts its own nibble down. The table is two registers, chosen by bit 3.
 FASTLORA_VECTOR F lookup(const uint8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof word);
@@ -62,7 +62,7 @@ FASTLORA_VECTOR void store(T* out, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow(v, out));
 }
 
-// The lanes in which Philox counters lie so that `interleave` puts their results in order.
+// The order of Philox counters in the lanes with which `interleave` puts their results in order.
 constexpr U kCounters = {0, 2, 4, 6, 1, 3, 5, 7};
 
 // Both halves of the 64-bit products.

@@ -57,7 +57,7 @@ FASTLORA_VECTOR void store(T* out, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrow(v, out));
 }
 
-// The lanes in which Philox counters lie so that `interleave` puts their results in order.
+// The order of Philox counters in the lanes with which `interleave` puts their results in order.
 constexpr U kCounters = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
 // Both halves of the 64-bit products.

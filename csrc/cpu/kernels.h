@@ -11,23 +11,23 @@ namespace fastlora {
 
 enum class Dtype : int { kFloat = 0, kBf16 = 1, kHalf = 2 };
 
-// No block is shorter than a group, and a group begins at a multiple of its length: it has one scale.
+// No block is shorter than a group, and a group begins at a multiple of its length, so it has one scale.
 constexpr int kGroup = 32;
-// Columns of A lie in panels [R][kPanel], zero beyond K, so that the rank runs through consecutive cache lines.
+// Columns of A are in panels [R][kPanel], zero beyond K, so that the rank runs through consecutive cache lines.
 constexpr int kPanel = 64;
 // Flat weights in one dequantize job; rows in one merge job.
 constexpr int64_t kFlatJob = 1 << 16;
 constexpr int kMergeRows = 32;
 // Floats of A that a merge job works through at a time.
 constexpr int64_t kStripFloats = 1 << 13;
-// Rows of W in one product job, columns of W in one transposed job and rows it sums on their own, rows of x a job holds
-// accumulators for.
+// Rows of W in one product job; columns of W in one transposed job, and rows that it sums separately; rows of x for
+// which a job holds accumulators.
 constexpr int kGemvRows = 16;
 constexpr int kColumnTile = 512;
 constexpr int kSummedRows = 256;
 constexpr int kTokens = 16;
-// The low-rank products: rows of x in one shrink job and columns it widens at a time; columns and ranks in one outer
-// job, rows it widens at a time and rows it sums on their own; columns in one job of the mask.
+// The low-rank products: rows of x in one shrink job, and columns it widens at a time; columns and ranks in one outer
+// job, rows it widens at a time, and rows it sums separately; columns in one job of the mask.
 constexpr int kShrinkRows = 32;
 constexpr int kShrinkStrip = 1024;
 constexpr int kOuterColumns = 256;

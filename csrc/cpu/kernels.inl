@@ -2,9 +2,9 @@
 // set1, mul, fma, sum and lookup (W codes to codebook values), and for dropout over the type U of W 32-bit words.
 // FASTLORA_TARGET carries the instruction set.
 //
-// Everything is fp32 between the codes and the one rounding at the end. A product never writes the expanded weight
-// to memory: a few rows of a tile are expanded into L1 and used from there. Long sums are sums of short ones, for one in
-// order strays from the true sum as its length grows.
+// Everything is fp32 between the codes and the one rounding at the end. A product never writes the expanded weight to
+// memory: a few rows of a tile are expanded into L1 and used from there. Long sums are sums of short ones, because a
+// sum in order drifts from the true sum as its length grows.
 
 // Room for `columns` values with up to kGroup - 1 before them (a row may begin inside a group) and after them.
 template <int columns>
@@ -16,15 +16,15 @@ FASTLORA_VECTOR void expand_group(const uint8_t* codes, float scale, float* out)
   for (int i = 0; i < kGroup; i += W) store(out + i, mul(lookup(codes + i / 2), set1(scale)));
 }
 
-// The weight's last group may be cut short: its bytes are copied, so that none is read beyond the end.
+// The weight's last group may be cut short: its bytes are copied, so that nothing is read beyond the end.
 FASTLORA_TARGET void expand_last_group(const Nf4Weight& weight, int64_t begin, float* out) {
   uint8_t codes[kGroup / 2] = {};
   std::memcpy(codes, weight.codes + begin / 2, (weight.numel() - begin + 1) / 2);
   expand_group(codes, nf4_scale(weight, begin >> weight.log2_blocksize), out);
 }
 
-// Expands `count` flat values from `begin` into `scratch` and returns where the first of them lies; up to the next
-// multiple of W they are followed by zeros.
+// Expands `count` flat values from `begin` into `scratch` and returns the address of the first; zeros follow them up to
+// the next multiple of W.
 FASTLORA_VECTOR const float* expand(const Nf4Weight& weight, int64_t begin, int64_t count, float* scratch) {
   const int64_t first = begin / kGroup * kGroup;
   const int64_t whole = weight.numel() - kGroup;
@@ -57,8 +57,8 @@ FASTLORA_TARGET void dequantize_range(const Nf4Weight& weight, T* out, int64_t b
   }
 }
 
-// out[row .. row + kRows) over one panel of columns: W + scaling * B A. The product is summed on its own and added
-// to the weight last, so that a small update keeps its bits until the one rounding.
+// out[row .. row + kRows) over one panel of columns: W + scaling * B A. The product is summed separately and added to
+// the weight last, so that a small update keeps its bits until the one rounding.
 template <int kRows, class T>
 FASTLORA_TARGET void merge_panel(const Nf4Weight& weight, const Adapter& adapter, T* out, int64_t row, int64_t col) {
   Scratch<kPanel> scratch[kRows];
@@ -113,7 +113,7 @@ FASTLORA_TARGET void merge_range(const Nf4Weight& weight, const Adapter& adapter
   }
 }
 
-// acc[t][i] += x[t] . rows[i] over `count` columns, a multiple of W, summed on their own.
+// acc[t][i] += x[t] . rows[i] over `count` columns, a multiple of W, summed separately.
 template <int kT, int kRows>
 FASTLORA_VECTOR void dot_tile(const float* x, int64_t stride, const float* const* rows, int64_t count,
                               F (*acc)[kRows]) {
@@ -204,7 +204,7 @@ FASTLORA_TARGET void axpy_rows(const Nf4Weight& weight, const float* dy, int64_t
   Scratch<kColumnTile> scratch[kRows];
   const float* rows[kRows];
   for (int i = 0; i < kRows; ++i) rows[i] = expand(weight, (row + i) * weight.cols + col, cols, scratch[i].values);
-  // A column of tiles strides by whole rows, which the hardware does not run ahead of.
+  // A column of tiles strides by whole rows, which the hardware does not prefetch.
   for (int i = 0; i < kRows; ++i) {
     const uint8_t* ahead = weight.codes + ((row + i + 8) * weight.cols + col) / 2;
     for (int64_t line = 0; line < cols / 2; line += 64) __builtin_prefetch(ahead + line);

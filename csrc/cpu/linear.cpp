@@ -1,4 +1,4 @@
-// What the fused products need besides themselves: whether this machine can, and memory kept from call to call.
+// What the one-call products need besides: whether this machine can run them, and memory kept from call to call.
 #include "linear.h"
 
 #include <algorithm>

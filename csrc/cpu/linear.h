@@ -1,4 +1,4 @@
-// The fused products over one LoRA linear, for CPUs with AVX512_BF16 alone.
+// A LoRA linear in one call, forward and backward, only for CPUs with AVX512_BF16.
 #pragma once
 
 #include "../linear.h"
@@ -13,13 +13,13 @@ namespace fastlora {
 
 // Whether this machine has the instructions and this build knows them.
 bool has_bf16_products();
-// Whether the machine has AMX, whose products torch uses and which are several times as fast.
+// Whether the machine has AMX, which torch uses and whose products are several times as fast.
 bool has_amx();
 
-// y [M, N], and h [M, rank] fp32 where not null. False for want of memory.
+// y [M, N], and h [M, rank] fp32 unless null. False if memory is short.
 bool linear_forward(const LoraLinear& linear, const Activations& x, const float* bias, void* y, float* h, int threads);
 
-// dx [M, K], da [rank, K] and db [N, rank], each where not null. x is read for da, h for db.
+// dx [M, K], da [rank, K] and db [N, rank], each unless null. x is read for da, h for db.
 bool linear_backward(const LoraLinear& linear, const Activations& dy, const Activations& x, const float* h, void* dx,
                      void* da, void* db, int threads);
 

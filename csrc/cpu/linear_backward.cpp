@@ -1,9 +1,9 @@
 // dx = dy W + scaling · mask ∘ ((dy B) A), dA = scaling · (dy B)ᵀ x̃ and dB = scaling · dyᵀ h in bf16.
 //
-// As forward: a tile of dx begins as the update, in fp32, and dy W is added onto it. Columns of W become panels, two
+// As in forward, a tile of dx begins as the update, in fp32, and dy W is added to it. Columns of W become panels, two
 // rows interleaved, in the second-level cache, and dy is broadcast, from a copy in tiles where many jobs read it. The
 // gradients of the adapters are the same product over the tokens. Every element has one order of summation, whatever
-// the threads: in blocks of some hundred terms, and over the blocks.
+// the threads: within blocks of a few hundred terms, then over the blocks.
 #include "bf16_operands.h"
 #include "linear.h"
 #include "parallel.h"
@@ -12,17 +12,17 @@
 namespace fastlora {
 namespace {
 
-// How a product of up to so many tokens is cut up.
+// How a product of up to `tokens` tokens is cut up.
 struct Cut {
   int64_t tokens;   // of dx in one job
   int64_t columns;  // of dx in one job
   int64_t depth;    // rows of W in panels at a time
 };
-// For few tokens the weight is all there is to read, and long stretches of its rows are read the quickest.
+// For few tokens only the weight is read, and long stretches of its rows are read fastest.
 constexpr int64_t kDepth = 512;
 constexpr Cut kCuts[] = {{4, 2048, 32}, {64, 1024, 256}, {512, 256, kDepth}};
-constexpr const Cut& kMany = kCuts[2];  // also for more tokens than it has in one job
-// Rows of W whose products are summed on their own: those of a panel, or of several shallow ones.
+constexpr const Cut& kMany = kCuts[2];  // also for more tokens than one of its jobs has
+// Rows of W whose products are summed separately: those of a panel, or of several shallow ones.
 constexpr int64_t kSummed = 512;
 constexpr bool is_shallow(int64_t depth) { return depth < kSummed / 2; }
 
@@ -36,7 +36,7 @@ constexpr const Cut& cut_for(int64_t tokens) {
 // Tokens and bytes of dy in tiles at a time, at most.
 constexpr int64_t kTiledTokens = 1024;
 constexpr int64_t kTileBytes = 32 << 20;
-// The same for dA and dB, which contract tokens; and ranks whose sums a job holds.
+// The same for dA and dB, which contract tokens, and the ranks whose sums a job holds.
 constexpr int64_t kOuterColumns = 256;
 constexpr int64_t kOuterDepth = 256;
 constexpr int64_t kOuterRanks = 64;
@@ -51,8 +51,8 @@ constexpr bool jobs_fit() {
 }
 static_assert(jobs_fit());
 
-// Rows of dy a power of two apart push one another out of the caches. Where many jobs read them, they are copied to
-// tiles, each of which is one stretch of memory: so many tokens at a time, from `begin`, or none.
+// Rows of dy a power of two apart evict one another from the caches. Where many jobs read them, they are copied to
+// tiles, each of which is one stretch of memory: a number of tokens at a time, from `begin`, or none.
 struct Tiles {
   int64_t tokens{};
   int64_t begin{};
@@ -70,7 +70,7 @@ struct Backward {
   const float* h;
   Ranks ranks;
   int64_t tokens_stride;  // tokens, room for a panel
-  // Shared by all jobs; null where nobody asks for what it is for.
+  // Shared by all jobs; null if its result is not needed.
   Matrix a{};         // A [all][K]
   Pair* b_panels{};   // of B, [step of kStep][panel][pairs][kWide]
   float* sums{};      // dy B, [tokens][ranks.stride]
@@ -151,7 +151,7 @@ struct Block {
   int64_t panel_stride() const { return (depth / 2 + 1) * kWide; }
 };
 
-// c [tokens][cols] = the update, panels of A built in passing.
+// c [tokens][cols] = the update; panels of A are built on the way.
 void add_update(const Backward& f, const Block& at, Pair* panels, float* c, int64_t c_stride) {
   if (f.ranks.rank == 0) return;
   const int64_t pairs = f.ranks.padded / 2, extended = f.ranks.extended / 2;
@@ -281,7 +281,7 @@ void outer(const Backward& f, void* da, void* db, int64_t index) {
                               : outer_block(f, b, col, cols, static_cast<Bf16*>(out));
 }
 
-// A copy that one or two jobs read does not pay.
+// A copy that only one or two jobs read does not pay.
 int64_t tokens_in_tiles(int64_t M, int64_t N, int64_t K) {
   if (cut_for(M).depth != kDepth || K <= 2 * kMany.columns) return 0;
   const int64_t fit = kTileBytes / static_cast<int64_t>(sizeof(Bf16)) / round_up(std::max<int64_t>(N, 1), kDepth);

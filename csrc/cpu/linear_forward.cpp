@@ -1,7 +1,7 @@
-// y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias in bf16, the expanded weight and the update never in memory.
+// y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias in bf16; the expanded weight and the update are never in memory.
 //
-// The update goes first: each tile of y begins as bias + (scaling h) Bᵀ in fp32, h being computed before, and the base
-// product is added onto it, rounded once. So a small update keeps its bits, and costs no pass over y.
+// h is computed before. The update goes first: each tile of y begins as bias + (scaling h) Bᵀ in fp32, and the base
+// product is added to it, rounded once. So a small update keeps its bits, and costs no pass over y.
 //
 // More than kFewTokens tokens become panels (of kWide tokens), of which a block stays in the second-level cache, and
 // rows of W are broadcast against them: y is summed transposed. Fewer are multiplied row by row (few_tokens.h).
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kTokenBlock = 512;  // tokens in panels at a time, at most
 constexpr int64_t kRowBlock = 64;     // rows of W in one job
-constexpr int64_t kDepth = 2048;      // columns contracted at a time: long stretches of rows are read the quickest
+constexpr int64_t kDepth = 2048;      // columns contracted at a time: long stretches of rows are read fastest
 constexpr int64_t kRoomStride = kDepth + kWide;
 constexpr int64_t kRankStep = 4;      // rows of A in one job, where h is computed whole
 
@@ -42,7 +42,7 @@ struct Forward {
 
   bool few() const { return tokens <= kFewTokens; }
   int64_t panels() const { return ceil_div(tokens, kWide); }
-  // Where column `col` of a group of tokens lies in x_panels.
+  // Where column `col` of a group of tokens is in x_panels.
   Pair* x_panel(int64_t group, int64_t col) const {
     const int64_t first = col / kDepth * kDepth, depth = std::min(kDepth, linear.k() - first);
     return x_panels + (first * panels() + group * depth + col - first) / 2 * kWide;
@@ -64,7 +64,7 @@ void pack_a(const Forward& f, Bf16* split, int64_t col) {
   }
 }
 
-// h of one group of tokens, and what of it the update contracts with B.
+// h of one group of tokens, and its parts that the update contracts with B.
 void finish_h(const Forward& f, int64_t group, int64_t count) {
   const int64_t first = group * kWide, extended = f.ranks.extended;
   float* values = reinterpret_cast<float*>(job_room());
@@ -80,7 +80,7 @@ void finish_h(const Forward& f, int64_t group, int64_t count) {
   pack_across(f.parts + first * extended, extended, count, extended, f.h_panels + first * extended / 2);
 }
 
-// h for a few tokens. Taking fp32 adapters apart would cost more than all products with them.
+// h for a few tokens. Splitting fp32 adapters into parts would cost more than all products with them.
 void multiply_by_a(const Forward& f, float* h, int threads) {
   const LoraLinear& linear = f.linear;
   const float* a = static_cast<const float*>(linear.lora_a);
@@ -147,7 +147,7 @@ void multiply_block(const Forward& f, int64_t row, int64_t end) {
   for (int64_t col = 0; col < f.linear.k(); col += kDepth) {
     const int64_t depth = std::min(kDepth, f.linear.k() - col);
     Matrix w[kRowBlock / kTileRows];
-    // A panel stays in the second-level cache for all rows of the job, and these for all panels.
+    // A panel stays in the second-level cache for all rows of the job, and the rows stay for all panels.
     for (int64_t p = 0; p < f.panels(); ++p) {
       for (int64_t i = 0; i < rows; i += kTileRows) {
         const int64_t some = std::min<int64_t>(kTileRows, rows - i);
@@ -185,7 +185,7 @@ FASTLORA_BF16 void add_update_to_few(const Forward& f, int64_t row, int64_t rows
   }
 }
 
-// y [few tokens][row, end), rows of W one after the other.
+// y [few tokens][row, end), rows of W one after another.
 FASTLORA_BF16 void multiply_few(const Forward& f, int64_t row, int64_t end) {
   Bf16* room = reinterpret_cast<Bf16*>(job_room());
   const Matrix x = matrix(f.x);

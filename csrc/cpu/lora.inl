@@ -1,9 +1,9 @@
 // The low-rank products of LoRA and the mask of dropout, over the vectors described in kernels.inl.
 //
-// Activations are read once, in their own dtype. A block of them is widened to fp32 and masked in the first-level
-// cache and multiplied from there. Whoever runs a job, and however the result is cut into jobs, each element is
-// summed in the same order: over vectors and short blocks first, over the blocks next, which also keeps fp32 sums
-// over any number of elements within a few roundings of exact.
+// Activations are read once, in their own dtype. A block of them is widened to fp32 and masked in the first-level cache
+// and multiplied from there. Whichever thread runs a job, and however the result is cut into jobs, each element is
+// summed in the same order: over vectors and short blocks first, then over the blocks. That also keeps fp32 sums over
+// any number of elements within a few roundings of exact.
 
 constexpr int kPanelWidth = kVecs * W;
 constexpr int kChunk = kDropoutGroup * W;  // columns that one vector of Philox calls serves
@@ -46,7 +46,7 @@ FASTLORA_VECTOR void widen_chunk(const T* x, int64_t count, const Dropout* dropo
   }
 }
 
-// Asks for x[row, begin .. end), or what of it exists, while there is arithmetic to be done in the meantime.
+// Prefetches x[row, begin .. end), or the part of it that exists, for use after some arithmetic.
 template <class T>
 FASTLORA_VECTOR void fetch_ahead(const Activations& x, const T* data, int64_t row, int64_t begin, int64_t end) {
   if (row >= x.rows) return;
@@ -146,7 +146,7 @@ FASTLORA_TARGET void outer_tile(const float* x, const float* const* g, int64_t s
   }
 }
 
-// The sums of a tile to where they belong, in the order in which they lie there.
+// Stores the sums of a tile where they belong, in the order in which they are in memory.
 FASTLORA_TARGET void write_outer(const Outer& o, const Tile& tile, const float* acc) {
   const int64_t ranks = tile.row_end - tile.row_begin, cols = tile.col_end - tile.col_begin;
   float* out = o.out + tile.row_begin * o.row_stride + tile.col_begin * o.col_stride;

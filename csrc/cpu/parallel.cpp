@@ -1,10 +1,10 @@
 // The threads behind parallel_for.
 //
-// The process that loads this library has torch in it, and torch an OpenMP pool whose idle threads keep spinning for
-// milliseconds after each operation. A pool of our own would fight with it for the cores. So no OpenMP is linked here:
-// the entry point of the one already loaded (GOMP_parallel, whose signature GCC and LLVM both keep) is looked up at
-// run time, and our jobs run on torch's own threads. Where there is none, and in a forked child, whose pool did not
-// survive the fork, threads are started for the call, at some 20 us each.
+// The process that loads this library contains torch, and torch has an OpenMP pool whose idle threads keep spinning for
+// milliseconds after each operation. A pool of our own would compete with it for the cores. So no OpenMP is linked
+// here: the entry point of the one already loaded (GOMP_parallel, whose signature GCC and LLVM both keep) is looked up
+// at run time, and our jobs run on torch's own threads. Without one, and in a forked child, whose pool did not survive
+// the fork, threads are started for the call, at about 20 us each.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -24,8 +24,8 @@ using OmpThreadNumber = int (*)();
 
 constexpr int kMaxThreads = 256;
 
-// Each thread begins with a stretch of jobs of its own and then helps the others with theirs. So the same thread writes
-// the same rows that torch's static schedule hands it in the next operation, which finds them in that core's cache.
+// Each thread begins with a stretch of jobs of its own and then helps the others with theirs. So a thread writes the
+// same rows that torch's static schedule gives it in the next operation, which finds them in that core's cache.
 struct alignas(64) Stretch {
   std::atomic<int64_t> next{0};
   int64_t end = 0;
@@ -74,7 +74,7 @@ void work_on_new_threads(Team* team) {
   try {
     for (int i = 1; i < team->threads; ++i) helpers.emplace_back(work, team);
   } catch (const std::system_error&) {
-    // No more threads to be had: those there are, and the caller, do all the jobs.
+    // No more threads are available: those already started, and the caller, do all the jobs.
   }
   work(team);
   for (std::thread& helper : helpers) helper.join();

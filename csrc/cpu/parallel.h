@@ -1,4 +1,4 @@
-// parallel_for: independent jobs handed out one at a time to a few threads.
+// parallel_for: independent jobs distributed one at a time to a few threads.
 //
 // Each thread begins with a stretch of jobs of its own and then helps the others, so a core that something else also
 // uses simply does fewer of them. Which thread runs a job never changes its result.

@@ -1,7 +1,7 @@
-// NF4 quantization over the vectors described in kernels.inl: bit for bit what bitsandbytes computes, every operation
-// rounded for itself in fp32.
+// NF4 quantization over the vectors described in kernels.inl: bit for bit what bitsandbytes computes, with every
+// operation rounded separately in fp32.
 //
-//     absmax[block] = max |w|,    code = number of midpoints between levels that lie below w * (1 / absmax)
+//     absmax[block] = max |w|,    code = number of midpoints between levels that are below w * (1 / absmax)
 
 typedef int32_t I __attribute__((vector_size(4 * W)));
 

@@ -1,4 +1,4 @@
-// The C entry points: check what the kernels cannot take, plan, launch the two kernels.
+// The C entry points: refuse what the kernels cannot take, plan, launch the two kernels.
 #include <atomic>
 
 #include "../fastlora_cuda.h"
@@ -36,7 +36,7 @@ struct Device {
   bool overlaps;
 };
 
-// Bit 31 set once known: multiprocessors in 16 bits, then blocks for each, then whether kernels overlap.
+// Bit 31 is set once the rest is known: multiprocessors in 16 bits, then blocks for each, then whether kernels overlap.
 std::atomic<uint32_t> known_devices[kMaxDevices][2][3][2];
 
 int find_device(const Choice& choice, int index, Device& device) {

@@ -1,4 +1,4 @@
-// A block of threads of the decode product: where each lane stands, and how the warps' sums come together.
+// A block of threads of the decode product: the place of each lane, and how the warps' sums are added up.
 #pragma once
 
 #include "device.h"
@@ -7,7 +7,7 @@
 namespace fastlora {
 namespace gpu {
 
-// Where a lane stands: its warp's chunk, its place in the product's fragments, and what follows for shared memory.
+// The place of a lane: its warp's chunk, its place in the product's fragments, and the resulting shared memory offsets.
 template <int kTokens, bool kShort>
 struct Lane {
   int warp;
@@ -18,7 +18,7 @@ struct Lane {
   int group;
   int k_begin;     // first column of the warp's chunk
   int blocks;      // blocks of 64 columns of the chunk that W has: 0 to 4
-  uint32_t copy;   // in a slot: where the codes that it copies of row lane / 8 go
+  uint32_t copy;   // in a slot: where the codes of row lane / 8 that it copies go
   uint32_t codes;  // in a slot: the first codes that it takes, row g, block 0
   uint32_t sum;    // in the sums: row g, token 2t
 

@@ -1,9 +1,9 @@
-// y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias for 1 to 16 tokens, W in NF4 as it lies in memory: the first of two kernels.
+// y = x Wᵀ + scaling · (x Aᵀ) Bᵀ + bias for 1 to 16 tokens, W in NF4 as it is in memory: the first of two kernels.
 //
-// It reads every packed byte once. A tile of W is the left operand of the tensor cores' product, the tokens its eight
-// (or twice eight) columns: a byte, which is two weights, costs one byte permutation and one load from a table of
-// pairs, and the product comes almost free. Levels are 16-bit, times a factor that keeps them near (layout.h); the
-// scale, in fp32, multiplies the sum over its block. Before the tiles some blocks of threads make pieces of h
+// It reads every packed byte once. A tile of W is the left operand of the tensor cores' product, and the tokens are its
+// eight (or twice eight) columns: a byte, which is two weights, costs one byte permutation and one load from a table of
+// pairs, and the product is almost free. Levels are 16-bit, times a factor that reduces their error (layout.h); the
+// scale, in fp32, multiplies the sum over its block. Before the tiles some blocks of threads compute pieces of h
 // (shrink.h). All sums go to a workspace in fp32:
 //
 //     base [ranges, tokens, rows]    h [ranges * lora_parts, tokens, rank]    rows and rank padded to 16
@@ -53,8 +53,8 @@ FASTLORA_DEVICE void copy_codes(const Problem& p, const Lane<kTokens, kShort>& a
   commit_copies();
 }
 
-// The scales of block t of a tile's rows g and g + 8, as they lie in memory. Two scales of 32 columns share their
-// second level: the first of them is even.
+// The scales of block t of a tile's rows g and g + 8, as they are in memory. Two scales of 32 columns share their
+// second level, because the first has an even index.
 template <bool kShort>
 struct RawScales {
   static constexpr int kEach = kShort ? 2 : 1;
@@ -105,9 +105,9 @@ FASTLORA_DEVICE Scales<kShort> decode_scales(const Problem& p, const RawScales<k
   return scales;
 }
 
-// Right operands of a chunk: x of token g, zero beyond the last token and the last column. Up to two tokens leave
-// columns to spare, which then tell the blocks apart: column g is token g % 2 in block g / 2 and zero in the others, so
-// that the sums of block t come to lane t of a row, the one that has its scale.
+// Right operands of a chunk: x of token g, zero beyond the last token and the last column. One or two tokens leave
+// columns unused, which then separate the blocks: column g is token g % 2 in block g / 2 and zero in the others, so
+// the sums of block t come to lane t of a row, the lane that has its scale.
 template <int kTokens>
 struct Fragments {
   uint32_t x[groups_of(kTokens)][kBlocks][8];

@@ -1,4 +1,4 @@
-// The decode kernels for bf16 activations. Blocks of 32 are rare: with up to two tokens, too, they take the kernel for
+// The decode kernels for bf16 activations. Blocks of 32 are rare: even for one or two tokens they take the kernel for
 // eight.
 #include "decode.h"
 #include "epilogue.h"

@@ -1,5 +1,5 @@
-// What the kernels ask of a GPU, in one place: device instructions here, the same names on the CPU in emulate.h, so
-// that the very code that runs on a GPU is tested without one. Shared memory is addressed in bytes from its beginning.
+// What the kernels need from a GPU, in one place: device instructions here, the same names on the CPU in emulate.h, so
+// that the same code that runs on a GPU is tested without one. Shared memory is addressed in bytes from its beginning.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ FASTLORA_DEVICE int block_index() { return blockIdx.x; }
 
 FASTLORA_DEVICE void sync_warp() { __syncwarp(); }
 FASTLORA_DEVICE void sync_block() { __syncthreads(); }
-// A value that all lanes of a warp have alike, so that the compiler knows it.
+// A value that is the same in all lanes of a warp, in a form that tells the compiler so.
 FASTLORA_DEVICE int same_in_warp(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 FASTLORA_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 FASTLORA_DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
@@ -60,7 +60,7 @@ FASTLORA_DEVICE void copy_async(uint32_t offset, const uint8_t* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
 FASTLORA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for this thread's copies but the last `pending` commits.
+// Waits for this thread's copies, except those of the last `pending` commits.
 template <int pending>
 FASTLORA_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
@@ -107,8 +107,8 @@ FASTLORA_DEVICE float widen(uint16_t bits, Half) {
   return value;
 }
 
-// Programmatic dependent launch: the next kernel may start once every block has said so, and waits, before it reads
-// what this one wrote, until all of it is there. Before sm_90 kernels follow one another anyway.
+// Programmatic dependent launch: the next kernel may start once every block has allowed it, and before it reads what
+// this one wrote it waits until all of it is there. Before sm_90 kernels follow one another anyway.
 FASTLORA_DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,10 +1,10 @@
-// A GPU on the CPU, for tests: what device.h and launch.h ask of one, by the rules of the PTX manual.
+// A GPU on the CPU, for tests: what device.h and launch.h need from one, by the rules of the PTX manual.
 //
-// A kernel's blocks run one after the other. Every thread of a block is a context of its own, which runs until a warp
-// or the block has to come together; which one goes on next is drawn by lot, so code that lacks a barrier gives wrong
-// sums in some draw. Asynchronous copies land at once or only when waited for, again by lot. Fresh shared memory is
-// NaN. An access outside shared memory or outside the memory that the test has named, a misaligned one, a write to what
-// may only be read, lanes that do not come together: each ends the launch with a message.
+// A kernel's blocks run one after another. Every thread of a block is a context of its own, which runs until a warp or
+// the block has to synchronize. Which context continues is drawn at random, so code that lacks a barrier gives wrong
+// sums in some draw. Asynchronous copies arrive at once or only when waited for, also at random. Fresh shared memory is
+// NaN. An access outside shared memory or outside the memory that the test has named, a misaligned one, a write to
+// read-only memory, lanes that do not come together: each ends the launch with a message.
 //
 // Source: PTX ISA 8.5, sections 9.7.14.5.7 and 9.7.14.5.8 (layout of the fragments), 9.7.9.25 (cp.async).
 #pragma once
@@ -46,7 +46,7 @@ struct Copy {
   int commit;
 };
 
-// What a lane brings to where a warp comes together.
+// What a lane contributes when its warp comes together.
 struct Exchange {
   int kind;
   uint32_t words[8];
@@ -88,7 +88,7 @@ class Machine {
     return (lot >> 33) % below;
   }
 
-  // Stops the running thread for good: the scheduler sees the error and gives the launch up.
+  // Stops the running thread for good: the scheduler sees the error and abandons the launch.
   void fail(const std::string& what) {
     if (error.empty()) error = "block " + std::to_string(block) + ", thread " + std::to_string(thread) + ": " + what;
     swapcontext(&all_[thread].context, &scheduler_);
@@ -103,7 +103,7 @@ class Machine {
   void check(const void* address, size_t size, bool write, bool constant) {
     const uint8_t* first = static_cast<const uint8_t*>(address);
     if (reinterpret_cast<uintptr_t>(address) % size != 0) fail("misaligned global memory access");
-    for (auto span = memory.rbegin(); span != memory.rend(); ++span) {  // the last named counts
+    for (auto span = memory.rbegin(); span != memory.rend(); ++span) {  // the last one named applies
       if (first < span->begin || first + size > span->end) continue;
       if (write && !span->writable) fail("write to memory that may only be read");
       if (constant && span->writable) fail("a constant load from memory that kernels write");
@@ -112,7 +112,7 @@ class Machine {
     fail("access outside the memory that was named");
   }
 
-  // Brings the lanes of a warp together and returns what each of them brought.
+  // Brings the lanes of a warp together and returns what each of them contributed.
   const Exchange* meet_warp(const Exchange& mine) {
     const int warp = thread / 32, turn = all_[thread].meetings++ % 2;
     exchanges_[warp][turn][thread % 32] = mine;
@@ -147,7 +147,7 @@ class Machine {
     me.copies = later;
   }
 
-  // Runs a whole grid; false where it broke a rule, which `error` then words.
+  // Runs a whole grid; false if it broke a rule, which `error` then describes.
   bool run(void (*kernel)(Problem), int blocks, int block_threads, uint32_t shared_bytes, const Problem& problem) {
     error.clear();
     threads = block_threads;
@@ -209,7 +209,7 @@ class Machine {
     }
   }
 
-  // Lets `count` threads from `first` go on if all of them have come.
+  // Lets `count` threads from `first` continue if all of them have arrived.
   void release(int first, int count, State state, std::vector<int>& ready) {
     for (int i = first; i < first + count; ++i) {
       if (all_[i].state != state) return;

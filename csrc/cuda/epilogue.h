@@ -3,8 +3,9 @@
 //
 //     h = sum over the splits of h,   y = (sum over the ranges of base) / factor + scaling · h Bᵀ + bias
 //
-// All in fp32, in one order whatever the device does, and rounded once. Four lanes share a row of W: each takes four
-// of every 16 ranks, then every fourth token. What does not depend on the first kernel is fetched before it ends.
+// Everything is in fp32, in one order whatever the device does, and rounded once. Four lanes share a row of W: each
+// takes four of every 16 ranks, then every fourth token. What does not depend on the first kernel is fetched before
+// that kernel ends.
 #pragma once
 
 #include "device.h"

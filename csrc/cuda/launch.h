@@ -1,4 +1,4 @@
-// The host's half of what the kernels ask of a GPU: facts of a device, and launches. On the CPU, emulate.h.
+// The host's half of what the kernels need from a GPU: facts about a device, and launches. On the CPU, emulate.h.
 #pragma once
 
 #include "device.h"
@@ -8,7 +8,7 @@ namespace gpu {
 
 using Kernel = void (*)(Problem);
 
-// One decode kernel for each count of tokens, the plain one and the one for blocks of 32; and its second half.
+// One decode kernel for each count of tokens, a plain one and one for blocks of 32, and the second kernel.
 struct Kernels {
   Kernel products[3][2];
   Kernel epilogue[3];
@@ -19,7 +19,7 @@ extern const Kernels kHalfKernels;
 constexpr int kMaxDevices = 64;
 
 #ifdef __CUDACC__
-// The library's run time is its own: where no context is current yet, it would take the first device.
+// The library has its own CUDA run time: if no context were current yet, it would take the first device.
 inline int use_device(int device) {
   return device < 0 || device >= kMaxDevices ? cudaErrorInvalidDevice : cudaSetDevice(device);
 }
@@ -28,7 +28,7 @@ inline int multiprocessors(int device, int& count) {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// Gives a kernel its shared memory on the current device, and tells how many blocks of it a multiprocessor takes.
+// Gives a kernel its shared memory on the current device, and returns how many of its blocks a multiprocessor takes.
 inline int prepare(Kernel kernel, int threads, uint32_t shared, int& blocks_each) {
   const void* function = reinterpret_cast<const void*>(kernel);
   int error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -39,7 +39,7 @@ inline int prepare(Kernel kernel, int threads, uint32_t shared, int& blocks_each
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, function, threads, shared);
   }
-  cudaGetLastError();  // a failure that is told need not surface again in somebody else's check
+  cudaGetLastError();  // a failure that is reported here must not surface again in another check
   return error != cudaSuccess ? error : blocks_each > 0 ? cudaSuccess : cudaErrorLaunchOutOfResources;
 }
 

@@ -1,4 +1,4 @@
-// How the decode product is cut up: which block of threads takes which part, and where things lie in shared memory.
+// How the decode product is cut up: which block of threads takes which part, and where things are in shared memory.
 //
 // A tile is 16 rows of W, a chunk 256 columns: 128 bytes of codes a row. A warp keeps one chunk of x in registers and
 // walks down the tiles; the warps of a block take neighbouring chunks and add their sums up once a tile. The columns
@@ -6,10 +6,10 @@
 //
 //     block = range * groups + group,   chunks part_of(chunks, ranges, range),   tiles part_of(tiles, groups, group)
 //
-// Shared memory comes in lines of 256 bytes. Line e of the first 256 holds the pair of levels that byte e of the codes
-// stands for, 32 times over in its first half: lane l reads word l, so no two lanes meet in a bank, and the address
-// is the byte itself, moved up by eight bits, with 4l below it: one byte permutation. The second halves, and
-// further lines, hold the codes in flight: slots of 16 half lines, one for each row of a tile.
+// Shared memory is used in lines of 256 bytes. Line e of the first 256 holds the pair of levels for which byte e of the
+// codes stands, 32 times over in its first half: lane l reads word l, so no two lanes share a bank, and the address is
+// the byte itself, moved up by eight bits, with 4l below it: one byte permutation. The second halves and further lines
+// hold the codes in flight: slots of 16 half lines, one for each row of a tile.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace gpu {
 constexpr int kMaxTokens = 16;
 constexpr int kTileRows = 16;
 constexpr int kChunk = 256;
-constexpr int kBlock = 64;  // columns that a scale serves at least, but for blocks of 32
+constexpr int kBlock = 64;  // columns that a scale covers at least, except in blocks of 32
 constexpr int kBlocks = kChunk / kBlock;
 constexpr int kMaxWarps = 8;
 constexpr int kMaxThreads = 32 * kMaxWarps;
@@ -53,14 +53,14 @@ FASTLORA_HD constexpr float level_factor<Half>() {
   return 1.57519f;
 }
 
-// The kernels come for up to 2, 8 and 16 tokens, which take one or two products of eight columns.
+// There are kernels for up to 2, 8 and 16 tokens, which take one or two products of eight columns.
 FASTLORA_HD constexpr int groups_of(int tokens) { return tokens > 8 ? 2 : 1; }
 // The warps' sums of a tile; there are two buffers of them.
 FASTLORA_HD constexpr uint32_t sums_bytes(int tokens) { return kMaxWarps * groups_of(tokens) * kSumsBytes; }
 FASTLORA_HD constexpr uint32_t shared_bytes(int tokens) { return kSumsOffset + 2 * sums_bytes(tokens); }
 
-// Blocks of threads that registers must leave room for on a multiprocessor; from Hopper on, shared memory may have room
-// for two.
+// Blocks of threads for which registers must leave room on a multiprocessor; from Hopper on, shared memory may hold
+// two.
 FASTLORA_HD constexpr int blocks_each([[maybe_unused]] int tokens, [[maybe_unused]] bool is_short) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return tokens <= 8 && !is_short ? 2 : 1;
@@ -77,19 +77,19 @@ FASTLORA_HD constexpr uint32_t slot_offset(int stage, int warp) {
   return beyond < 0 ? slot * kSlotSpan + kLine / 2 : kTableBytes + beyond / 2 * kSlotSpan + beyond % 2 * (kLine / 2);
 }
 
-// Byte `byte` of a row's 128 in its slot. Sixteen bytes stay together; they trade places by row, so that eight rows'
-// equal columns lie in different banks. Trading flips bits of the offset: a bit flipped in `byte` is flipped there.
+// Byte `byte` of a row's 128 in its slot. Sixteen bytes stay together; they swap places by row, so that equal columns
+// of eight rows are in different banks. Swapping flips bits of the offset: a bit flipped in `byte` is flipped there.
 FASTLORA_HD constexpr uint32_t code_row_flips(int row) { return (row % 4 * 2 + row / 4 % 2) * 16; }
 FASTLORA_HD constexpr uint32_t code_offset(int row, int byte) { return row * kLine + (byte ^ code_row_flips(row)); }
 
 // The first of the eight neighbouring columns that lane t of a row takes in half h of a 64-column block. Where a scale
-// serves 32 columns a half must stay inside one scale.
+// covers 32 columns, a half must stay inside one scale.
 template <bool kShort>
 FASTLORA_HD constexpr int first_column(int t, int h) {
   return kShort ? 32 * h + 8 * t : 16 * t + 8 * h;
 }
 
-// Where a warp's sum for a row and a token of eight lies among its 128: a lane adds up four rows at once.
+// Where a warp's sum for a row and a token of eight is among its 128: a lane adds up four rows at once.
 FASTLORA_HD constexpr uint32_t sum_offset(int row, int token) {
   return (row / 4 * 8 + (token ^ (row / 4 & 1))) * 16 + row % 4 * 4;
 }
@@ -97,7 +97,7 @@ FASTLORA_HD constexpr uint32_t sum_offset(int row, int token) {
 FASTLORA_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 FASTLORA_HD constexpr int least(int a, int b) { return a < b ? a : b; }
 
-// How the work is shared out among blocks of threads.
+// How the work is distributed among blocks of threads.
 struct Plan {
   int ranges;
   int groups;
@@ -108,7 +108,7 @@ struct Plan {
   FASTLORA_HD int h_splits() const { return ranges * lora_parts; }
 };
 
-// Part i of `count` things cut into `parts`: the first count % parts get one more.
+// Part i of `count` things cut into `parts`: the first count % parts parts get one more.
 struct Part {
   int begin;
   int end;
@@ -133,7 +133,7 @@ struct Shape {
   FASTLORA_HD int64_t h_floats(const Plan& plan) const { return int64_t{plan.h_splits()} * tokens * padded_rank(); }
 };
 
-// What both kernels get.
+// The arguments of both kernels.
 struct Problem {
   Shape shape;
   Plan plan;

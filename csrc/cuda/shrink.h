@@ -1,7 +1,7 @@
-// h = x Aᵀ for 1 to 16 tokens, in pieces that blocks of the decode product take along.
+// h = x Aᵀ for 1 to 16 tokens, in pieces that blocks of the decode product compute on the way.
 //
 // A piece is 16 ranks times a part of the columns of a block's warps; A is the left operand, x the right one, in tf32:
-// 16-bit values are exact in it, fp32 adapters go as an upper and a lower part, 2^-22 from exact.
+// 16-bit values are exact in it, and fp32 adapters go as an upper and a lower part, 2^-22 from exact.
 #pragma once
 
 #include "block.h"
