@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastlora.kernels.operands import Lora
 from fastlora.layers import experts
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.layers.report import Row
+from fastlora.layers.report import LayerRow
 from fastlora.ops.autograd import computed_in
 from fastlora.ops.grouped import computed_by
 from fastlora.ops.nf4 import NF4Weight, quantize
@@ -142,7 +142,7 @@ class LoRAExperts(nn.Module):
                 setattr(base, f"{name}_bias", nn.Parameter(getattr(base, f"{name}_bias").detach().to(dtype), False))
         return base
 
-    def rows(self, name: str, blocksize: int = 0) -> Iterator[Row]:
+    def rows(self, name: str, blocksize: int = 0) -> Iterator[LayerRow]:
         """The rows of the report. name: of this module. blocksize: of the NF4 that dense stacks are about to become."""
         for parameter, r in self.r.items():
             (a, b, _), weight = self.adapter(parameter), self.weight(parameter)
@@ -150,7 +150,7 @@ class LoRAExperts(nn.Module):
             path, kernels = computed_by(a.device, weight.dtype, self.num_experts, *shape, size, r)
             kind, packed = type(self.base_layer).__name__, size > 0
             said = f"adapters r={r} on {self.num_experts} experts" + (", weight quantized to NF4" if packed else "")
-            yield Row(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=kernels)
+            yield LayerRow(f"{name}.{parameter}", kind, shape, True, said, path, r, packed, kernels=kernels)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: r={r}, scaling={self.scaling[name]:g}" for name, r in self.r.items())

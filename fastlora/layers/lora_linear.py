@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
         check_adapter_dtype(adapter_dtype, weight)
         if r < 1 or not 0 <= lora_dropout < 1:
             raise ValueError(f"r must be at least 1 and lora_dropout in [0, 1); got r={r}, lora_dropout={lora_dropout}")
-        starts.check(init_lora_weights)
+        starts.check_known(init_lora_weights)
         starts.check_layer(init_lora_weights, "base_layer", weight, r, "", quantized=False)
         self.base_layer = base_layer
         self.out_features: int = weight.shape[0]

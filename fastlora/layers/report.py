@@ -32,7 +32,7 @@ class Calls:
 
 
 @dataclass
-class Row:
+class LayerRow:
     """One linear layer.
 
     Args:
@@ -71,18 +71,18 @@ class Report:
         notes: what else the user should know.
     """
 
-    rows: list[Row]
+    rows: list[LayerRow]
     backend: str = ""
     backend_reason: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
-    def replaced(self) -> list[Row]:
+    def replaced(self) -> list[LayerRow]:
         """The rows of layers that fastlora computes."""
         return [row for row in self.rows if row.replaced]
 
     @property
-    def left(self) -> list[Row]:
+    def left(self) -> list[LayerRow]:
         """The rows of layers left as they were."""
         return [row for row in self.rows if not row.replaced]
 
@@ -134,7 +134,7 @@ class Report:
         for note in [*self._kernels(), *self.notes]:
             console.print(escape(note))
 
-    def _plain(self, lines: Iterable[tuple[str, int, Row]]) -> str:
+    def _plain(self, lines: Iterable[tuple[str, int, LayerRow]]) -> str:
         return "\n".join([self.summary(), *("  ".join(_cells(*line)) for line in lines), *self._kernels(), *self.notes])
 
     def _kernels(self) -> list[str]:
@@ -153,15 +153,15 @@ def _shared_prefix(names: list[str]) -> str:
     return beginnings.pop() if len(beginnings) == 1 else ""
 
 
-def _cells(name: str, count: int, row: Row) -> tuple[str, ...]:
+def _cells(name: str, count: int, row: LayerRow) -> tuple[str, ...]:
     why = row.reason if row.calls is None else f"{row.reason}; {row.calls}"
     times = f"{count} x " if count > 1 else ""
     return f"{times}{name}", row.kind, f"{row.shape[0]}x{row.shape[1]}", row.path, why
 
 
-def _grouped(rows: list[Row]) -> Iterable[tuple[str, int, Row]]:
+def _grouped(rows: list[LayerRow]) -> Iterable[tuple[str, int, LayerRow]]:
     """(name, count, row) for runs of rows that say the same and differ only in the numbers in their names."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
+    groups: dict[tuple[object, ...], list[LayerRow]] = {}
     for row in rows:
         said = (row.kind, row.shape, row.replaced, row.reason, row.path, row.r, row.quantized)
         groups.setdefault((_INDEX.sub("*", row.name), *said), []).append(row)
@@ -172,5 +172,5 @@ def _grouped(rows: list[Row]) -> Iterable[tuple[str, int, Row]]:
             counted = [row.calls for row in members if row.calls is not None]
             last = next((calls.last_reason for calls in counted if calls.last_reason), "")
             total = Calls(sum(c.sped_up for c in counted), sum(c.stepped_back for c in counted), last)
-            first = Row(**{**vars(first), "calls": total})
+            first = LayerRow(**{**vars(first), "calls": total})
         yield name, len(members), first

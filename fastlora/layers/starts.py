@@ -37,7 +37,7 @@ _NAMES = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
 _NITER = re.compile(r"pissa_niter_(\d+)")
 
 
-def check(init: Any) -> None:
+def check_known(init: Any) -> None:
     """Raise ValueError unless this is a start by one of the names above."""
     if isinstance(init, bool) or init in _NAMES or (isinstance(init, str) and _NITER.fullmatch(init)):
         return

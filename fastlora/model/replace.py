@@ -131,7 +131,7 @@ def report(model: nn.Module) -> Report:
     if carries_peft(model):
         from fastlora.peft_layers import swap
 
-        return swap.report(model)
+        return swap.peft_report(model)
     known: Report | None = getattr(model, "fastlora_report", None)
     if known is None:
         raise ValueError("nothing to report on: call fastlora.replace_linear(model) on this model first")

@@ -78,7 +78,7 @@ class LoRASettings:
                 raise ValueError(f"{name} must be a finite number, not {alpha!r}")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
-        starts.check(self.init_lora_weights)
+        starts.check_known(self.init_lora_weights)
         for init, option in (("eva", "eva_config"), ("loftq", "loftq_config")):
             if getattr(self, option) is not None and self.init_lora_weights != init:
                 raise ValueError(f"{option} is for init_lora_weights={init!r}, not {self.init_lora_weights!r}")

@@ -11,7 +11,7 @@ from fastlora.kernels.operands import FLOAT_DTYPES
 from fastlora.layers.bases import AdoptedWeight, computed_over, is_linear4bit, is_plain
 from fastlora.layers.dense import is_dense
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.layers.report import Report, Row
+from fastlora.layers.report import LayerRow, Report
 from fastlora.model.names import within
 from fastlora.ops.backend import backend
 
@@ -162,7 +162,7 @@ def expert_notes(model: nn.Module, adapted: Collection[str] = ()) -> list[str]:
     ]
 
 
-def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = ()) -> Report:
+def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[LayerRow] = ()) -> Report:
     """What becomes of every linear layer once the marked sites are replaced; stacks: the rows of stacks of experts."""
     devices = {site.module.weight.device for site in sites.values() if site.adapt}
     devices |= {next(model.get_submodule(row.name.rpartition(".")[0]).parameters()).device for row in stacks}
@@ -176,7 +176,7 @@ def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[Row] = 
         if replaced:
             path, kernels = computed_over(site.module, site.shape, site.r, site.quantize)
         reason = _reason(site, head)
-        rows.append(Row(name, site.kind, site.shape, replaced, reason, path, site.r, in_nf4, kernels=kernels))
+        rows.append(LayerRow(name, site.kind, site.shape, replaced, reason, path, site.r, in_nf4, kernels=kernels))
     first = next(iter(backends.values()))
     return Report(rows, first.name, first.reason, expert_notes(model, [row.name for row in stacks]))
 

@@ -29,7 +29,7 @@ _CPU = torch.device("cpu")
 _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
 
 
-def standing_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = False) -> str:
+def linear_reason(layer: peft_layer.LoraLayer, whichever_is_active: bool = False) -> str:
     """Why a layer whose class can be sped up cannot be in its present state; empty where it can.
 
     whichever_is_active: only a reason that holds whichever adapters are active.

@@ -23,7 +23,7 @@ from fastlora.layers.experts import (
     projections,
     routing_of,
 )
-from fastlora.layers.report import Row
+from fastlora.layers.report import LayerRow
 from fastlora.ops.autograd import computed_in
 from fastlora.ops.grouped import computed_by
 from fastlora.peft_layers.conditions import EXPECTED, active_names, adapter, is_plain
@@ -61,7 +61,7 @@ def chain(layer: Any) -> list[Any]:
     return found
 
 
-def standing_reason(layer: Any) -> str:
+def parameter_reason(layer: Any) -> str:
     """Why one of peft's wrappers cannot be sped up in its present state; empty where it can."""
     experts = layer.get_base_layer()
     if "forward" in layer.__dict__:
@@ -117,12 +117,12 @@ def updates_of(wrappers: list[Any]) -> dict[str, Lora]:
     return found
 
 
-def row(name: str, layer: Any, reason: str) -> Row:
+def row(name: str, layer: Any, reason: str) -> LayerRow:
     """A row of the report. reason: why peft computes the layer; empty if fastlora does."""
     experts, rank = layer.get_base_layer(), next(iter(layer.r.values()), 0)
     shape, kind = (layer.out_features, layer.in_features), f"ParamWrapper({type(experts).__name__})"
     if reason:
-        return Row(name, kind, shape, False, reason, r=rank)
+        return LayerRow(name, kind, shape, False, reason, r=rank)
     said = f"peft's stack sped up in place: {layer.num_experts} experts of {layer.parameter_name}, r={rank} each"
     packed = is_packed(layer)
     stored = experts.parametrizations[layer.parameter_name] if packed else None
@@ -130,7 +130,7 @@ def row(name: str, layer: Any, reason: str) -> Row:
     dtype = stored[0].quant_state.dtype if stored else getattr(experts, layer.parameter_name).dtype
     blocksize = stored[0].quant_state.blocksize if stored else 0
     path, kernels = computed_by(device, dtype, layer.num_experts, *shape, blocksize, rank)
-    return Row(name, kind, shape, True, said, path, rank, packed, layer.fastlora_calls, kernels)
+    return LayerRow(name, kind, shape, True, said, path, rank, packed, layer.fastlora_calls, kernels)
 
 
 def _unpack(wrapper: Any, name: str) -> Lora:
@@ -148,7 +148,7 @@ def _active(wrapper: Any) -> list[str]:
 def _wrapper_reason(wrapper: Any) -> str:
     if wrapper.disable_adapters and wrapper.merged:
         return "adapters are disabled while merged"
-    reason = standing_reason(wrapper)
+    reason = parameter_reason(wrapper)
     for name in _active(wrapper):
         parts = [wrapper._modules[part]._modules[name] for part in ("lora_A", "lora_B")]
         if any(type(part) is not nn.Linear or not is_plain(part) or part.bias is not None for part in parts):
@@ -249,4 +249,4 @@ if ParamWrapper is not None:
             return result
 
     SpedUpParamWrapper.__name__ = "ParamWrapper"  # peft recognizes it by this name when further adapters come
-    SPED_UP[ParamWrapper] = SpedUpParamWrapper, lambda layer, _: standing_reason(layer)
+    SPED_UP[ParamWrapper] = SpedUpParamWrapper, lambda layer, _: parameter_reason(layer)

@@ -118,7 +118,7 @@ class SpedUpLinear(_SpedUpLinear, peft_layer.Linear):
 
 
 SpedUpLinear.__name__ = "Linear"
-SPED_UP[peft_layer.Linear] = SpedUpLinear, conditions.standing_reason
+SPED_UP[peft_layer.Linear] = SpedUpLinear, conditions.linear_reason
 
 if is_bnb_4bit_available():
     from peft.tuners.lora import bnb as peft_bnb
@@ -127,7 +127,7 @@ if is_bnb_4bit_available():
         """peft's `lora.Linear4bit`, sped up."""
 
     SpedUpLinear4bit.__name__ = "Linear4bit"
-    SPED_UP[peft_bnb.Linear4bit] = SpedUpLinear4bit, conditions.standing_reason
+    SPED_UP[peft_bnb.Linear4bit] = SpedUpLinear4bit, conditions.linear_reason
 
 
 def plain_class(layer: Any) -> type:

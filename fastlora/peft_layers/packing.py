@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora.layers.experts import computes_in_fp32
-from fastlora.peft_layers.experts import is_wrapper, standing_reason
+from fastlora.peft_layers.experts import is_wrapper, parameter_reason
 from fastlora.peft_layers.linear import speed_up_layer
 
 
@@ -51,7 +51,7 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
         )
     for wrapper in wrappers:
         experts, name = wrapper.get_base_layer(), wrapper.parameter_name
-        reason = standing_reason(wrapper) or _packing_reason(experts, name, blocksize)
+        reason = parameter_reason(wrapper) or _packing_reason(experts, name, blocksize)
         if wrapper.merged:
             reason = "adapters are merged into it: unmerge them first"
         if reason:

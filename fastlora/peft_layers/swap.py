@@ -16,7 +16,7 @@ from torch import nn
 
 from fastlora.layers.bases import computed_over, is_linear4bit
 from fastlora.layers.dense import is_conv1d
-from fastlora.layers.report import Report, Row
+from fastlora.layers.report import LayerRow, Report
 from fastlora.ops.backend import backend
 from fastlora.peft_layers import experts
 from fastlora.peft_layers.linear import (
@@ -82,7 +82,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def report(model: nn.Module) -> Report:
+def peft_report(model: nn.Module) -> Report:
     """A report on every linear layer of a model with peft's layers, in its present state."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
     return _report(model, found, {name: _report_reason(layer) for name, layer in found.items()})
@@ -101,7 +101,7 @@ def _is_sharded(layer: Any) -> bool:
 
 
 def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) -> Report:
-    rows: list[Row] = []
+    rows: list[LayerRow] = []
     inside = tuple(f"{name}." for name in found)
     backends = []
     for name, module in model.named_modules():
@@ -110,20 +110,20 @@ def _report(model: nn.Module, found: dict[str, Any], reasons: dict[str, str]) ->
             shape, rank = (module.out_features, module.in_features), next(iter(module.r.values()), 0)
             kind, reason = f"{plain_class(module).__name__}({type(base).__name__})", reasons[name]
             if reason:
-                rows.append(Row(name, type(module).__name__, shape, False, reason, r=rank))
+                rows.append(LayerRow(name, type(module).__name__, shape, False, reason, r=rank))
                 continue
             backends.append(backend(base.weight.device))
             said = f"peft's layer sped up in place, r={rank}"
             path, kernels = computed_over(base, shape, rank)
             packed, calls = is_linear4bit(base), module.fastlora_calls
-            rows.append(Row(name, kind, shape, True, said, path, rank, packed, calls, kernels))
+            rows.append(LayerRow(name, kind, shape, True, said, path, rank, packed, calls, kernels))
         elif name in found and experts.is_wrapper(module):
             backends.append(backend(next(module.parameters()).device))
             rows.append(experts.row(name, module, reasons[name]))
         elif (isinstance(module, nn.Linear) or is_conv1d(module)) and not name.startswith(inside):
             k, n = module.weight.shape if is_conv1d(module) else (module.in_features, module.out_features)
             shape = (n, k)
-            rows.append(Row(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
+            rows.append(LayerRow(name, type(module).__name__, shape, False, "peft has put no adapter on it"))
     if not backends:
         return Report(rows, "peft", "no layer can be sped up in its present state")
     return Report(rows, backends[0].name, backends[0].reason)
