@@ -324,7 +324,7 @@ def check(option, base, dtypes):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_parity(option, base, dtypes):
     if base == "nf4" and OPTIONS[option].dense_only:
-        pytest.skip("dense weights alone")
+        pytest.skip("only for dense weights")
     _table[option, base, dtypes] = check(OPTIONS[option], base, DTYPES[dtypes])
 
 

@@ -236,7 +236,7 @@ def test_a_step_back_is_logged_once(caplog):
     with caplog.at_level(logging.WARNING, "fastlora.peft_layers.swap"):
         with model.disable_adapter():
             model(tokens())
-        assert not caplog.records, "what the user asked for is no news"
+        assert not caplog.records, "what the user asked for is not logged"
         _add_in_fp64(model)
         model(tokens())
         model(tokens())

@@ -43,7 +43,7 @@ def run(asm: str, constraints: str, inputs: list[np.ndarray], dtypes: list[Any])
             continue
         target, *sources = (operand.strip() for operand in rest.split(","))
         reads_input = any(re.fullmatch(r"\[?\$(\d+)\]?", s) and s.strip("[]") not in written for s in sources)
-        assert not (reads_input and written & shared), f"{statement}: an output without & may lie in this input"
+        assert not (reads_input and written & shared), f"{statement}: an output without & may be in this input"
         registers[target] = _INSTRUCTIONS[name](*(_value(source, registers) for source in sources))
         written |= {target} if target.startswith("$") else set()
     return [registers[f"${i}"][order].view(dtype).reshape(shape) for i, dtype in enumerate(dtypes)]
