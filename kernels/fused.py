@@ -252,7 +252,9 @@ def linear_t(
     return _multiply(dy, weight, True, g, lora_at, 1.0, None, dropout, config)
 
 
-def _check_fused(x: Tensor, weight: Packed, transposed: bool, h: Tensor | None, b: Tensor | None) -> None:
+def _check_fused(
+    x: Tensor, weight: Packed, transposed: bool, h: Tensor | None, b: Tensor | None, bias: Tensor | None
+) -> None:
     """Raise ValueError where the operands do not fit together."""
     n, k = weight.shape
     length, columns = (n, k) if transposed else (k, n)
@@ -266,6 +268,10 @@ def _check_fused(x: Tensor, weight: Packed, transposed: bool, h: Tensor | None, 
         raise ValueError(f"{list(h.shape)} and an adapter for {list(b.shape)} do not give [{x.shape[0]}, {columns}]")
     if h is not None and h.dtype != torch.float32:
         raise ValueError(f"h (or g) must be fp32, as kernels.lora gives it; got {h.dtype}")
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"bias has shape {list(bias.shape)}, expected [{columns}]")
+    if weight.device != x.device:
+        raise ValueError(f"the weight is on {weight.device}, expected {x.device}")
 
 
 def _multiply(
@@ -274,7 +280,7 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     """x Vᵀ + mask ∘ (scaling · h Bᵀ) + bias, [M, columns], where V [columns, length] is W or, where transposed, Wᵀ."""
     n, k = weight.shape
-    _check_fused(x, weight, transposed, h, b)
+    _check_fused(x, weight, transposed, h, b, bias)
     (m, length), columns = x.shape, k if transposed else n
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = words_of(weight)

@@ -251,6 +251,7 @@ def _check_segments(
     length: int,
     h: Tensor | None,
     b: Tensor | None,
+    bias: Tensor | None,
 ) -> None:
     """Raise ValueError where the operands do not fit together."""
     experts, r = segments.adapters, 0 if b is None else b.shape[2]
@@ -272,6 +273,10 @@ def _check_segments(
         raise ValueError(f"{list(h.shape)} and adapters {list(b.shape)} do not give [{x.shape[0]}, {columns}]")
     if h is not None and h.dtype != torch.float32:
         raise ValueError(f"h (or g) must be fp32, as kernels.lora gives it; got {h.dtype}")
+    if bias is not None and bias.shape != (experts, columns):
+        raise ValueError(f"bias has shape {list(bias.shape)}, expected [{experts}, {columns}]")
+    if weight.device != x.device:
+        raise ValueError(f"the weight is on {weight.device}, expected {x.device}")
 
 
 def _multiply(
@@ -283,7 +288,7 @@ def _multiply(
     n, k = weight.shape[-2:]
     n = n // segments.adapters if packed else n
     columns, length = (k, n) if transposed else (n, k)
-    _check_segments(x, weight, segments, columns, length, h, b)
+    _check_segments(x, weight, segments, columns, length, h, b, bias)
     rows, experts = x.shape[0], segments.adapters
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if not out.numel():

@@ -194,6 +194,11 @@ def test_what_cannot_be_done_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             fused.linear(x, weight, h, b, SCALING)
+    for shape in ((39,), (1,), (1, 40)):  # a short one would be read past its end
+        with pytest.raises(ValueError, match=r"bias has shape .*, expected \[40\]"):
+            fused.linear(case.x, case.weight, case.h, case.b, SCALING, case.x.new_zeros(shape))
+    with pytest.raises(ValueError, match=r"the weight is on .*, expected meta"):
+        fused.linear(case.x.to("meta"), case.weight)
     with pytest.raises(ValueError, match=r"expected \[M, 40\] for a weight of \[40, 64\]"):
         fused.linear_t(case.x, case.weight)
 

@@ -215,6 +215,9 @@ def test_what_cannot_be_done_is_named():
         ({"lora_b": case.b[:, :39]}, "do not give"),
         ({"h": case.h.half()}, "must be fp32"),
         ({"segments": Segments(case.segments.ends, 6)}, "6"),
+        ({"bias": case.x.new_zeros(5, 39)}, r"bias has shape \[5, 39\], expected \[5, 40\]"),
+        ({"bias": case.x.new_zeros(40)}, r"expected \[5, 40\]"),
+        ({"x": case.x.to("meta")}, "the weight is on .*, expected meta"),
     ):
         given = {"x": case.x, "weight": case.weight, "segments": case.segments, "h": case.h, "lora_b": case.b}
         with pytest.raises(ValueError, match=message):
