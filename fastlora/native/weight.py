@@ -83,14 +83,16 @@ def fields_of(weight: Packed, device: torch.device = _CPU) -> tuple[Any, ...]:
     """The fields of `Weight`: five addresses, rows, columns, log2 of the blocksize.
 
     Raises:
-        ValueError: the weight is not on `device`.
+        ValueError: the weight is not on `device`, or its memory has been freed.
     """
     codes, absmax2, code2, offset = weight.codes, weight.absmax2, weight.code2, weight.offset
     if codes.device != device:
         hint = "; this library is for CPU tensors: move it with .cpu()" if device == _CPU else f", expected {device}"
         raise ValueError(f"the weight is on {codes.device}{hint}")
     rows, columns = weight.shape
-    return (
+    addresses = (
         codes.data_ptr(), weight.absmax.data_ptr(), pointer_of(absmax2), pointer_of(code2), pointer_of(offset),
-        rows, columns, weight.blocksize.bit_length() - 1,
     )  # fmt: skip
+    if 0 in addresses and rows and columns:
+        raise ValueError("the memory of an NF4 weight has been freed (its storage was resized to 0): load it again")
+    return *addresses, rows, columns, weight.blocksize.bit_length() - 1

@@ -253,6 +253,20 @@ def test_a_weight_elsewhere_is_refused() -> None:
 
 
 @loaded
+@pytest.mark.parametrize("part", ["codes", "absmax", "absmax2", "code2", "offset"])
+def test_a_weight_whose_memory_has_been_freed_is_refused(part: str) -> None:
+    """As FSDP frees what it will gather again: its address is null."""
+    w = random_weight(N, K)
+    getattr(w, part).untyped_storage().resize_(0)
+    out = torch.zeros(N, K)
+    with pytest.raises(ValueError, match="has been freed"):
+        cpu.nf4_dequantize(w, out)
+    with pytest.raises(ValueError, match="has been freed"):
+        cpu.nf4_gemv(torch.ones(2, K), w, torch.zeros(2, N))
+    assert not out.any()
+
+
+@loaded
 def test_bad_operands_are_refused() -> None:
     a, b, out = torch.ones(2, K), torch.ones(N, 2), torch.zeros(N, K)
     bad: list[tuple[str, tuple]] = [
