@@ -110,8 +110,11 @@ class LoRALinear(nn.Module):
         """(A [R, K], B [N, R], scaling) of the active adapter."""
         modules: Any = self._modules  # `self.lora_A[name].weight` takes ten times as long
         name = self.active_adapter
-        lora_a = modules["lora_A"]._modules[name]._parameters["weight"]
-        return lora_a, modules["lora_B"]._modules[name]._parameters["weight"], self.scaling[name]
+        lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
+        if a is None or b is None:  # FSDP without use_orig_params keeps views of its own as plain attributes
+            a, b = lora_a.weight, lora_b.weight
+        return a, b, self.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N].

@@ -133,6 +133,18 @@ def test_bad_arguments_are_refused():
         LoRALinear(nn.Linear(K, N), init_lora_weights="eva")
 
 
+def test_adapters_that_are_plain_attributes():
+    """As FSDP without use_orig_params and DataParallel's replicas keep them: views, no parameters of the module."""
+    layer = make_layer("nf4", bias=False)
+    x = torch.randn(3, K)
+    expected = layer(x)
+    for part in (layer.lora_A["default"], layer.lora_B["default"]):
+        weight = part.weight
+        del part.weight
+        part.weight = weight.view_as(weight)
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_dropout_only_in_training_and_only_on_the_update(kind):
     layer = make_layer(kind, lora_dropout=0.5)
