@@ -36,6 +36,8 @@ class LoRAExperts(nn.Module):
         use_rslora: scaling is lora_alpha / sqrt(r) instead of lora_alpha / r.
         adapter_dtype: dtype of A and B; fp32 if None.
         init_lora_weights: True, False or "gaussian".
+    Raises:
+        ValueError: a rank below 1.
     Source: arXiv:2106.09685, section 4.1.
     """
 
@@ -55,6 +57,8 @@ class LoRAExperts(nn.Module):
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.packed = nn.ModuleDict()
         for name, (r, lora_alpha) in stacks.items():
+            if r < 1:
+                raise ValueError(f"r must be at least 1; got r={r} for {name}")
             weight = stacked(base_layer, name)
             self.num_experts, n, k = weight.shape
             # the same draws in the same order as peft

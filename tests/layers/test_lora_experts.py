@@ -327,3 +327,10 @@ def test_trained_tokens_of_a_file_are_those_of_the_model(saved, there, tmp_path)
     with pytest.raises(ValueError, match=r"trainable_token_indices: the file trains (none|\{.*\[1, 2\]\}), the model"):
         load_adapter(model, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("r", [0, -1])
+def test_a_rank_below_one_is_refused(r):
+    base = next(module for module in moe().modules() if hasattr(module, "is_transposed"))
+    with pytest.raises(ValueError, match="r must be at least 1"):
+        LoRAExperts(base, {"down_proj": (r, 8)})
