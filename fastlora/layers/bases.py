@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.kernels.operands import FLOAT_DTYPES
-from fastlora.layers.dense import dense_weight, is_conv1d, is_dense
+from fastlora.layers.dense import dense_weight, is_conv1d, is_dense, parameter
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.linear import computed_by
 from fastlora.ops.nf4 import NF4Weight
@@ -91,10 +91,10 @@ def frozen(
         base: a layer of one of the three kinds. adopted: the view kept of a `Linear4bit`'s weight.
     """
     if is_dense(base):
-        return x, dense_weight(base), base._parameters["bias"], None
+        return x, dense_weight(base), parameter(base, "bias"), None
     if type(base) is NF4Linear:
         return x, base.weight, base.bias_for(x), None
-    weight, dtype, bias = adopted.of(base), compute_dtype(base, x), base._parameters["bias"]
+    weight, dtype, bias = adopted.of(base), compute_dtype(base, x), parameter(base, "bias")
     if bias is not None and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(dtype)
     return x.to(dtype), weight, bias, x.dtype

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.layers import starts
 from fastlora.layers.bases import AdoptedWeight, base_weight, check_adapter_dtype, frozen, is_linear4bit
-from fastlora.layers.dense import is_conv1d, plain_layer
+from fastlora.layers.dense import is_conv1d, parameter, plain_layer
 from fastlora.ops.linear import lora_linear, nf4_dequantize
 from fastlora.ops.nf4 import NF4Weight
 
@@ -111,10 +111,7 @@ class LoRALinear(nn.Module):
         modules: Any = self._modules  # `self.lora_A[name].weight` takes ten times as long
         name = self.active_adapter
         lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
-        if a is None or b is None:  # FSDP without use_orig_params keeps views of its own as plain attributes
-            a, b = lora_a.weight, lora_b.weight
-        return a, b, self.scaling[name]
+        return parameter(lora_a, "weight"), parameter(lora_b, "weight"), self.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N].

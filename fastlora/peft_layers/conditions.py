@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastlora.kernels.operands import FLOAT_DTYPES, Lora
 from fastlora.layers.bases import compute_dtype, is_linear4bit, is_plain
-from fastlora.layers.dense import dense_weight, is_conv1d, is_dense
+from fastlora.layers.dense import dense_weight, is_conv1d, is_dense, parameter
 
 try:
     from peft.tuners.lora.variants import DoraLinearVariant
@@ -70,7 +70,7 @@ def at_a_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     if reason:
         return reason, active
     weights = layer._modules["lora_A"]._modules
-    dtypes = {weights[name]._parameters["weight"].dtype for name in active}
+    dtypes = {parameter(weights[name], "weight").dtype for name in active}
     dora = bool(active) and active[0] in layer.lora_variant
     return _dtype_reason(x, base, dtypes, dora, dora and _dropped(layer, active[0]) > 0), active
 
@@ -96,12 +96,11 @@ def sampled_names(layer: Any, per_sample: Sequence[str]) -> list[str]:
 def adapter(layer: Any, name: str) -> Lora:
     """One adapter in its present state."""
     modules = layer._modules
-    lora_a = modules["lora_A"]._modules[name]._parameters
-    lora_b = modules["lora_B"]._modules[name]._parameters
-    b, bias, scaling = lora_b["weight"], lora_b["bias"], layer.scaling[name]
+    a, lora_b = parameter(modules["lora_A"]._modules[name], "weight"), modules["lora_B"]._modules[name]
+    b, bias, scaling = parameter(lora_b, "weight"), parameter(lora_b, "bias"), layer.scaling[name]
     if isinstance(scaling, Tensor):  # so peft prepares for hot-swapping under torch.compile: no number in the graph
         b, bias, scaling = b * scaling, None if bias is None else bias * scaling, 1.0
-    return Lora(lora_a["weight"], b, scaling, _dropped(layer, name), bias=bias)
+    return Lora(a, b, scaling, _dropped(layer, name), bias=bias)
 
 
 def _together_reason(layer: Any, names: list[str]) -> str:
@@ -117,7 +116,7 @@ def _mixed_reason(layer: Any, names: list[str], x: Tensor, per_sample: Sequence[
         return "DoRA with adapter_names"
     if x.ndim < 2 or len(per_sample) != x.shape[0]:
         return "adapter_names does not name one adapter for each sample"
-    if len({layer._modules["lora_A"]._modules[name]._parameters["weight"].dtype for name in names}) > 1:
+    if len({parameter(layer._modules["lora_A"]._modules[name], "weight").dtype for name in names}) > 1:
         return f"the batch has {len(names)} adapters, of different dtypes"
     return ""
 
@@ -127,9 +126,9 @@ def base_reason(base: Any) -> str:
     if not is_plain(base):
         return "the base layer has hooks or a forward of its own"
     if is_dense(base):
-        weight: Any = base._parameters.get("weight")
         if "parametrizations" in base._modules:
             return "the base layer is parametrized"
+        weight = parameter(base, "weight")
         if type(weight) not in _PLAIN:
             return f"the base weight is a {type(weight).__name__}"
         return "" if weight.dtype in FLOAT_DTYPES else f"the base weight is {weight.dtype}"
@@ -163,11 +162,11 @@ def adapter_reason(layer: Any, name: str) -> str:
         return "A or B is parametrized or not a plain nn.Linear"
     if not (is_plain(lora_a) and is_plain(lora_b)):
         return "A or B has hooks or a forward of its own"
-    if lora_a._parameters["bias"] is not None:
+    if parameter(lora_a, "bias") is not None:
         return "A has a bias"
-    a: Any = lora_a._parameters["weight"]
-    b: Any = lora_b._parameters["weight"]
-    bias: Any = lora_b._parameters["bias"]
+    a: Any = parameter(lora_a, "weight")
+    b: Any = parameter(lora_b, "weight")
+    bias: Any = parameter(lora_b, "bias")
     if type(a) not in _PLAIN or type(b) not in _PLAIN:
         return f"A is a {type(a).__name__} and B a {type(b).__name__}"
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype not in FLOAT_DTYPES):

@@ -16,6 +16,7 @@ from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import nf4
 from fastlora.ops.linear import lora_linear
 from fastlora.ops.nf4 import NF4Weight
+from tests.support.models import as_attributes
 from tests.support.numerics import assert_as_accurate
 
 K, N, R = 128, 80, 8
@@ -133,15 +134,12 @@ def test_bad_arguments_are_refused():
         LoRALinear(nn.Linear(K, N), init_lora_weights="eva")
 
 
-def test_adapters_that_are_plain_attributes():
-    """As FSDP without use_orig_params and DataParallel's replicas keep them: views, no parameters of the module."""
-    layer = make_layer("nf4", bias=False)
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_parameters_that_are_plain_attributes(kind):
+    layer = make_layer(kind, bias=True)
     x = torch.randn(3, K)
     expected = layer(x)
-    for part in (layer.lora_A["default"], layer.lora_B["default"]):
-        weight = part.weight
-        del part.weight
-        part.weight = weight.view_as(weight)
+    as_attributes(layer)
     assert torch.equal(layer(x), expected)
 
 

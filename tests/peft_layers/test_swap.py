@@ -10,7 +10,7 @@ from torch import nn
 import fastlora
 from fastlora.model.replace import replace_linear
 from fastlora.ops.nf4 import NF4Weight
-from tests.support.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
+from tests.support.models import as_attributes, bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 from tests.support.numerics import assert_as_accurate
 from tests.support.peft_models import add_another, counts, lora_layers, reasons, run, wrapped
 
@@ -218,6 +218,16 @@ def test_global_hooks_see_every_module():
         handle.remove()
     assert all(layer.base_layer in seen for layer in lora_layers(model))
     assert reasons(model) == {"hooks for all modules are registered"}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["plain", "dora", "bias"])
+def test_parameters_that_are_plain_attributes(options):
+    model = replace_linear(wrapped(qwen2, **options)).eval()
+    expected = model(tokens()).logits
+    for layer in lora_layers(model):
+        as_attributes(layer)
+    torch.testing.assert_close(model(tokens()).logits, expected)
+    assert counts(model)[1] == 0
 
 
 def test_it_comes_forward_again():

@@ -48,6 +48,14 @@ def randomize(model):
     return model
 
 
+def as_attributes(model):
+    """Put views in place of parameters, as FSDP without use_orig_params and DataParallel do."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, parameter.view_as(parameter))
+
+
 def snapshot(model):
     """Everything that replace_linear could change: modules, their classes, parameters, flags."""
     modules = [(name, id(module), type(module)) for name, module in model.named_modules()]
