@@ -51,6 +51,10 @@ class Packed:
     offset: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError where the parts do not fit together."""
         check_blocksize(self.blocksize)
         if self.dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype of an NF4 weight must be fp32, fp16 or bf16, not {self.dtype}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.kernels.operands import Packed
+from fastlora.kernels.operands import SCALES_A_RUN, Packed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CPU = torch.device("cpu")
@@ -83,13 +83,22 @@ def fields_of(weight: Packed, device: torch.device = _CPU) -> tuple[Any, ...]:
     """The fields of `Weight`: five addresses, rows, columns, log2 of the blocksize.
 
     Raises:
-        ValueError: the weight is not on `device`, or its memory has been freed.
+        ValueError: the weight is not on `device`, its memory has been freed, or a part has been given other `.data`
+            that does not fit.
     """
     codes, absmax2, code2, offset = weight.codes, weight.absmax2, weight.code2, weight.offset
     if codes.device != device:
         hint = "; this library is for CPU tensors: move it with .cpu()" if device == _CPU else f", expected {device}"
         raise ValueError(f"the weight is on {codes.device}{hint}")
     rows, columns = weight.shape
+    blocks = -(rows * columns // -weight.blocksize)
+    if (
+        codes.nbytes != (rows * columns + 1) // 2
+        or weight.absmax.nbytes != (4 * blocks if absmax2 is None else blocks)
+        or (absmax2 is not None and absmax2.nbytes != 4 * -(blocks // -SCALES_A_RUN))
+        or (code2 is not None and code2.nbytes != 4 * 256)
+    ):
+        weight.check()
     addresses = (
         codes.data_ptr(), weight.absmax.data_ptr(), pointer_of(absmax2), pointer_of(code2), pointer_of(offset),
     )  # fmt: skip

@@ -272,15 +272,15 @@ class _Linear(torch.autograd.Function):
             lora = Lora(lora_a, lora_b, scaling, dropout_p, seed)
         path = _path(x, weight, lora) if x.numel() else None  # for this call's backward too
         y, h = _forward(x, weight, lora, bias, need_b, path)
-        frozen = dense if packed is None else packed.codes  # saved, so that autograd notices a change in between
-        ctx.save_for_backward(x if need_a or need_dense else None, h, lora_a, lora_b, frozen, seed)
+        frozen = (dense,) if packed is None else packed.tensors()  # saved, so that autograd notices a change in between
+        ctx.save_for_backward(x if need_a or need_dense else None, h, lora_a, lora_b, seed, *frozen)
         ctx.rest, ctx.path, ctx.bias_dtype = rest, path, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         refuse_second_derivative()
-        x, h, lora_a, lora_b, frozen, seed = ctx.saved_tensors
+        x, h, lora_a, lora_b, seed, frozen, *_ = ctx.saved_tensors
         need_x, need_a, need_b, need_bias, need_dense, _, _ = ctx.needs_input_grad
         packed, scaling, dropout_p = ctx.rest
         weight = frozen if packed is None else packed
@@ -294,7 +294,8 @@ class _Linear(torch.autograd.Function):
         return *found, None, None
 
 
-# Function.apply without its search of the arguments for torch.func's wrappers: `seen_by_others` has looked for them.
+# Function.apply without its search of the arguments for torch.func's wrappers: `seen_by_others` has found that no
+# transform of torch.func is active. A tensor that has outlived its transform is refused by the products.
 _apply = super(torch.autograd.Function, _Linear).apply
 
 

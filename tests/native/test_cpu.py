@@ -253,6 +253,21 @@ def test_a_weight_elsewhere_is_refused() -> None:
 
 
 @loaded
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [(part, lambda old: old[: len(old) // 2]) for part in ("codes", "absmax", "absmax2", "code2")]
+    + [("absmax", lambda old: old.float())],
+)
+def test_a_weight_with_other_data_in_a_part_is_refused(part: str, change) -> None:
+    """`NF4Weight` is frozen, but the `.data` of its tensors is not."""
+    w = random_weight(N, K)
+    tensor = getattr(w, part)
+    tensor.data = change(tensor)
+    with pytest.raises(ValueError, match=f"{part} of an NF4 weight"):
+        cpu.nf4_dequantize(w, torch.zeros(N, K))
+
+
+@loaded
 @pytest.mark.parametrize("part", ["codes", "absmax", "absmax2", "code2", "offset"])
 def test_a_weight_whose_memory_has_been_freed_is_refused(part: str) -> None:
     """As FSDP frees what it will gather again: its address is null."""

@@ -89,6 +89,15 @@ def test_a_second_derivative_is_refused(path, base):
         y.sum().backward(create_graph=True)
 
 
+@pytest.mark.parametrize("part", ["codes", "absmax", "absmax2", "code2", "offset"])
+def test_a_packed_weight_changed_before_backward_is_noticed(path, part):
+    case = Case(3, 64, 48, 4, torch.float32, base="nf4")
+    y = lora_linear(case.leaves()[0], case.weight, *case.leaves()[1:3], SCALING)
+    getattr(case.weight, part).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(case.dy)
+
+
 def test_defaults_of_torch_change_nothing():
     # In a process of its own: tables are made once and kept.
     code = (

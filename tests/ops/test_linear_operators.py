@@ -36,6 +36,15 @@ def test_compile_fullgraph_gives_the_same(base):
         assert torch.equal(ours, eager)
 
 
+@pytest.mark.parametrize("trained", [0, 1, 2, 3], ids=["x", "a", "b", "bias"])
+def test_compile_with_one_gradient(trained):
+    case = Case(20, 64, 48, 4, torch.float32, base="nf4", bias=True)
+    leaves = [leaf.detach().requires_grad_(index == trained) for index, leaf in enumerate(case.leaves())]
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    y = compiled(leaves[0], case.weight, *leaves[1:3], SCALING, leaves[3])
+    assert torch.equal(torch.autograd.grad(y, leaves[trained], case.dy)[0], case.ours()[1 + trained])
+
+
 @pytest.mark.slow
 def test_compile_with_inductor_and_dynamic_rows():
     torch._dynamo.reset()
