@@ -81,7 +81,7 @@ def linear(
     if bias is not None:
         _require("bias", bias, (N,), torch.float32)
         bias_at = bias.data_ptr()
-    y, h = torch.empty((M, N), dtype=torch.bfloat16, device="cpu"), None
+    y, h = x.new_empty((M, N)), None
     if save_h and lora is not None:
         h = torch.empty((M, R), dtype=torch.float32, device="cpu")
         h_at = h.data_ptr()
@@ -134,13 +134,13 @@ def linear_backward(
         _require("h", h, (M, R), torch.float32)
         h_at = h.data_ptr()
     if need_x:
-        dx = torch.empty((M, K), dtype=torch.bfloat16, device="cpu")
+        dx = dy.new_empty((M, K))
         dx_at = dx.data_ptr()
     if need_a and lora is not None:
-        da = torch.empty((R, K), dtype=lora.a.dtype, device="cpu")
+        da = torch.empty_like(lora.a)
         da_at = da.data_ptr()
     if need_b and lora is not None:
-        db = torch.empty((N, R), dtype=lora.a.dtype, device="cpu")
+        db = torch.empty_like(lora.b)
         db_at = db.data_ptr()
     result = library.fastlora_linear_backward(
         operands, dy.data_ptr(), M, dy.stride(0), x_at, x_stride, h_at, dx_at, da_at, db_at, chosen_isa(library),
