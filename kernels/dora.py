@@ -8,7 +8,7 @@
 Bytes: norms 0.516 for an NF4 weight or 2 for a bf16 one, and none where A and B have not changed since the last call;
 scales 5 for 64 weights; rescale 2 read and 2 written an output; backward 4 read and 2 written; each of them once.
 
-The norms are computed anew only when A or B has changed, and the device finds that out: `refresh` compares them with
+The norms are computed again only when A or B has changed, and the device finds that out: `refresh` compares them with
 copies, updates the copies and sets a `changed` flag; `row_norms` reads the flag first. Nothing waits for the host, and
 every kind of write is seen, including those of optimizers and FSDP. B A is computed `WIDTH` ranks at a time, as three
 tf32 products.

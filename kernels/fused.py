@@ -20,7 +20,7 @@ layouts of mma.sync, in which warps share weights, back through it, so the produ
 
 LoRA is one more step of the same sum, taken before the loop: h and B in place of x and W, sixteen ranks at a time.
 h and fp32 adapters go as two bf16 parts each, side by side in one product, which keeps 16 bits of both; with 16-bit
-adapters h is rounded to their dtype. The mask of dropout, drawn anew from its seed, applies to that step only.
+adapters h is rounded to their dtype. The mask of dropout, drawn again from its seed, applies to that step only.
 
 Tiles of fewer than 64 tokens go through mma.sync everywhere; from 64 on, wgmma (sm_90) and tcgen05 (sm_100) take
 both operands from shared memory. Where the output tiles do not fill the chip, the sum is split; a second launch then

@@ -1,4 +1,4 @@
-"""What became of every linear layer of a model, and why: the answer to "is this layer fast?"
+"""Whether each linear layer of a model was replaced, and why: the answer to "is this layer fast?"
 
 `replace_linear` leaves a `Report` on the model as `model.fastlora_report`; `fastlora.report(model)` makes a new one.
 Each linear layer has one row, whether it was replaced or not, so that no layer is slow in silence. peft's own layers

@@ -92,7 +92,7 @@ def replace_linear(
         adapter_name: the key of the adapter in parameter names.
         adapter_dtype: dtype of A and B; fp32 where None, as in peft.
     Returns:
-        The same model. `model.fastlora_report` says for every linear layer what became of it, and why.
+        The same model. `model.fastlora_report` says whether each linear layer was replaced, and why.
     Raises:
         ValueError: an option out of its range or not supported, a target that matches nothing, no layer that can be
             replaced, or a model that has fastlora's adapters already. The model is unchanged.

@@ -74,7 +74,7 @@ def stack_obstacle(module: Any, name: str) -> str:
     if any(not hasattr(module, part) for part in INTERFACE):
         return f"{type(module).__name__} does not have transformers' interface of experts"
     if name not in projections(module):
-        return f"{name} is none of the projections {projections(module)}"
+        return f"{name} is not one of the projections {projections(module)}"
     if parametrize.is_parametrized(module):
         return "the experts are parametrized"
     if not is_plain(module):

@@ -49,7 +49,7 @@ def lora_shrink(
         seed, p: the mask is `reference.dropout_mask(seed, M, K, p)`, derived on the way. seed None: no mask, p unused.
     Raises:
         ValueError: a tensor's dtype, shape, device or layout, the seed or p is not as above; nothing has been written.
-        RuntimeError: the library is not loaded; see `status()`.
+        RuntimeError: the library is not loaded; see `native.cpu.status()`.
     Source: arXiv:2106.09685, section 4.1.
     """
     library = loaded()
@@ -88,7 +88,7 @@ def lora_outer(
         seed, p: as in `lora_shrink`.
     Raises:
         ValueError: a tensor's dtype, shape, device or layout, the seed or p is not as above; nothing has been written.
-        RuntimeError: the library is not loaded; see `status()`.
+        RuntimeError: the library is not loaded; see `native.cpu.status()`.
     Source: arXiv:2106.09685, section 4.1.
     """
     library = loaded()
@@ -129,7 +129,7 @@ def dropout_mask(seed: int, p: float, out: Tensor) -> None:
         out: [rows, cols], fp32, bf16 or fp16, contiguous; overwritten.
     Raises:
         ValueError: out's dtype, shape, device or layout, the seed or p is not as above; nothing has been written.
-        RuntimeError: the library is not loaded; see `status()`.
+        RuntimeError: the library is not loaded; see `native.cpu.status()`.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     library = loaded()

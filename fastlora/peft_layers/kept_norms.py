@@ -3,7 +3,7 @@
 A norm takes a pass over the whole weight; gradient accumulation, recomputation under checkpointing and evaluation
 reuse it. A and B are compared with copies, because writes through `.data`, by bitsandbytes' optimizers and by FSDP
 leave no trace on a tensor; such writes to the frozen weight are not noticed. On CUDA the device itself compares and
-decides (`kernels.dora`). Where torch.compile or a dispatch mode must see everything, the norm is computed anew.
+decides (`kernels.dora`). Where torch.compile or a dispatch mode must see everything, the norm is computed again.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from fastlora.ops.nf4 import NF4Weight
 
 
 class KeptNorms:
-    """The row norms of one layer, computed anew when A, B, the weight or the scaling has changed."""
+    """The row norms of one layer, computed again when A, B, the weight or the scaling has changed."""
 
     def __init__(self) -> None:
         self._captured: list[Any] = []  # tensors that CUDA graphs will read again
         self.forget()
 
     def forget(self) -> None:
-        """Compute them anew at the next call."""
+        """Compute them again at the next call."""
         self._weight: Tensor | None = None
         self._facts: tuple[Any, ...] = ()
         self._adapters: tuple[Tensor, ...] = ()
@@ -57,7 +57,7 @@ class KeptNorms:
         return self._norms
 
     def _refreshed(self, weight: Tensor | NF4Weight, adapters: tuple[Tensor, Tensor], scaling: float) -> Tensor:
-        """The norms, computed anew by the device if it finds that A or B has changed."""
+        """The norms, computed again by the device if it finds that A or B has changed."""
         from fastlora.kernels import dora as kernel
 
         assert self._norms is not None

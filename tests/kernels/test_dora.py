@@ -1,4 +1,4 @@
-"""DoRA's kernels, interpreted: row norms and when they are computed anew, the factor in scales, rescaling."""
+"""DoRA's kernels, interpreted: row norms and when they are computed again, the factor in scales, rescaling."""
 
 import dataclasses
 import weakref

@@ -1,4 +1,4 @@
-"""Pictures and page: drawn from the CSV alone, predicted rows kept apart, nothing asked of the network."""
+"""Pictures and page: drawn only from the CSV, predicted rows kept apart, nothing asked of the network."""
 
 import base64
 import importlib.util
@@ -94,7 +94,7 @@ def test_a_browser_shows_the_page_whole(report, tmp_path):
     """Tables, decoded pictures and no request, as a headless browser sees them; else the parser's tests stand."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None and importlib.util.find_spec("playwright") is None:
-        pytest.skip("no headless browser here (chromium, chrome or playwright): the page is checked by a parser alone")
+        pytest.skip("no headless browser here (chromium, chrome or playwright): only a parser checks the page")
     probe = (
         "<script>window.addEventListener('load', () => { document.documentElement.dataset.seen = JSON.stringify({"
         "images: [...document.images].map(i => i.complete && i.naturalWidth > 0),"
