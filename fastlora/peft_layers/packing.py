@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastlora.layers.experts import computes_in_fp32
-from fastlora.peft_layers.experts import is_wrapper, parameter_reason
-from fastlora.peft_layers.linear import speed_up_layer
 
 
 class Transposed(nn.Module):
@@ -39,9 +37,12 @@ def quantize_experts(model: nn.Module, blocksize: int = 64, double_quant: bool =
         the same model.
     Raises:
         ValueError: no such parameter, or a shape or layout that cannot be packed. Nothing is changed.
-        ImportError: bitsandbytes is not installed.
+        ImportError: bitsandbytes or peft is not installed.
     """
     import bitsandbytes.nn.parametrize  # noqa: F401, for its ImportError, before anything is changed
+
+    from fastlora.peft_layers.experts import is_wrapper, parameter_reason
+    from fastlora.peft_layers.linear import speed_up_layer
 
     wrappers: list[Any] = [module for module in model.modules() if is_wrapper(module)]
     if not wrappers:

@@ -9,6 +9,7 @@ import sys
 sys.modules.update(peft=None, bitsandbytes=None)  # any import of either fails from here on
 import torch
 import fastlora
+public = [getattr(fastlora, name) for name in fastlora.__all__]
 from tests.support.models import SIZES, gpt2, llama, tokens, transformers
 
 
