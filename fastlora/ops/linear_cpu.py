@@ -17,6 +17,7 @@ the product and never makes an [M, N] in fp32. For a few rows the extra calls do
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import reference
@@ -38,6 +39,10 @@ def forward(
     """y [M, N], and h = dropout(x) Aᵀ [M, R] in fp32 where `save_h`. x: [M, K]."""
     if lora is None:
         return _base_product(x, weight, bias), None
+    if _is_small_fp32(x, weight, lora):
+        shrunk = F.linear(x, lora.a)  # [M, R]
+        y = affine(x, dense(weight, x.dtype), bias).addmm_(shrunk, lora.b.t(), alpha=lora.scaling)
+        return y, shrunk if save_h else None
     merges = _merges(x, weight, lora)
     h = _shrink(x, lora.a.t(), 1.0, lora) if save_h or not merges else None  # [M, R]
     if merges:
@@ -55,6 +60,8 @@ def backward(
     """Gradients of everything except a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
     if lora is None:
         return Gradients(_base_product_t(dy, weight) if needs.x else None, None, None)
+    if _is_small_fp32(dy, weight, lora):
+        return _small_fp32_backward(dy, x, h, dense(weight, dy.dtype), lora, needs)
     merges, undropped = _merges(dy, weight, lora), lora._replace(seed=None)
     g, da, db = None, None, None
     if needs.lora_b:
@@ -99,6 +106,39 @@ def steps(n: int, k: int, blocksize: int, r: int, dtype: torch.dtype, device: to
 def _merges(x: Tensor, weight: Tensor | NF4Weight, lora: Lora) -> bool:
     """Whether to merge: that costs N K R products, a separate update M N R or M K R."""
     return isinstance(weight, NF4Weight) and lora.seed is None and x.shape[0] >= min(weight.shape)
+
+
+def _is_small_fp32(x: Tensor, weight: Tensor | NF4Weight, lora: Lora) -> bool:
+    """Whether all operands are fp32, dense and small, so that the fewest calls of torch are the fastest.
+
+    Nothing is rounded below fp32 there, so that the order of the two parts of a sum does not matter.
+    """
+    return (
+        x.dtype is torch.float32
+        and lora.seed is None
+        and isinstance(weight, Tensor)
+        and x.shape[0] * max(weight.shape) < STREAM_FROM
+    )
+
+
+def _small_fp32_backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor, lora: Lora, needs: Needs
+) -> Gradients:
+    """`backward` by the fewest calls of torch; see `_is_small_fp32`."""
+    g, dx, da, db = None, None, None, None
+    if needs.x or needs.lora_a:
+        g = (dy @ lora.b).mul_(lora.scaling)  # [M, R]
+    if needs.x:
+        assert g is not None
+        dx = (dy @ weight).addmm_(g, lora.a)  # [M, K]
+    if needs.lora_a:
+        assert g is not None
+        assert x is not None
+        da = g.t() @ x  # [R, K]
+    if needs.lora_b:
+        assert h is not None
+        db = (dy.t() @ h).mul_(lora.scaling)  # [N, R]
+    return Gradients(dx, da, db)
 
 
 def _has_cpp(x: Tensor) -> bool:
