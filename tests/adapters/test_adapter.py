@@ -15,17 +15,13 @@ from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
-from tests.support.models import Own, bnb_llama, llama, qwen2, randomize, snapshot, tokens
+from tests.support.models import Own, bnb_llama, llama, logits, qwen2, randomize, snapshot
 
 PREFIX = "base_model.model."
 
 
 def adapted(base=llama, **options):
     return randomize(replace_linear(base(), **{"r": 4, "lora_alpha": 6, **options}))
-
-
-def logits(model):
-    return model(tokens()).logits.detach()
 
 
 @pytest.mark.parametrize(

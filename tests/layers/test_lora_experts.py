@@ -13,15 +13,11 @@ from fastlora.layers.lora_experts import LoRAExperts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
-from tests.support.models import llama, randomize, snapshot, tokens
+from tests.support.models import llama, logits, randomize, snapshot, tokens
 from tests.support.numerics import assert_as_accurate
 
 peft = pytest.importorskip("peft")
 from tests.support.expert_cases import ALONE, BOTH, MODELS, fp32_on_purpose, moe, ours, routed, stack  # noqa: E402
-
-
-def logits(model):
-    return model(tokens()).logits.detach()
 
 
 def layer_of(model):

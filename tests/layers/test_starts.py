@@ -15,14 +15,10 @@ from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
 from fastlora.ops import nf4
-from tests.support.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
+from tests.support.models import bnb_llama, gpt2, llama, logits, qwen2, randomize, snapshot, tokens
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
 CHANGING = ["pissa", "pissa_niter_8", "olora"]
-
-
-def logits(model):
-    return model(tokens()).logits.detach()
 
 
 def shaken(model):

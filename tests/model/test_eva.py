@@ -14,13 +14,9 @@ from fastlora.model import eva
 from fastlora.model.replace import replace_linear
 from fastlora.ops.nf4 import NF4Weight
 from tests.support.eva_cases import batches, spread
-from tests.support.models import bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
+from tests.support.models import bnb_llama, gpt2, llama, logits, qwen2, randomize, snapshot
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
-
-
-def logits(model):
-    return model(tokens()).logits.detach()
 
 
 def pefts(base, data, eva_config=None, **options):

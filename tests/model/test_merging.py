@@ -15,14 +15,10 @@ from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
-from tests.support.models import bnb_llama, llama, qwen2, randomize, snapshot, tokens
+from tests.support.models import bnb_llama, llama, logits, qwen2, randomize, snapshot
 
 peft = pytest.importorskip("peft")
 TARGETS = ["q_proj", "k_proj", "down_proj"]
-
-
-def logits(model):
-    return model(tokens()).logits.detach()
 
 
 def wrapped(base=llama, **options):

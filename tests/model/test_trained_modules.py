@@ -12,21 +12,7 @@ from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
-from tests.support.models import bnb_llama, llama, qwen2, randomize, snapshot, tokens
-
-
-def logits(model):
-    return model(tokens()).logits.detach()
-
-
-def trained(model, steps=3):
-    """The model after a few steps that move whatever is trained."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=tokens(), labels=tokens()).loss.backward()
-        optimizer.step()
-    return model
+from tests.support.models import bnb_llama, llama, logits, qwen2, randomize, snapshot, trained
 
 
 @pytest.mark.parametrize("base", [llama, qwen2])

@@ -10,7 +10,7 @@ from torch import nn
 from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
-from tests.support.models import gpt2, llama, randomize, snapshot, tokens
+from tests.support.models import gpt2, llama, logits, randomize, snapshot, tokens, trained
 
 TOKENS = [int(tokens()[0, 0]), 63, int(tokens()[1, 3])]
 
@@ -19,21 +19,8 @@ def tied():
     return llama(tie_word_embeddings=True)
 
 
-def logits(model):
-    return model(tokens()).logits.detach()
-
-
 def adapted(base, **options):
     return randomize(replace_linear(base, r=4, target_modules=["q_proj"], **options))
-
-
-def trained(model, steps=3):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=tokens(), labels=tokens()).loss.backward()
-        optimizer.step()
-    return model
 
 
 CASES = [

@@ -10,7 +10,7 @@ sys.modules.update(peft=None, bitsandbytes=None)  # any import of either fails f
 import torch
 import fastlora
 public = [getattr(fastlora, name) for name in fastlora.__all__]
-from tests.support.models import SIZES, gpt2, llama, tokens, transformers
+from tests.support.models import SIZES, gpt2, llama, logits, tokens, transformers
 
 
 def mixtral():
@@ -30,10 +30,6 @@ CASES = [
     (gpt2, {"init_lora_weights": "orthogonal", "trainable_token_indices": [3, 7]}),
     (llama, {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
 ]
-
-
-def logits(model):
-    return model(tokens()).logits.detach()
 
 
 for number, (base, options) in enumerate(CASES):

@@ -10,22 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.ops.backend import backend
 from fastlora.ops.linear import lora_linear, nf4_linear
 from tests.support.linear_cases import SCALING, Case, operator_arguments
 from tests.support.numerics import assert_as_accurate, rms
-
-
-@pytest.fixture(params=["torch", "cpp", "triton"])
-def path(request, monkeypatch):
-    """Each backend in turn; Triton through its interpreter where there is no GPU."""
-    monkeypatch.setenv("FASTLORA_BACKEND", request.param)
-    try:
-        backend("cpu")
-    except ValueError as error:
-        pytest.skip(str(error))
-    return request.param
-
 
 DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
 BF16 = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]

@@ -9,24 +9,12 @@ import torch
 from fastlora.kernels.operands import BLOCKSIZES
 
 from fastlora.ops import nf4
-from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import NF4Weight, quantize
 
 bnb = pytest.importorskip("bitsandbytes")
 BF = bnb.functional
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(64, 64), (128, 256), (33, 70), (5, 7), (1, 4097)]
-
-
-@pytest.fixture(params=["torch", "cpp", "triton"])
-def path(request, monkeypatch):
-    """Each backend in turn; Triton through its interpreter where there is no GPU."""
-    monkeypatch.setenv("FASTLORA_BACKEND", request.param)
-    try:
-        backend("cpu")
-    except ValueError as error:
-        pytest.skip(str(error))
-    return request.param
 
 
 def weight(shape, dtype=torch.float32, seed=0):

@@ -48,6 +48,21 @@ def randomize(model):
     return model
 
 
+def logits(model):
+    """For `tokens`."""
+    return model(tokens()).logits.detach()
+
+
+def trained(model, steps=3):
+    """The model after a few steps that move whatever is trained."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+    return model
+
+
 def as_attributes(model):
     """Put views in place of parameters, as FSDP without use_orig_params and DataParallel do."""
     for module in model.modules():
