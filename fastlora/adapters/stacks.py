@@ -64,7 +64,7 @@ def saved(layer: LoRAExperts, name: str) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of A and B as peft names them, without its prefix; name: of the layer."""
     for parameter, wrapper in _wrapper_names(name, layer.r).items():
         for part, value in zip(("lora_A", "lora_B"), layer.adapter(parameter)[:2], strict=True):
-            yield f"{wrapper}.{part}.weight", value.detach()
+            yield f"{wrapper}.{part}.weight", value
 
 
 @torch.no_grad()

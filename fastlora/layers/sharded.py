@@ -3,7 +3,8 @@
 These functions are collective: every process of the group calls them, for the same tensors in the same order.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,6 +60,59 @@ def _is_unit(module: nn.Module) -> bool:
 
 def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+# The child under which a wrapper around a block holds it, which becomes a part of all names inside.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile's, torch.distributed's checkpoint_wrapper's
+
+
+def clean(name: str) -> str:
+    """A name as it is where no block of the model is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
+@contextlib.contextmanager
+def clean_names(model: nn.Module) -> Iterator[None]:
+    """While this is open, compiled and checkpointed blocks are in the model without their wrappers.
+
+    So all names are those of the plain model, as files have them. A block that was replaced meanwhile is wrapped again.
+    """
+    taken = []
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if attribute not in _INSIDE and child is not None and _wrapped(child) is not None:
+                taken.append((parent, attribute, child))
+                parent._modules[attribute] = _bare(child)
+    try:
+        yield
+    finally:
+        for parent, attribute, wrapper in taken:
+            block = parent._modules[attribute]
+            assert block is not None
+            parent._modules[attribute] = wrapper if block is _bare(wrapper) else _wrapped_again(wrapper, block)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The block inside a wrapper; None for any other module."""
+    return next((found for key in _INSIDE if (found := module._modules.get(key)) is not None), None)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    return module
+
+
+def _wrapped_again(wrapper: Any, block: nn.Module) -> nn.Module:
+    """The same wrappers around another block."""
+    inner = _wrapped(wrapper)
+    if inner is None:
+        return block
+    inside = _wrapped_again(inner, block)
+    if "_orig_mod" in wrapper._modules:
+        return type(wrapper)(inside, wrapper.dynamo_ctx)  # type: ignore[no-any-return]
+    wrapper._checkpoint_wrapped_module = inside
+    return wrapper  # type: ignore[no-any-return]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

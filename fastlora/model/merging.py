@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.layers import sharded
+from fastlora.layers import kept_fp32, sharded
 from fastlora.layers.bases import AdoptedWeight, is_linear4bit
 from fastlora.layers.dense import plain_layer
 from fastlora.layers.lora_experts import adapted_experts
@@ -86,8 +86,13 @@ def merge(
             "the model is sharded: save_adapter(model, directory), then load_adapter into the model as it was before "
             "fully_shard, and merge that"
         )
-    if replace.carries_peft(model):
-        return _merge_with_peft(model, dtype, safe_merge)
+    with sharded.clean_names(model):
+        if replace.carries_peft(model):
+            return _merge_with_peft(model, dtype, safe_merge)
+        return _merge(model, dtype, quantize, safe_merge)
+
+
+def _merge(model: nn.Module, dtype: torch.dtype | None, quantize: str | None, safe_merge: bool) -> nn.Module:
     experts = adapted_experts(model)
     inside = tuple(f"{name}." for name in experts)
     outer: dict[str, Any] = {
@@ -108,6 +113,7 @@ def merge(
     for layer in experts.values():
         put(places[id(layer)], layer.to_experts(dtype))
     trained_tokens.fold(model)
+    kept_fp32.release(model.modules())
     for attribute in ("fastlora_report", "fastlora_settings"):
         if hasattr(model, attribute):
             delattr(model, attribute)

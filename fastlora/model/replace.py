@@ -23,9 +23,10 @@ from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Report
+from fastlora.layers.sharded import clean_names
 from fastlora.model import new_layers, nf4_layers, stacks, trained_modules, trained_tokens
 from fastlora.model.names import ALL_LINEAR, means, within
-from fastlora.model.settings import LayerOptions, LoRASettings, select, settings_from_config
+from fastlora.model.settings import LayerOptions, LoRASettings, select, settings_from_config, with_head
 from fastlora.model.sites import Site, find_sites, output_head, places_of, put, report_on
 from fastlora.model.trainer_compat import admit_training, let_inputs_require_grad
 from fastlora.ops.backend import backend
@@ -90,7 +91,8 @@ def replace_linear(
             layer by layer: peak memory is the model and one layer.
         blocksize, double_quant: of the quantization.
         adapter_name: the key of the adapter in parameter names.
-        adapter_dtype: dtype of A and B; fp32 where None, as in peft.
+        adapter_dtype: dtype of A, B and all else that is trained; fp32 where None. Of modules_to_save, another dtype
+            than fp32 means the model's own.
     Returns:
         The same model. `model.fastlora_report` says whether each linear layer was replaced, and why.
     Raises:
@@ -99,13 +101,19 @@ def replace_linear(
         RuntimeError: memory ran out while quantizing. The model is half quantized: load it again.
     """
     asked = {name: value for name, value in locals().items() if name not in ("model", "config")}
+    with clean_names(model):
+        return _replace(model, config, asked)
+
+
+def _replace(model: nn.Module, config: Any, asked: dict[str, Any]) -> nn.Module:
+    """As `replace_linear`; asked: its options."""
     if carries_peft(model):
         return _speed_up_peft(model, config, asked)
     of_lora = {option.name: asked.pop(option.name) for option in fields(LoRASettings) if option.name in asked}
     if config is not None:
         if both := _not_default(of_lora):
             raise ValueError(f"give either config or {both[0]}, not both: set {both[0]} in the config")
-        settings = settings_from_config(config)
+        settings = with_head(settings_from_config(config), [name for name, _ in model.named_modules()])
     else:
         settings = LoRASettings(**of_lora)
     options = LayerOptions(**asked)
@@ -128,6 +136,11 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: `replace_linear` has not been called on this model.
     """
+    with clean_names(model):
+        return _report(model)
+
+
+def _report(model: nn.Module) -> Report:
     if carries_peft(model):
         from fastlora.peft_layers import swap
 
@@ -248,9 +261,9 @@ def replace_marked(
     packed = options.blocksize if options.quantize else 0
     report = report_on(model, sites, [row for name, each in experts.items() for row in each.rows(name, packed)])
     _put_layers(model, sites, layers, experts, trains=not settings.inference_mode)
-    for module in trained.values():
-        module.requires_grad_(not settings.inference_mode)
-    trained_tokens.wrap(model, tokens, trains=not settings.inference_mode)
+    trains = not settings.inference_mode
+    trained_modules.prepare(model, list(trained.values()), trains, options.adapter_dtype)
+    trained_tokens.wrap(model, tokens, trains, options.adapter_dtype)
     nf4_layers.quantize(sites, layers, options, taken_out)
     for each in experts.values() if options.quantize else ():
         each.quantize(options.blocksize, options.double_quant)

@@ -6,8 +6,9 @@ names the nearest modules, because it is nearly always a misspelling.
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,10 +30,20 @@ from fastlora.model.names import (
 
 # Options that do not affect the computation, whatever their value; fan_in_fan_out is read off the layers.
 _INERT = ("fan_in_fan_out", "peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size")
-# Values that turn an option off. An option that fastlora does not know, as of a newer peft, must have one of these.
+# Options of peft's that change what is computed or trained, and that only peft's layers have.
+_PEFTS = (
+    "bias", "megatron_config", "corda_config", "lora_ga_config", "use_dora", "velora_config", "alora_invocation_tokens",
+    "use_qalora", "monteclora_config", "layer_replication", "runtime_config", "lora_bias", "use_bdlora", "arrow_config",
+    "kasa_config", "ensure_weight_tying",
+)  # fmt: skip
+# Values that turn an option off.
 _OFF = (None, False, "none", 0)
-# Tasks for which peft trains and saves the head too.
-_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+# The heads that peft trains and saves too, by the task.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(frozen=True)
@@ -164,9 +175,36 @@ class LayerOptions:
             raise ValueError(f"adapter_name must be a name without dots, not {self.adapter_name!r}")
 
 
-def settings_from_config(config: Any) -> LoRASettings:
+def unsupported(config: Mapping[str, Any]) -> list[str]:
+    """The options of peft that a config sets and that fastlora's own layers do not have."""
+    return [name for name in _PEFTS if not _is_off(config.get(name))]
+
+
+def with_head(settings: LoRASettings, modules: Collection[str]) -> LoRASettings:
+    """Where the task is one for which peft trains and saves the model's head too, the same with its name added.
+
+    Args:
+        modules: the names of the model's modules.
+    Raises:
+        ValueError: the model has no such head.
+    """
+    wanted, possible = list(settings.modules_to_save or ()), _HEADS.get(settings.task_type or "", ())
+    heads = [head for head in possible if any(means(head, name) for name in modules)]
+    if possible and not heads and not wanted:
+        raise ValueError(
+            f"task_type={settings.task_type} trains the head of the task too, and the model has no "
+            f"{' and no '.join(possible)}: name its head in modules_to_save, or load the model for the task"
+        )
+    added = [head for head in heads if head not in wanted]
+    return replace(settings, modules_to_save=[*wanted, *added]) if added else settings
+
+
+def settings_from_config(config: Any, strict: bool = True) -> LoRASettings:
     """Settings from a peft `LoraConfig`, or from the mapping in an `adapter_config.json`.
 
+    Args:
+        strict: an option that fastlora does not know, as of a newer peft, is an error; else it is ignored, as peft
+            does, and named in a warning.
     Raises:
         ValueError: the config is not LoRA's, or it sets an option that is not supported. The message names it.
     """
@@ -175,25 +213,20 @@ def settings_from_config(config: Any) -> LoRASettings:
     if method != "LORA":
         raise ValueError(f"the config is for {method or type(config).__name__!r}; only peft_type LORA is supported")
     supported = [option.name for option in fields(LoRASettings)]
-    for name, value in options.items():
-        if name in supported or name in _INERT:
-            continue
-        if not (value in _OFF if isinstance(value, (bool, int, str, type(None))) else _is_empty(value)):
-            raise ValueError(
-                f"{name}={value!r} is not supported by replace_linear: leave it off, or wrap the model with peft "
-                "(get_peft_model) and call replace_linear on the result, which speeds up the layers it can"
-            )
+    unknown = [name for name in options if name not in (*supported, *_INERT, *_PEFTS) and not _is_off(options[name])]
+    for name in (*unsupported(options), *(unknown if strict else ())):
+        raise ValueError(
+            f"{name}={options[name]!r} is not supported by replace_linear: leave it off, or wrap the model with peft "
+            "(get_peft_model) and call replace_linear on the result, which speeds up the layers it can"
+        )
+    if unknown:
+        warnings.warn(f"ignored, as not known here: {', '.join(unknown)} of the adapter's config", stacklevel=3)
     taken = {name: options[name] for name in supported if options.get(name) is not None}
     if not taken.get("loftq_config"):  # peft's default is an empty mapping
         taken.pop("loftq_config", None)
     taken.setdefault("target_modules", None)
     if "task_type" in taken:
         taken["task_type"] = str(getattr(taken["task_type"], "value", taken["task_type"]))
-        if taken["task_type"] in _HEAD_TASKS:
-            raise ValueError(
-                f"task_type={taken['task_type']} makes peft train and save the head too, which replace_linear does not "
-                "do: wrap the model with peft, then call replace_linear on the result"
-            )
     return LoRASettings(**taken)
 
 
@@ -242,6 +275,10 @@ def select(
         hint = f"; linear layers in it: {', '.join(inside)}" if inside else ""
         raise ValueError(f"target_modules={shown(targets)} matches {wrong[0]!r}, which is not a linear layer{hint}")
     return chosen, excluded
+
+
+def _is_off(value: Any) -> bool:
+    return value in _OFF if isinstance(value, (bool, int, str, type(None))) else _is_empty(value)
 
 
 def _is_empty(value: Any) -> bool:

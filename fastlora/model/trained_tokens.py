@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlora.layers import sharded
 from fastlora.model.names import means, nearest
 from fastlora.model.sites import places_of, put
 
@@ -26,7 +27,7 @@ class TrainedTokens(nn.Module):
 
     Args:
         base_layer: used as it is, frozen; weight [V, D].
-        indices: the tokens. rows: [len(indices), D], trained; a tied embedding and head share them.
+        indices: the tokens. rows: [len(indices), D], trained, cast at use; a tied embedding and head share them.
     """
 
     slots: Tensor
@@ -82,13 +83,16 @@ def resolve(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
         inputs = get() if callable(get) else None
         name = next((name for name, module in modules.items() if module is inputs and name), "embed_tokens")
         wanted = {name: wanted}
-    found = {}
+    found: dict[str, list[int]] = {}
     for entry, indices in wanted.items():
         names = [name for name in modules if means(entry, name)]
         if len(names) != 1:
             hint = nearest(entry, modules.keys() - {""}) if not names else f": {', '.join(names[:3])}"
             raise ValueError(f"trainable_token_indices: {entry!r} matches {len(names) or 'no'} modules{hint}")
         _check_tokens(names[0], modules[names[0]], indices)
+        weight = modules[names[0]].weight
+        if any(modules[name].weight is weight and found[name] == list(indices) for name in found):
+            continue  # tied, and so are its trained rows, as peft has it
         found[names[0]] = list(indices)
     return found
 
@@ -129,12 +133,13 @@ def owners(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> dict[str, s
     return found
 
 
-def wrap(model: nn.Module, wanted: Mapping[str, Sequence[int]], trains: bool) -> None:
-    """Put a `TrainedTokens` over each of these modules and what is tied to them."""
+def wrap(model: nn.Module, wanted: Mapping[str, Sequence[int]], trains: bool, dtype: torch.dtype | None = None) -> None:
+    """Put a `TrainedTokens` over each of these modules and what is tied to them; dtype: of the rows, None for fp32."""
     rows = {}
     for name, indices in wanted.items():
         weight: Any = model.get_submodule(name).weight
-        rows[name] = nn.Parameter(weight.detach()[list(indices)].clone(), requires_grad=trains)
+        chosen = weight.detach()[list(indices)].to(dtype or torch.float32, copy=True)
+        rows[name] = nn.Parameter(chosen, requires_grad=trains)
     bases = {name: model.get_submodule(name) for name in owners(model, wanted)}
     places = places_of(model, bases.values())
     for name, owner in owners(model, wanted).items():
@@ -176,7 +181,15 @@ def layers(model: nn.Module) -> dict[str, TrainedTokens]:
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The trained rows under peft's keys."""
-    return {f"{name}.{KEY}": layer.trained_rows.detach().clone() for name, layer in layers(model).items()}
+    return {f"{name}.{KEY}": layer.trained_rows for name, layer in layers(model).items()}
+
+
+@torch.no_grad()
+def load(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
+    """Fill the trained rows of these modules."""
+    for name, values in rows.items():
+        layer: Any = model.get_submodule(name)
+        sharded.fill(layer.trained_rows, values)
 
 
 def fold(model: nn.Module) -> None:
