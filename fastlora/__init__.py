@@ -17,6 +17,7 @@ if not (_root / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from fastlora.adapters.adapter import load_adapter, save_adapter
+    from fastlora.adapters.old_checkpoints import extract_adapter
     from fastlora.layers.lora_experts import LoRAExperts
     from fastlora.layers.lora_linear import LoRALinear
     from fastlora.layers.nf4_linear import NF4Linear
@@ -39,6 +40,7 @@ __all__ = [
     "NF4Weight",
     "Report",
     "backend",
+    "extract_adapter",
     "grouped_lora_linear",
     "load_adapter",
     "lora_linear",
@@ -56,6 +58,7 @@ __all__ = [
 # Imported at first use: the command line answers without waiting for torch.
 _HOMES = {
     "fastlora.adapters.adapter": ("load_adapter", "save_adapter"),
+    "fastlora.adapters.old_checkpoints": ("extract_adapter",),
     "fastlora.layers.lora_experts": ("LoRAExperts",),
     "fastlora.layers.lora_linear": ("LoRALinear",),
     "fastlora.layers.nf4_linear": ("NF4Linear",),
@@ -69,11 +72,15 @@ _HOMES = {
     "fastlora.model.quantizer": ("FastLoRANF4Config",),
     "fastlora.model.replace": ("replace_linear", "report", "restore"),
 }
+# Those that adapt models: transformers' saving and loading is made right for such models along with them.
+_FOR_MODELS = ("load_adapter", "replace_linear", "save_adapter")
 
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
+            if name in _FOR_MODELS:
+                import_module("fastlora.adapters.pretrained")
             value = getattr(import_module(home), name)
             globals()[name] = value
             return value

@@ -21,6 +21,14 @@ if os.environ.get("TRITON_INTERPRET", "0") != "0" and importlib.util.find_spec("
     teach_bf16()
 
 
+def pytest_configure() -> None:
+    """What `fastlora.replace_linear` brings along, for tests that import the function from its module."""
+    if importlib.util.find_spec("torch"):
+        import fastlora
+
+        assert fastlora.replace_linear
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, by name, what needs a CUDA device."""
     import torch

@@ -185,7 +185,10 @@ def _load(
             )
         sharded.settle(model)
         for name, layer in layers.items():
-            layer.set_scaling(settings.rank_and_alpha(found.former(name))[1], settings.use_rslora)
+            alpha = settings.rank_and_alpha(found.former(name))[1]
+            if adapter_name in layer.taken_out:  # the file's is for twice the rank
+                alpha /= 2**0.5 if settings.use_rslora else 2
+            layer.set_scaling(alpha, settings.use_rslora)
         _copy(pairs, layers, adapter_name)
     for (name, parameter), pair in of_stacks.items():
         alpha = settings.rank_and_alpha(f"{found.former(name)}.{parameter}")[1]

@@ -29,10 +29,13 @@ def keep(model: nn.Module, modules: Iterable[nn.Module]) -> None:
                 kept[id(parameter)] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
             module._parameters[name] = kept[id(parameter)]
         dtypes = {name: parameter.dtype for name, parameter in mine.items()}
-        module.fastlora_computes_in = getattr(module, "fastlora_computes_in", {}) | dtypes  # type: ignore[assignment]
-        kind: Any = type(module)
-        if not issubclass(kind, _KeptInFp32):
-            module.__class__ = _subclass(kind)
+        _compute_in(module, getattr(module, "fastlora_computes_in", {}) | dtypes)
+
+
+def follow(new: nn.Module, old: nn.Module) -> None:
+    """Let a module that has taken the place of another, with its fp32 weights, compute as that one does."""
+    if isinstance(old, _KeptInFp32) and new is not old:
+        _compute_in(new, dict(old.fastlora_computes_in))
 
 
 def release(modules: Iterable[nn.Module]) -> None:
@@ -48,6 +51,13 @@ def release(modules: Iterable[nn.Module]) -> None:
             module._parameters[name] = released[id(parameter)]
         del module.fastlora_computes_in
         module.__class__ = type(module).__mro__[2]
+
+
+def _compute_in(module: Any, dtypes: dict[str, torch.dtype]) -> None:
+    module.fastlora_computes_in = dtypes
+    kind: Any = type(module)
+    if not issubclass(kind, _KeptInFp32):
+        module.__class__ = _subclass(kind)
 
 
 class _KeptInFp32(nn.Module):

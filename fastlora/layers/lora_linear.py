@@ -106,6 +106,21 @@ class LoRALinear(nn.Module):
         self.lora_alpha[name], self.use_rslora[name] = lora_alpha, use_rslora
         self.scaling[name] = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
+    def set_base(self, base_layer: nn.Module) -> None:
+        """Put the adapters over a layer with as many inputs; rows of B are dropped from the end, or added as zeros."""
+        n: int = base_weight(base_layer).shape[0]
+        if self.taken_out and n != self.out_features:
+            raise ValueError("the base was changed by its start: resize it before replace_linear")
+        for linear in self.lora_B.values():
+            module: Any = linear
+            b = module.weight
+            if n != b.shape[0]:
+                fresh = b.detach().new_zeros((n, b.shape[1]))
+                fresh[: min(n, b.shape[0])] = b.detach()[:n]
+                module.weight, module.out_features = nn.Parameter(fresh, b.requires_grad), n
+        self.base_layer, self.out_features = base_layer, n
+        self._adopted.forget()
+
     def adapter(self) -> tuple[nn.Parameter, nn.Parameter, float]:
         """(A [R, K], B [N, R], scaling) of the active adapter."""
         modules: Any = self._modules  # `self.lora_A[name].weight` takes ten times as long

@@ -35,14 +35,18 @@ class TrainedTokens(nn.Module):
 
     def __init__(self, base_layer: nn.Module, indices: Sequence[int], rows: nn.Parameter) -> None:
         super().__init__()
-        self.base_layer, self.trained_rows = base_layer, rows
-        vocabulary = self.weight.shape[0]
-        chosen = torch.tensor(list(indices), device=rows.device)
-        slots = torch.full((vocabulary,), -1, device=rows.device)
-        slots[chosen] = torch.arange(len(chosen), device=rows.device)
-        self.register_buffer("indices", chosen, persistent=False)
-        self.register_buffer("slots", slots, persistent=False)
+        self.trained_rows = rows
+        self.register_buffer("indices", torch.tensor(list(indices), device=rows.device), persistent=False)
+        self.set_base(base_layer)
         self.train(base_layer.training)
+
+    def set_base(self, base_layer: nn.Module) -> None:
+        """Put the trained rows over a layer, which may have another number of tokens than the one before."""
+        self.base_layer = base_layer
+        device = self.trained_rows.device
+        slots = torch.full((self.weight.shape[0],), -1, device=device)
+        slots[self.indices] = torch.arange(len(self.indices), device=device)
+        self.register_buffer("slots", slots, persistent=False)
 
     @property
     def weight(self) -> Any:
@@ -144,10 +148,10 @@ def wrap(model: nn.Module, wanted: Mapping[str, Sequence[int]], trains: bool, dt
     places = places_of(model, bases.values())
     for name, owner in owners(model, wanted).items():
         put(places[id(bases[name])], TrainedTokens(bases[name], wanted[owner], rows[owner]))
-    _update_ties(model)
+    update_ties(model)
 
 
-def _update_ties(model: Any) -> None:
+def update_ties(model: Any) -> None:
     """Rename the wrapped modules in transformers' table of tied weights, {"lm_head.weight": "embed_tokens.weight"}.
 
     `save_pretrained` and Trainer's checkpoints look there before they write a shared tensor once.
@@ -198,4 +202,4 @@ def fold(model: nn.Module) -> None:
     places = places_of(model, wrappers)
     for wrapper in wrappers:
         put(places[id(wrapper)], wrapper.fold())
-    _update_ties(model)
+    update_ties(model)
