@@ -59,6 +59,8 @@ class Packed:
         if self.dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype of an NF4 weight must be fp32, fp16 or bf16, not {self.dtype}")
         n, k = self.shape
+        if n < 0 or k < 0:
+            raise ValueError(f"the shape of an NF4 weight must be [N, K]; got {[n, k]}")
         blocks = -(n * k // -self.blocksize)
         expected = [("codes", self.codes, torch.uint8, -(n * k // -2))]
         if self.absmax2 is None and self.code2 is None and self.offset is None:

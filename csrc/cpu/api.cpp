@@ -204,7 +204,8 @@ int fastlora_nf4_quantize_scales(const float* absmax, int64_t blocks, float offs
     absmax2[group] = largest;
     const float inverse = 1.0f / std::max(largest, 1e-38f);
     for (int64_t b = begin; b < end; ++b) {
-      const float scaled = std::clamp((absmax[b] - offset) * inverse, -1.0f, 1.0f);
+      // In this order of arguments NaN becomes a number, so that no scale whatever leads outside the table.
+      const float scaled = std::max(-1.0f, std::min(1.0f, (absmax[b] - offset) * inverse));
       const int step = static_cast<int>((scaled + 1.0f) * 32767.5f + 0.5f);
       levels[b] = largest == 0.0f ? 0 : table[step];
     }

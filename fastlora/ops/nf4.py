@@ -111,31 +111,41 @@ class NF4Weight(Packed):
         """The inverse of `state_dict()`; also reads what bitsandbytes saved.
 
         Raises:
-            ValueError: a key is missing, the weight is fp4, or the parts do not fit together.
+            ValueError: a key is missing, the weight is fp4, the parts do not fit together, or a scale is not finite.
         """
         if _STATE_KEY not in state:
             other = [key for key in state if "bitsandbytes__" in key]
             found = f"found {other[0]!r}: only nf4 is supported" if other else f"keys are {sorted(state)}"
             raise ValueError(f"no {_STATE_KEY!r} in the state of an NF4 weight; {found}")
-        facts = json.loads(bytes(state[_STATE_KEY].cpu().tolist()))
+        facts = _facts_of(state[_STATE_KEY])
         nested = "nested_offset" in facts
         needed = ["weight", "weight.absmax"] + ["weight.nested_absmax", "weight.nested_quant_map"] * nested
         missing = [key for key in needed if key not in state]
         if missing:
             raise ValueError(f"the state of an NF4 weight lacks {', '.join(missing)}")
         _check_nested_blocksize(facts.get("nested_blocksize", SCALES_A_RUN))
-        codes = state["weight"].contiguous().view(torch.uint8).flatten()
+        if "weight.quant_map" in state and not _are_levels(state["weight.quant_map"]):
+            raise ValueError("weight.quant_map holds other levels than NF4's: only nf4 is supported")
+        codes = state["weight"].contiguous().flatten().view(torch.uint8)
         n, k = facts["shape"]
-        return cls(
+        weight = cls(
             codes=codes,
-            absmax=state["weight.absmax"],
+            absmax=state["weight.absmax"].flatten(),
             shape=(n, k),
-            dtype=getattr(torch, facts["dtype"]),
+            dtype=getattr(torch, facts["dtype"], None),
             blocksize=facts["blocksize"],
-            absmax2=state["weight.nested_absmax"] if nested else None,
-            code2=state["weight.nested_quant_map"] if nested else None,
+            absmax2=state["weight.nested_absmax"].flatten() if nested else None,
+            code2=state["weight.nested_quant_map"].flatten() if nested else None,
             offset=torch.tensor(facts["nested_offset"], dtype=torch.float32, device=codes.device) if nested else None,
         )
+        scales = reference.nf4_scales(*weight.tensors()[1:])
+        if not torch.isfinite(scales).all():
+            block = int(torch.isfinite(scales).logical_not().nonzero()[0])
+            raise ValueError(
+                f"the scale of block {block} of an NF4 weight {[n, k]} is {scales[block].item()}: the checkpoint is "
+                "damaged; get it again, or quantize the original weight again"
+            )
+        return weight
 
     @classmethod
     def from_bnb(cls, params4bit: Any) -> "NF4Weight":
@@ -222,16 +232,28 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
     flat = w.detach().contiguous().view(-1)
     in_cpp = backend(w.device).name == "cpp"
     codes, absmax = (_encode_with_cpp if in_cpp else _encode)(flat, blocksize)
-    if not torch.isfinite(absmax).all():
+    largest = absmax.max().item()  # NaN if there is any
+    if not math.isfinite(largest):
         bad = int(torch.isfinite(flat).logical_not().nonzero()[0])
         row, column = divmod(bad, w.shape[1])
         raise ValueError(f"the weight holds {flat[bad].item()} at [{row}, {column}]: repair the checkpoint first")
     shape = (w.shape[0], w.shape[1])
     if not double_quant:
         return NF4Weight(codes, absmax, shape, w.dtype, blocksize)
-    offset = absmax.mean()
+    offset = _mean(absmax)
     levels, absmax2 = (_encode_scales_with_cpp if in_cpp else _encode_scales)(absmax, offset)
-    return NF4Weight(codes, levels, shape, w.dtype, blocksize, absmax2, dynamic_code(w.device), offset)
+    weight = NF4Weight(codes, levels, shape, w.dtype, blocksize, absmax2, dynamic_code(w.device), offset)
+    if largest > torch.finfo(w.dtype).max / 2:
+        # The nearest level of a scale may be above it, and here above what the dtype holds. Then a lower one is taken.
+        while (over := reference.nf4_scales(*weight.tensors()[1:]).to(w.dtype).isinf()).any():
+            levels -= over.to(torch.uint8)
+    return weight
+
+
+def _mean(absmax: Tensor) -> Tensor:
+    """The mean of scales, 0-d: torch's, or where the sum of very large ones overflows, that of their parts."""
+    mean = absmax.mean()
+    return mean if torch.isfinite(mean) else (absmax / absmax.numel()).sum().clamp(max=absmax.max())
 
 
 def _encode(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -317,6 +339,35 @@ def _nearest_levels(values: Tensor, absmax: Tensor, blocksize: int, code: Tensor
     if grid:
         scaled = ((scaled + 1) * 32767.5 + 0.5).floor() / 32767.5 - 1
     return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+
+
+def _facts_of(text: Tensor) -> dict[str, Any]:
+    """What bitsandbytes' JSON says of a weight.
+
+    Raises:
+        ValueError: it is not JSON, or lacks a fact, or one is not of its kind.
+    """
+    try:
+        facts = json.loads(bytes(text.cpu().tolist()))
+        kinds = {"shape": list, "dtype": str, "blocksize": int}
+        if "nested_offset" in facts:
+            kinds["nested_offset"] = float
+        wrong = [name for name, kind in kinds.items() if not isinstance(facts[name], kind)]
+        if not wrong and [type(side) for side in facts["shape"]] != [int, int]:
+            wrong = ["shape"]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {facts[wrong[0]]!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{_STATE_KEY!r} of an NF4 weight cannot be read, get the checkpoint again: {error}"
+        ) from error
+    return facts
+
+
+def _are_levels(quant_map: Tensor) -> bool:
+    """Whether a codebook is NF4's, perhaps rounded to 16 bits."""
+    levels = level_table(quant_map.device)
+    return quant_map.numel() == levels.numel() and torch.allclose(quant_map.flatten().float(), levels, atol=0.01)
 
 
 def _check_nested_blocksize(blocksize: int) -> None:

@@ -80,6 +80,18 @@ def test_what_is_not_finite_shows_in_its_scale(isa: str) -> None:
 
 
 @loaded
+@pytest.mark.parametrize("offset", [0.0, 3e38, torch.inf, -torch.inf, torch.nan])
+def test_no_scale_leads_outside_the_table(offset: float) -> None:
+    table = torch.full((quantize.TABLE_STEPS,), 3, dtype=torch.uint8)
+    for value in (torch.nan, torch.inf, -torch.inf, 3.4e38, -3.4e38, 1e-45):
+        absmax = torch.ones(300)
+        absmax[::7] = value
+        levels = torch.full((300,), 9, dtype=torch.uint8)
+        quantize.quantize_scales(absmax, offset, table, levels, torch.empty(2))
+        assert levels.eq(3).logical_or(levels.eq(0)).all(), value  # 0: a block whose largest is 0
+
+
+@loaded
 def test_nothing_beyond_the_results_is_written() -> None:
     w = torch.randn(99)
     codes, absmax = torch.full((60,), 7, dtype=torch.uint8), torch.full((9,), torch.nan)

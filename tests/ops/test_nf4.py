@@ -3,6 +3,8 @@
 import copy
 import io
 import itertools
+import json
+import random
 
 import pytest
 import torch
@@ -161,6 +163,42 @@ def test_weights_that_are_not_finite_are_named(value):
         quantize(w)
 
 
+HUGE = {torch.float32: (1e30, 1e37, 3.4e38), torch.float16: (65504.0,), torch.bfloat16: (1e37, 3.38e38)}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_finite_weight_becomes_finite_numbers(path, dtype, double_quant):
+    """Sums of scales, and scales rounded up, would overflow; on each path, and the same bits."""
+    if path == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates to bf16 where a GPU rounds")
+    for value, rows in itertools.product(HUGE[dtype], (slice(None), slice(0, 1), slice(None, None, 2), slice(1, None))):
+        for sign in (1, -1):
+            w = weight((64, 320), dtype)
+            w[rows] = (sign * value * torch.linspace(0.99, 1, 320)).to(dtype)
+            ours = quantize(w, double_quant=double_quant)
+            values = ours.dequantize()
+            assert torch.isfinite(values).all(), (value, rows)
+            assert (values[rows] - w[rows]).abs().max() <= 0.02 * value, (value, rows)
+
+
+def test_a_mean_that_does_not_overflow_is_torchs():
+    absmax = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 1e34
+    assert torch.equal(nf4._mean(absmax), absmax.mean())
+    biggest = torch.full((3000,), torch.finfo(torch.float32).max)
+    assert nf4._mean(biggest) == biggest[0]
+    torch.testing.assert_close(nf4._mean(absmax * 3e4), absmax.mean() * 3e4)
+
+
+@pytest.mark.parametrize("lowest", [0.0, 1.0])
+def test_a_level_above_the_largest_number_is_lowered(path, lowest):
+    """One low scale among many of the largest number, near which levels are closer than the grid they are found on."""
+    largest = torch.finfo(torch.float32).max
+    w = torch.full((4, 64 * 10_000), largest)
+    w[0, :64] = lowest
+    assert torch.isfinite(quantize(w).dequantize()).all()
+
+
 @pytest.mark.parametrize(
     ("w", "options", "message"),
     [
@@ -209,6 +247,70 @@ def test_a_state_with_parts_missing_is_refused():
         NF4Weight.from_state_dict(state)
     with pytest.raises(ValueError, match=r"no 'weight\.quant_state"):
         NF4Weight.from_state_dict({"weight": state["weight"]})
+
+
+def facts_of(state):
+    return json.loads(bytes(state[nf4._STATE_KEY].tolist()))
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_state_whose_scales_are_not_finite_is_refused(double_quant):
+    parts = ("absmax2", "code2", "offset") if double_quant else ("absmax",)
+    for part, value in itertools.product(parts, (torch.nan, torch.inf, -torch.inf)):
+        damaged = quantize(weight((64, 64)), double_quant=double_quant)
+        getattr(damaged, part).fill_(value)
+        with pytest.raises(ValueError, match=r"the scale of block 0 .* is -?(nan|inf): the checkpoint is damaged"):
+            NF4Weight.from_state_dict(damaged.state_dict())
+        assert damaged.dequantize().shape == (64, 64)  # in memory nothing is read outside
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [-64, -64]},
+        {"shape": [64]},
+        {"shape": [64.0, 64.0]},
+        {"shape": "ab"},
+        {"shape": [10**30, 64]},
+        {"dtype": "load"},
+        {"dtype": None},
+        {"dtype": "float64"},
+        {"blocksize": 64.0},
+        {"blocksize": 0},
+        {"blocksize": None},
+        {"nested_offset": "0"},
+        {"nested_blocksize": None},
+    ],
+    ids=str,
+)
+def test_facts_that_make_no_weight_are_refused(change):
+    state = quantize(weight((64, 64))).state_dict()
+    state[nf4._STATE_KEY] = torch.tensor(list(json.dumps(facts_of(state) | change).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"NF4 weight|blocksize must be|nested scales"):
+        NF4Weight.from_state_dict(state)
+
+
+def test_whatever_bytes_arrive_make_a_weight_or_a_value_error():
+    generator = random.Random(0)
+    for _ in range(300):
+        state = {key: value.clone() for key, value in quantize(weight((64, 64))).state_dict().items()}
+        for _ in range(generator.randint(1, 4)):
+            part = state[generator.choice(list(state))].view(torch.uint8)
+            part.view(-1)[generator.randrange(part.numel())] = generator.randrange(256)
+        try:
+            read = NF4Weight.from_state_dict(state)
+        except ValueError:
+            continue
+        assert torch.isfinite(read.dequantize(torch.float32)).all()
+
+
+def test_other_levels_are_refused():
+    state = quantize(weight((64, 64))).state_dict()
+    state["weight.quant_map"] = state["weight.quant_map"].bfloat16()
+    assert NF4Weight.from_state_dict(state).shape == (64, 64)
+    state["weight.quant_map"] = state["weight.quant_map"].flip(0)
+    with pytest.raises(ValueError, match="other levels than NF4's"):
+        NF4Weight.from_state_dict(state)
 
 
 def test_parts_that_do_not_fit_are_refused():
