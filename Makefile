@@ -1,5 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
 # `make gpu` builds, tests, measures and tunes on a CUDA machine; `make gpu DRY_RUN=1` rehearses it without one.
+# `make nightly`: 10,000 random calls of the C++ and CUDA entries under sanitizers.
 # GPU_OPTIONS: further options of `python -m bench gpu`, such as "--phases tests tune --again".
 # PYTHON: the interpreter. TORCH: the torch to install (default: 2.13.0 without an NVIDIA GPU, the newest with one).
 
@@ -10,7 +11,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 JOBS ?= 2
 
-.PHONY: demo test install lint types tests bench gpu clean
+.PHONY: demo test install lint types tests nightly bench gpu clean
 
 demo: install
 	$(BIN)/fastlora train
@@ -37,6 +38,9 @@ types: install
 tests: install
 	$(BIN)/python -m pytest -v -m gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+
+nightly: install
+	FASTLORA_FUZZ_CASES=10000 $(BIN)/python -m pytest -q tests/native/test_sanitized.py
 
 bench: install
 	$(BIN)/python -m bench kernels --device $(if $(GPU),cuda,cpu)

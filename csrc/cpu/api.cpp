@@ -217,6 +217,7 @@ int fastlora_lora_shrink(const Activations* x, const Dropout* dropout, const flo
                          int64_t a_row_stride, int64_t a_col_stride, float scaling, float* out, int isa, int threads) {
   const Kernels* kernels = kernels_for(isa);
   if (kernels == nullptr) return FASTLORA_NO_ISA;
+  if (x->rows == 0 || rank == 0) return FASTLORA_OK;
   threads = threads_for_lora(*x, rank, threads);
   Shrink shrink{*x, dropout, a, a_row_stride, rank, scaling, out};
   Buffer packed;
@@ -239,6 +240,7 @@ int fastlora_lora_outer(const Activations* x, const Dropout* dropout, const floa
                         float* out, int64_t out_row_stride, int64_t out_col_stride, int isa, int threads) {
   const Kernels* kernels = kernels_for(isa);
   if (kernels == nullptr) return FASTLORA_NO_ISA;
+  if (rank == 0) return FASTLORA_OK;
   const Outer outer{*x, dropout, g, rank, scaling, out, out_row_stride, out_col_stride};
   threads = threads_for_lora(*x, rank, threads);
   const int64_t rank_step = round_up(ceil_div(rank, ceil_div(rank, kOuterRanks)), 4);

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kMaxSide = int64_t{1} << 26;  // of the weight: an index into 16 rows of it stays below 2^31
 constexpr int64_t kMaxRank = int64_t{1} << 16;
+constexpr int64_t kMaxLog2Blocksize = 12;
 constexpr int kTokens[3] = {2, 8, 16};
 
 // Which of the compiled kernels a product takes.
@@ -62,11 +63,11 @@ int find_device(const Choice& choice, int index, Device& device) {
 }
 
 int choose(int64_t tokens, const Nf4Weight& weight, int64_t rank, int x_dtype, Choice& choice, Shape& shape) {
-  const int64_t blocksize = int64_t{1} << weight.log2_blocksize;
   if (tokens < 1 || tokens > kMaxTokens || rank < 0 || rank > kMaxRank) return FASTLORA_CUDA_BAD_SHAPE;
+  if (weight.log2_blocksize < 5 || weight.log2_blocksize > kMaxLog2Blocksize) return FASTLORA_CUDA_BAD_SHAPE;
+  const int64_t blocksize = int64_t{1} << weight.log2_blocksize;
   if (weight.rows < 1 || weight.cols < 1 || weight.rows > kMaxSide || weight.cols > kMaxSide ||
-      weight.log2_blocksize < 5 || weight.cols % kBlock != 0 || weight.cols % blocksize != 0 ||
-      weight.numel() / blocksize > INT32_MAX) {
+      weight.cols % kBlock != 0 || weight.cols % blocksize != 0 || weight.numel() / blocksize > INT32_MAX) {
     return FASTLORA_CUDA_BAD_SHAPE;
   }
   if (x_dtype != 1 && x_dtype != 2) return FASTLORA_CUDA_BAD_DTYPE;

@@ -21,15 +21,20 @@ def compile_objects(folder: Path, csrc: Path, only: str = "") -> None:
 
     Skips the test where there is no C++ compiler.
     """
+    sources = [source for source in (*sorted((csrc / "cuda").glob("*.cu")), HOOKS) if only in source.stem]
+    compile_sources(folder, csrc, sources, _FLAGS)
+
+
+def compile_sources(folder: Path, csrc: Path, sources: list[Path], flags: str) -> None:
+    """Compile C++ and CUDA sources, as C++, to objects in `folder`; skips the test where there is no C++ compiler."""
     try:
         compiler = build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    sources = [source for source in (*sorted((csrc / "cuda").glob("*.cu")), HOOKS) if only in source.stem]
 
     def compile_one(source: Path) -> None:
-        flags = [*_FLAGS.split(), f"-I{csrc}", "-x", "c++", "-c"]
-        command = [*compiler, *flags, str(source), "-o", str(folder / f"{source.stem}.o")]
+        options = [*flags.split(), f"-I{csrc}", "-x", "c++", "-c"]
+        command = [*compiler, *options, str(source), "-o", str(folder / f"{source.name}.o")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
