@@ -21,10 +21,12 @@ test: lint types tests
 install: $(VENV)/.installed
 
 # torch is installed first, by itself, so that no other package's requirements choose its build.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+$(VENV)/.installed: pyproject.toml setup.py fastlora_kernels.py $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip uninstall --quiet --yes fastlora 2>/dev/null  # it would own the import name too
+	rm -rf fastlora.egg-info
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
@@ -53,4 +55,4 @@ gpu:
 	$$python -m bench gpu $(if $(DRY_RUN),--dry-run) $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache fastlora/lib *.egg-info
+	rm -rf $(VENV) .editable build runs .pytest_cache .mypy_cache .ruff_cache fastlora/lib *.egg-info

@@ -1,9 +1,10 @@
 """Builds the C++ and CUDA libraries during installation; everything else about the package is in pyproject.toml.
 
-`pip install -e .` puts the libraries into the source tree; `pip install .` and a wheel include them with their
-sources, so that `python -m fastlora.native` can compile them later too. Without a compiler the installation continues:
-one line says so, and fastlora runs on its plain torch path. Without nvcc it continues silently, as on any machine
-without a GPU; `fastlora doctor` reports it.
+`pip install -e .` puts the libraries into the source tree, and a folder on the path that links to the package;
+`pip install .` and a wheel include the libraries with their sources, so that `python -m fastlora.native` can compile
+them later too. Without a compiler the installation continues: one line says so, which pip shows with -v, and the first
+call that would use the library warns. Without nvcc it continues silently, as on any machine without a GPU;
+`fastlora doctor` reports it.
 """
 
 import importlib.util
@@ -16,6 +17,7 @@ from typing import ClassVar
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 
@@ -92,6 +94,29 @@ class build_native(Command):  # noqa: N801
         return {}
 
 
+class linked_editable_wheel(editable_wheel):  # noqa: N801
+    """An editable installation by a folder on the path that holds links, and nothing else of the repository.
+
+    setuptools would install a finder, which Python asks after the whole path. In a folder that holds a clone named
+    fastlora, that clone would be the package: a namespace package, and empty. A real one on the path goes before it.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        folder = ROOT / ".editable"
+        try:
+            folder.mkdir(exist_ok=True)
+            for name in ("fastlora", "fastlora_kernels.py"):
+                (folder / name).unlink(missing_ok=True)
+                (folder / name).symlink_to(Path("..", name))
+        except OSError as error:
+            print(
+                f"fastlora: installed by setuptools' finder, because {folder} takes no links: {error}", file=sys.stderr
+            )
+            return
+        self.package_dir = {"": folder.name}
+
+
 class PlatformDistribution(Distribution):
     """A package that contains machine code, but no extension module that setuptools would know about."""
 
@@ -107,4 +132,11 @@ class platform_wheel(bdist_wheel):  # noqa: N801
 
 
 build.sub_commands.append(("build_native", None))
-setup(distclass=PlatformDistribution, cmdclass={"build_native": build_native, "bdist_wheel": platform_wheel})
+setup(
+    distclass=PlatformDistribution,
+    cmdclass={
+        "build_native": build_native,
+        "bdist_wheel": platform_wheel,
+        "editable_wheel": linked_editable_wheel,
+    },
+)

@@ -10,10 +10,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a source checkout the kernels are next to this package, at the repository's top level.
+from fastlora import distribution
+
+# In a source checkout the kernels are next to this package, at the repository's top level. An editable installation
+# finds it by a link, which tracebacks and debuggers need not see.
 _root = Path(__file__).resolve().parent
 if not (_root / "kernels").is_dir():
-    __path__.append(str(_root.parent))
+    __path__[:] = [str(_root), str(_root.parent)]
 
 if TYPE_CHECKING:
     from fastlora.adapters.adapter import load_adapter, save_adapter
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear
     from fastlora.ops.nf4 import NF4Weight, quantize
     from fastlora.peft_layers.packing import quantize_experts
+
+distribution.warn_of_rivals()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,10 +3,14 @@
 Heavy imports are inside the commands, so that `--help` answers at once.
 """
 
+from typing import Annotated
+
+from fastlora.distribution import install_line
+
 try:
     import typer
 except ModuleNotFoundError as error:
-    raise SystemExit("the fastlora command needs the extra `train`: pip install 'fastlora[train]'") from error
+    raise SystemExit(f"the fastlora command needs the extra `train`: {install_line('train')}") from error
 
 from fastlora.commands.doctor import doctor
 from fastlora.commands.keys import keys
@@ -15,7 +19,6 @@ from fastlora.commands.version import version
 
 app = typer.Typer(
     name="fastlora",
-    help="LoRA and QLoRA fine-tuning at the cost of the bare matrix product.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -23,6 +26,21 @@ app = typer.Typer(
 )
 for command in (train, keys, doctor, version):
     app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """LoRA and QLoRA fine-tuning at the cost of the bare matrix product."""
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ BEGIN, END = "<!-- floors -->", "<!-- /floors -->"
 
 # Bottom first. A name without a folder is a file of the package.
 FLOORS = (
+    "distribution",
     "kernels",
     "reference",
     "native",

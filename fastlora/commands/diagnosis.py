@@ -4,24 +4,28 @@ import importlib.metadata
 import platform
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+import fastlora
+from fastlora import distribution
 from fastlora.kernels import choice
 from fastlora.native import cpu
 from fastlora.ops.backend import backend, compiled_decode
 
-# Distribution -> what it is needed for, and the extra of fastlora that installs it.
+# Distribution -> what it is needed for, and the extra of fastlora-kernels that installs it.
 PACKAGES = {
     "torch": "everything",
     "triton": "kernels on NVIDIA GPUs",
-    "transformers": "fastlora train (fastlora[train])",
-    "accelerate": "fastlora train (fastlora[train])",
-    "datasets": "dataset_name in a recipe (fastlora[train])",
-    "peft": "LoraConfig, and models that peft has wrapped (fastlora[train])",
-    "bitsandbytes": "models already in bitsandbytes' 4 bits (fastlora[bnb])",
+    "transformers": "fastlora train (fastlora-kernels[train])",
+    "accelerate": "fastlora train (fastlora-kernels[train])",
+    "datasets": "dataset_name in a recipe (fastlora-kernels[train])",
+    "peft": "LoraConfig, and models that peft has wrapped (fastlora-kernels[train])",
+    "bitsandbytes": "models already in bitsandbytes' 4 bits (fastlora-kernels[bnb])",
 }
 
 
@@ -61,7 +65,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for finding in getattr(diagnosis, title):
             mark = "[green]✓[/]" if finding.good else "[yellow]–[/]"
-            table.add_row(mark, finding.what, finding.found)
+            table.add_row(mark, Text(finding.what), Text(finding.found))  # as they are: brackets are no markup
         console.print(table)
         console.print()
     if diagnosis.advice:
@@ -81,12 +85,25 @@ def version_of(package: str) -> str | None:
 
 
 def _versions() -> list[Finding]:
-    findings = [Finding("python", platform.python_version())]
+    findings = [Finding("python", platform.python_version()), *_ourselves()]
     for package, purpose in PACKAGES.items():
         version = version_of(package)
         advice = "" if version else f"pip install {package}: needed for {purpose}"
         findings.append(Finding(package, version or f"not installed; for {purpose}", version is not None, advice))
     return findings
+
+
+def _ourselves() -> list[Finding]:
+    """This distribution, and others that have its import name."""
+    installed = version_of(distribution.NAME)
+    folder = Path(fastlora.__file__).parent
+    ours = Finding(
+        distribution.NAME, f"{installed or f'{fastlora.__version__}, not installed'}, imported from {folder}"
+    )
+    owners = {*importlib.metadata.packages_distributions().get(distribution.IMPORT, ())} - {distribution.NAME}
+    rivals = [f"{name} {version_of(name)}" for name in sorted(owners)] or distribution.rivals()
+    advice = [distribution.advice(rival) for rival in rivals]
+    return [ours, *(Finding("import name", text, False, text) for text in advice)]
 
 
 def _devices() -> list[Finding]:

@@ -70,7 +70,7 @@ def source_dir() -> Path:
     for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
         if (folder / "fastlora_cpu.h").is_file():
             return folder
-    raise BuildError(f"the C++ sources are neither in {_PACKAGE} nor next to it: install fastlora again")
+    raise BuildError(f"the C++ sources are neither in {_PACKAGE} nor next to it: install fastlora-kernels again")
 
 
 def source_files() -> list[Path]:

@@ -1,5 +1,6 @@
 """The command: train, keys, doctor, version, and how errors and interruptions reach the shell."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -132,6 +134,7 @@ def test_help_is_fast_and_light() -> None:
 
 def test_version() -> None:
     assert invoke("version") == (0, f"{fastlora.__version__}\n")
+    assert invoke("--version") == (0, f"{fastlora.__version__}\n")
 
 
 def test_keys_lists_every_key() -> None:
@@ -156,6 +159,17 @@ def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPa
     assert any("pip install peft" in line for line in found.advice)
     assert "not built: run make" in found.advice
     assert [f.good for f in found.versions if f.what == "peft"] == [False]
+
+
+def test_doctor_prints_brackets_whole() -> None:
+    found = diagnosis.Finding(
+        "a[b]", "fastlora-kernels[train] and [red]", False, "pip install 'fastlora-kernels[train]'"
+    )
+    console = Console(file=io.StringIO(), width=200)
+    diagnosis.show(diagnosis.Diagnosis(versions=[found]), console)
+    text = console.file.getvalue()
+    for whole in (found.what, found.found, found.advice):
+        assert whole in text
 
 
 def test_doctor_reports_a_backend_that_cannot_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
