@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,7 +155,11 @@ def _cuda_kernels() -> list[Finding]:
 
 def _backend_of(device: str) -> Finding:
     try:
-        name, reason = backend(torch.device(device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the slow path, which is told below
+            name, reason = backend(torch.device(device))
     except ValueError as error:  # FASTLORA_BACKEND names what cannot run here
         return Finding(device, str(error), False, str(error))
-    return Finding(device, f"{name}: {reason}", name != "torch", reason if name == "torch" else "")
+    return Finding(
+        device, f"{name}: {reason}", name != "torch", reason.removeprefix("slow path: ") if name == "torch" else ""
+    )

@@ -7,6 +7,7 @@ kernels also run on CPU tensors.
 
 import functools
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,12 @@ def _backend(device: torch.device) -> Backend:
         return Backend(forced, "forced by FASTLORA_BACKEND")
     fast = "triton" if kind == "cuda" else "cpp"
     if reason := _missing(fast, kind, index):
+        if kind != "meta":
+            warnings.warn(
+                f"fastlora's kernels do not run on {device}: {reason}. There NF4 and LoRA are computed by plain torch, "
+                "several times slower; FASTLORA_BACKEND=torch chooses that without a warning",
+                stacklevel=2,
+            )
         return Backend("torch", f"slow path: {reason}")
     if fast == "cpp":
         return Backend("cpp", cpu.status()[1])

@@ -1,5 +1,7 @@
 """The LoRA linear as operators of torch: fakes, torch.compile, checkpointing, transforms, and what is refused."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,11 +130,20 @@ def test_the_slow_path_says_why(monkeypatch):
 
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
     monkeypatch.setattr(cpu, "status", lambda: (False, "no compiler was found"))
-    from fastlora.ops.backend import _backend
+    backends.forget_choices()
+    with pytest.warns(UserWarning, match="NF4 and LoRA are computed by plain torch") as said:
+        found = [backend("cpu") for _ in range(3)]
+    assert found == [("torch", "slow path: no compiler was found")] * 3
+    assert len(said) == 1
+    assert "do not run on cpu: no compiler was found" in str(said[0].message)
 
-    _backend.cache_clear()
-    assert backend("cpu") == ("torch", "slow path: no compiler was found")
-    _backend.cache_clear()
+
+def test_a_path_that_was_chosen_and_a_weight_without_memory_warn_of_nothing(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend("meta").name == "torch"
+        monkeypatch.setenv("FASTLORA_BACKEND", "torch")
+        assert backend("cpu").name == "torch"
 
 
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jvp"])
