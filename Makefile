@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
 # `make gpu` builds, tests, measures and tunes on a CUDA machine; `make gpu DRY_RUN=1` rehearses it without one.
 # `make nightly`: 10,000 random calls of the C++ and CUDA entries under sanitizers.
+# `make wheel` builds one for PyPI, in dist/, with a manylinux tag.
 # GPU_OPTIONS: further options of `python -m bench gpu`, such as "--phases tests tune --again".
 # PYTHON: the interpreter. TORCH: the torch to install (default: 2.13.0 without an NVIDIA GPU, the newest with one).
 
@@ -11,7 +12,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH ?= $(if $(GPU),torch,torch==2.13.0)
 JOBS ?= 2
 
-.PHONY: demo test install lint types tests nightly bench gpu clean
+.PHONY: demo test install lint types tests nightly wheel bench gpu clean
 
 demo: install
 	$(BIN)/fastlora train
@@ -44,6 +45,13 @@ tests: install
 nightly: install
 	FASTLORA_FUZZ_CASES=10000 $(BIN)/python -m pytest -q tests/native/test_sanitized.py
 
+# The tag is that of this machine's C library: build in an old manylinux image to serve older systems.
+wheel: install
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+
 bench: install
 	$(BIN)/python -m bench kernels --device $(if $(GPU),cuda,cpu)
 
@@ -55,4 +63,4 @@ gpu:
 	$$python -m bench gpu $(if $(DRY_RUN),--dry-run) $(GPU_OPTIONS)
 
 clean:
-	rm -rf $(VENV) .editable build runs .pytest_cache .mypy_cache .ruff_cache fastlora/lib *.egg-info
+	rm -rf $(VENV) .editable build dist runs .pytest_cache .mypy_cache .ruff_cache fastlora/lib *.egg-info

@@ -1,6 +1,7 @@
 """The tree keeps its shape: floors without an import upward or in a circle, and a wheel with every package."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -13,8 +14,8 @@ from tools import floors as floor_plan
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*command, cwd):
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def run(*command, cwd, env=None):
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 
@@ -108,6 +109,12 @@ def test_a_wheel_holds_the_kernels_the_recipes_and_the_demo_model(tmp_path):
         "fastlora/py.typed",
     ):
         assert wanted in names
+    auditwheel = Path(sys.executable).with_name("auditwheel")
+    if auditwheel.exists():
+        environment = {**os.environ, "PATH": f"{auditwheel.parent}{os.pathsep}{os.environ['PATH']}"}
+        run(auditwheel, "repair", "-w", tmp_path / "dist", wheel, cwd=tmp_path, env=environment)
+        (wheel,) = (tmp_path / "dist").iterdir()
+        assert "-py3-none-manylinux_" in wheel.name
     target = tmp_path / "site"
     run(*pip, "install", "-q", "--no-deps", "--target", str(target), str(wheel), cwd=tmp_path)
     code = f"import sys; sys.path.insert(0, {str(target)!r}); import fastlora.kernels.nf4 as m; print(m.__file__)"
