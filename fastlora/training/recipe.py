@@ -6,13 +6,13 @@ A key has the name it has elsewhere, so nothing must be learned twice:
 - of the adapters (`r`, `lora_alpha`, `target_modules`, ...): peft's `LoraConfig`;
 - of the data (`max_length`, `completion_only_loss`, `dataset_name`, ...): TRL's `SFTConfig`.
 
-Everything is checked before anything is loaded. The error for an unknown key names the nearest one that
-exists; the error for a value of the wrong type or range says what was expected.
+Everything is checked before anything is loaded. The error for an unknown key says what it means here, or names the
+nearest one that exists (`foreign_keys`); the error for a value of the wrong type or range says what was expected.
 """
 
 import dataclasses
-import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,26 +22,13 @@ from typing import Annotated, Any
 
 import yaml
 
+from fastlora.training.foreign_keys import answer
+from fastlora.training.inputs import clipped, read_text, reason, shown
+
 BUILT_IN = Path(__file__).resolve().parent / "recipes"
+_UNUSABLE = re.compile(r"[\0-\x1f\ud800-\udfff]")  # in a path
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 SAMPLING = ("random", "sequential", "group_by_length")
-
-# Names from other tools, or older ones, from which spelling would not lead to the right key.
-ALIASES = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "micro_batch_size": "per_device_train_batch_size",
-    "lora_r": "r",
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "base_model": "model_name_or_path",
-    "max_seq_length": "max_length",
-    "load_in_4bit": "quantize",
-    "group_by_length": "train_sampling_strategy",
-    "no_cuda": "use_cpu",
-}
 
 # A resumed run may change these: they affect what is shown, kept or evaluated, never a training loss.
 # The training data are compared by content, so a file may move.
@@ -158,13 +145,15 @@ def _coerced(key: str, value: Any) -> Any:
         try:
             if float in wanted:
                 return float(value)
+            if int in wanted and isinstance(value, int):
+                return value
             if int in wanted and float(value).is_integer():
                 return int(float(value))
         except (ValueError, OverflowError):
             pass
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
     expected = " or ".join(words.get(w, "a list of strings") for w in wanted)
-    raise ValueError(f"{key}: expected {expected}, got {value!r}")
+    raise ValueError(f"{key}: expected {expected}, got {shown(value)}")
 
 
 def _check_ranges(recipe: Recipe) -> None:
@@ -178,15 +167,21 @@ def _check_ranges(recipe: Recipe) -> None:
         "save_steps",
         "save_total_limit",
     ]
-    not_negative = ["warmup_steps", "weight_decay", "max_grad_norm", "seed"]
+    not_negative = ["warmup_steps", "weight_decay", "max_grad_norm"]
     shares = ["lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"]
-    positive = ["lora_alpha", "learning_rate", "num_train_epochs", "adam_epsilon"]
+    positive = ["lora_alpha", "learning_rate", "adam_epsilon"]
+    paths = ["model_name_or_path", "train_file", "eval_file", "dataset_name", "output_dir"]
+    patterns = ["target_modules", "exclude_modules"]
     rules = [
         *((k, lambda v: v >= 1, "at least 1") for k in at_least_one),
         *((k, lambda v: 0 <= v < float("inf"), "0 or more, and finite") for k in not_negative),
         *((k, lambda v: 0 <= v < 1, "at least 0 and below 1") for k in shares),
         *((k, lambda v: 0 < v < float("inf"), "more than 0, and finite") for k in positive),
+        *((k, lambda v: not _UNUSABLE.search(v), "a path or name without control characters") for k in paths),
+        *((k, _is_pattern, "a list of names or a regular expression") for k in patterns),
         ("r", lambda v: v <= 256, "at most 256"),
+        ("num_train_epochs", lambda v: 0 < v <= 1e9, "more than 0, and at most 1e9"),
+        ("seed", lambda v: 0 <= v < 2**31, "0 to 2147483647"),
         ("max_length", lambda v: v >= 2, "at least 2: a token is predicted from the one before"),
         ("max_steps", lambda v: v == -1 or v >= 1, "at least 1, or -1 for whole epochs"),
         ("quantize", lambda v: v == "nf4", "nf4 or null"),
@@ -197,7 +192,14 @@ def _check_ranges(recipe: Recipe) -> None:
     for key, holds, expected in rules:
         value = getattr(recipe, key)
         if value is not None and not holds(value):
-            raise ValueError(f"{key}: must be {expected}, got {value!r}")
+            raise ValueError(f"{key}: must be {expected}, got {shown(value)}")
+
+
+def _is_pattern(value: str | list[str]) -> bool:
+    try:
+        return isinstance(value, list) or bool(re.compile(value))
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def _check_together(recipe: Recipe) -> None:
@@ -222,19 +224,14 @@ def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """A recipe from key-value pairs.
 
     Raises:
-        ValueError: a key that does not exist (the message names the nearest), or a bad value.
+        ValueError: a key that does not exist (the message says what it means here, or names the nearest), or a bad
+            value.
     """
     for key in values:
         if key not in _TYPES:
-            raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest_key(str(key))!r}?")
+            meant = answer(key if isinstance(key, str) else "", _TYPES)
+            raise ValueError(f"{clipped(source)}: unknown key {shown(key)}{meant}")
     return Recipe(**values)
-
-
-def nearest_key(name: str) -> str:
-    """The key that `name` was most likely meant to be."""
-    if name.lower() in ALIASES:
-        return ALIASES[name.lower()]
-    return difflib.get_close_matches(name.lower(), _TYPES, n=1, cutoff=0.0)[0]
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -243,12 +240,22 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
-            raise ValueError(f"--set {override!r}: expected key=value")
-        try:
-            parsed[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {override!r}: the value is not valid YAML ({error})") from error
+            raise ValueError(f"--set {shown(override)}: expected key=value")
+        parsed[key.strip()] = _parsed(text, f"--set {shown(override)}: the value is")
     return parsed
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{where} not valid YAML ({error.problem or reason(error)}{at})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} not valid YAML (nested too deeply)") from error
+    except Exception as error:  # what PyYAML makes of tags and numbers raises whatever its code meets
+        raise ValueError(f"{where} not valid YAML ({reason(error)})") from error
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -257,18 +264,20 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no valid YAML, or not a table of keys.
     """
-    found = Path(path)
-    if not found.is_file():
-        found = BUILT_IN / f"{path}.yaml"
-    if not found.is_file():
-        names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.yaml")))
-        raise ValueError(f"{path}: no such recipe file, and not a built-in recipe ({names})")
+    found, name = Path(path), clipped(str(path))
+    built_in = {each.stem: each for each in BUILT_IN.glob("*.yaml")}
+    if str(path) in built_in and not found.is_file():
+        found = built_in[str(path)]
     try:
-        values = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{found}: not valid YAML ({error})") from error
+        text = read_text(found)
+    except ValueError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        names = ", ".join(sorted(built_in))
+        raise ValueError(f"{name}: no such recipe file, and not a built-in recipe ({names})") from error
+    values = _parsed(text, f"{name}:")
     if not isinstance(values, dict):
-        raise ValueError(f"{found}: expected `key: value` lines, found {type(values).__name__}")
+        raise ValueError(f"{name}: expected `key: value` lines, found {type(values).__name__}")
     return values
 
 
@@ -295,7 +304,7 @@ def check_resumable(saved: Mapping[str, Any], recipe: Recipe) -> None:
     now = dataclasses.asdict(recipe)
     changed = [k for k in now if k not in free and k in saved and saved[k] != now[k]]
     if changed:
-        listed = "; ".join(f"{k} was {saved[k]!r}, is now {now[k]!r}" for k in changed)
+        listed = "; ".join(f"{k} was {shown(saved[k])}, is now {shown(now[k])}" for k in changed)
         raise ValueError(f"cannot resume with a changed recipe: {listed}. Restore it, or give another output_dir.")
 
 
