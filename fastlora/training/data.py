@@ -5,13 +5,17 @@ Records are in TRL's formats, one format per file:
 - `{"text": ...}`: loss on every token, including the end-of-text token;
 - `{"prompt": ..., "completion": ...}`: loss on the completion and the end-of-text token;
 - `{"messages": [{"role": ..., "content": ...}, ...]}`: the tokenizer's chat template, loss on what the
-  assistant says. The template must mark that (`{% generation %}`); one without marks is refused.
+  assistant says. The template must mark that (`{% generation %}`); one without marks is refused. `tools` (a list of
+  JSON schemas) and `chat_template_kwargs` (variables of the template) beside the messages reach the template.
+
+A column that nothing reads is named when the run starts.
 
 All examples are stored end to end in two flat arrays (`TokenSet`). What a step trains on is a pure function
 of (seed, step): `BatchPlan` has no state, so the number of the step is enough to resume.
 """
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,11 +28,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastlora.training.inputs import clipped, read_text, reason, shown
 from fastlora.training.recipe import Recipe
 
 IGNORED = -100  # label of a token that is not a target: torch.nn.functional.cross_entropy's ignore_index
 FORMATS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
 PAD_MULTIPLE = 8  # batches are padded to a multiple of this length, so that M suits the kernels
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # read beside messages
 GROUP_WINDOW = 50  # group_by_length sorts by length within this many micro-batches
 
 Record = tuple[str, dict[str, Any]]  # where it is ("data.jsonl:7"), and its fields
@@ -37,13 +43,17 @@ Encoded = tuple[list[int], list[int]]  # input_ids, labels
 
 @dataclass(eq=False, frozen=True)
 class TokenSet:
-    """Examples end to end: tokens and labels [T] int32, offsets [examples + 1] int64."""
+    """Examples end to end: tokens and labels [T] int32, offsets [examples + 1] int64.
+
+    `unread` are the columns of the records that nothing has read.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
     offsets: np.ndarray
     truncated: int = 0
     dropped: int = 0
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -93,52 +103,82 @@ def load(recipe: Recipe, tokenizer: Any, evaluation: bool = False) -> TokenSet |
 def read_file(path: str | Path) -> list[Record]:
     """The records of a JSONL file (one object per line), or of a JSON file (one list of objects).
 
+    Either may have a byte order mark, and be compressed: `.jsonl.gz`, `.json.gz`. Blank lines are skipped.
+
     Raises:
-        ValueError: no such file, or an empty or malformed line; the message names file and line.
+        ValueError: no such file, or a malformed line; the message names file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from error
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+    text, name = read_text(path), clipped(str(path))
+    if path.name.removesuffix(".gz").endswith(".json"):
+        rows = _parsed(text, name, 0)
         if not isinstance(rows, list):
-            raise ValueError(f"{path}: expected a list of objects; name it .jsonl if it has one object per line")
-        numbered = [(f"{path}: record {number}", row) for number, row in enumerate(rows, 1)]
+            raise ValueError(f"{name}: expected a list of objects; name it .jsonl if it has one object per line")
+        numbered = [(f"{name}: record {number}", row) for number, row in enumerate(rows, 1)]
     else:
-        lines = text.removesuffix("\n").split("\n") if text else []
-        numbered = [(f"{path}:{number}", _parsed(line, f"{path}:{number}")) for number, line in enumerate(lines, 1)]
+        lines = enumerate(text.split("\n"), 1)
+        numbered = [(f"{name}:{number}", _parsed(line, name, number)) for number, line in lines if line.strip()]
     if not numbered:
-        raise ValueError(f"{path}: no records")
+        raise ValueError(f"{name}: no records")
     for where, row in numbered:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # only as an escape can half a character be in UTF-8
+        for where, row in numbered:
+            _check_characters(where, row)
     return numbered
 
 
-def _parsed(line: str, where: str) -> Any:
-    if not line.strip():
-        raise ValueError(f"{where}: empty line")
+def _parsed(text: str, name: str, number: int) -> Any:
+    """JSON of line `number` of a file, or of the whole file (0)."""
     try:
-        return json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+        at = f", column {error.colno}" if number else ""
+        raise ValueError(f"{name}:{number or error.lineno}: not valid JSON ({error.msg}{at})") from error
+    except RecursionError as error:
+        raise ValueError(f"{name}:{number or 1}: not valid JSON (nested too deeply)") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{name}:{number or 1}: not valid JSON ({reason(error)})") from error
+
+
+def _check_characters(where: str, row: dict[str, Any]) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(
+            f"{where}: holds {half!r}, half of a character, which is not text: write the whole pair, or remove it"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deeply") from error
 
 
 def read_dataset(name: str, config: str | None, split: str) -> list[Record]:
-    """The records of one split of what `datasets.load_dataset` finds under `name`: a hub name or a local folder."""
-    import datasets
+    """The records of one split of what `datasets.load_dataset` finds under `name`: a hub name or a local folder.
 
-    rows = datasets.load_dataset(name, config, split=split)
+    Its format gives every object of a column all the keys that any of them has, with null for what is not there. So
+    keys that hold null count as not there, except a message's content.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no records.
+    """
+    try:
+        import datasets
+
+        rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # any of the hub's, arrow's, pandas' and the file system's
+        cause = error.__cause__ or error
+        raise ValueError(f"dataset_name: cannot load {shown(name)}, split {shown(split)} ({reason(cause)})") from error
     if not len(rows):
         raise ValueError(f"{name}[{split}]: no records")
-    return [(f"{name}[{split}] row {number}", dict(row)) for number, row in enumerate(rows)]
+    return [(f"{name}[{split}] row {number}", _without_nulls(dict(row))) for number, row in enumerate(rows)]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None or key == "content"}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def tokenize(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> TokenSet:
@@ -150,7 +190,7 @@ def tokenize(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Token
     keys = next((f for f in FORMATS if all(k in records[0][1] for k in f)), None)
     if keys is None:
         wanted = " | ".join(" + ".join(f) for f in FORMATS)
-        raise ValueError(f"{records[0][0]}: expected {wanted}, found the keys {sorted(records[0][1])}")
+        raise ValueError(f"{records[0][0]}: expected {wanted}, found the keys {shown(sorted(records[0][1]))}")
     for where, row in records:
         for key in keys:
             _check_field(where, row, key)
@@ -175,12 +215,31 @@ def tokenize(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Token
             f"{records[0][0]}: no example has a token to learn; is max_length={recipe.max_length} too short?"
         )
     offsets = np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64)
-    return TokenSet(np.concatenate(tokens), np.concatenate(labels), offsets, truncated, dropped)
+    unread = _unread(records, keys, tokenizer)
+    return TokenSet(np.concatenate(tokens), np.concatenate(labels), offsets, truncated, dropped, unread)
+
+
+def _unread(records: Sequence[Record], keys: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    """The columns that hold something which neither a format's `keys` nor the chat template reads."""
+    found: dict[str, None] = {}
+    for _, row in records:
+        template = _template(tokenizer, row) if keys == ("messages",) else ""
+        for key, value in row.items():
+            if key in keys or value is None or value == [] or value == {}:
+                continue
+            if key == "chat_template_kwargs" and template:
+                names = [
+                    f"{key}.{name}" for name in _from_json(value) if not re.search(rf"\b{re.escape(name)}\b", template)
+                ]
+                found.update(dict.fromkeys(names))
+            elif key != "tools" or not re.search(r"\btools\b", template):
+                found[key] = None
+    return tuple(found)
 
 
 def _check_field(where: str, row: dict[str, Any], key: str) -> None:
     if key not in row:
-        raise ValueError(f"{where}: {key!r} is missing; found the keys {sorted(row)}")
+        raise ValueError(f"{where}: {key!r} is missing; found the keys {shown(sorted(row))}")
     value = row[key]
     if key != "messages":
         if not isinstance(value, str):
@@ -216,22 +275,56 @@ def _encode_messages(records: Sequence[Record], tokenizer: Any, recipe: Recipe) 
     masked = recipe.assistant_only_loss
     if not tokenizer.chat_template:
         raise ValueError(f"{records[0][0]}: 'messages' need a chat template, and {tokenizer.name_or_path!r} has none")
-    if masked and not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        raise ValueError(
-            f"assistant_only_loss: the chat template of {tokenizer.name_or_path!r} does not mark what the assistant "
-            "says ({% generation %} ... {% endgeneration %}). Use a template that does, or set "
-            "assistant_only_loss=false to learn every token, including the user's."
-        )
     for where, row in records:
+        variables = _template_variables(where, row, tokenizer)
+        if masked and not re.search(r"\{%-?\s*generation\s*-?%\}", _template(tokenizer, row)):
+            raise ValueError(
+                f"assistant_only_loss: the chat template of {tokenizer.name_or_path!r} does not mark what the "
+                "assistant says ({% generation %} ... {% endgeneration %}). Use a template that does, or set "
+                "assistant_only_loss=false to learn every token, including the user's."
+            )
         try:
             out = tokenizer.apply_chat_template(
-                row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=masked
+                row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=masked, **variables
             )
         except Exception as error:  # a Jinja template may raise anything
-            raise ValueError(f"{where}: the chat template refuses these messages ({error})") from error
+            raise ValueError(f"{where}: the chat template refuses these messages ({reason(error)})") from error
         ids = list(out["input_ids"])
         mask = out["assistant_masks"] if masked else [1] * len(ids)
         yield ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
+
+
+def _template(tokenizer: Any, row: dict[str, Any]) -> str:
+    """The chat template for a record: a tokenizer may have another one for records with tools."""
+    return tokenizer.get_chat_template(tools=_from_json(row.get("tools")))
+
+
+def _template_variables(where: str, row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """What a record gives the chat template beside its messages.
+
+    Raises:
+        ValueError: a column of the wrong type, or a variable that is an option of `apply_chat_template`.
+    """
+    tools, options = (_from_json(row.get(column)) for column in TEMPLATE_COLUMNS)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"{where}: 'tools' must be a list of JSON schemas, or one as JSON text, found {shown(tools)}")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"{where}: 'chat_template_kwargs' must be an object, found {shown(options)}")
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+    for name in taken.intersection(options or ()):
+        raise ValueError(
+            f"{where}: 'chat_template_kwargs' sets {name!r}, which is no variable of a template; tools have a column "
+            "of their own"
+        )
+    return {"tools": tools, **(options or {})}
+
+
+def _from_json(value: Any) -> Any:
+    """A value, or what its JSON text means: some data sets hold tools as text, to have one type in a column."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def _ended(input_ids: list[int], tokenizer: Any) -> list[int]:

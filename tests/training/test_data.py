@@ -1,5 +1,6 @@
 """Data: formats and where the loss falls, refusals with file and line, the order of training, padding."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,11 @@ def test_unmarked_template_is_refused_unless_everything_is_wanted(
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ('{"text": "a"}\n\n{"text": "b"}\n', 2, "empty line"),
+        ('{"text": "a"}\n\n["b"]\n', 3, "expected an object"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', 2, "half of a character"),
+        ('{"text": "a"}\n{"text": "b", "\\uDE00": 1}\n', 2, "half of a character"),
+        ('{"text": "a"}\n{"text": ' + "[" * 100_000 + "\n", 2, "nested too deeply"),
+        ('{"text": "a"}\n{"text": ' + "9" * 5000 + "}\n", 2, "not valid JSON"),
         ('{"text": "a"}\n{"text": \n', 2, "not valid JSON"),
         ('{"text": "a"}\n["b"]\n', 2, "expected an object"),
         ('{"text": "a"}\n{"txt": "b"}\n', 2, "'text' is missing"),
@@ -123,6 +128,23 @@ def test_malformed_line_is_named(tmp_path: Path, tokenizer: Any, text: str, line
     assert str(error.value).startswith(f"{path}:{line}: ")
 
 
+def test_marks_blank_lines_and_compression_change_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    rows = '{"text": "a b \\ud83d\\ude00"}\n{"text": "c"}\n'
+    plain = data.load(recipe(write(tmp_path / "t.jsonl", *map(json.loads, rows.splitlines()))), tokenizer)
+    forms = {
+        "mark.jsonl": b"\xef\xbb\xbf" + rows.encode(),
+        "blank.jsonl": b"\n" + rows.replace("\n", "\r\n \t\r\n").encode(),
+        "packed.jsonl.gz": gzip.compress(rows.encode()),
+        "list.json.gz": gzip.compress(f"[{','.join(rows.splitlines())}]".encode("utf-8-sig")),
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_bytes(content)
+        loaded = data.load(recipe(tmp_path / name), tokenizer)
+        assert loaded is not None
+        assert plain is not None
+        assert loaded.fingerprint() == plain.fingerprint(), name
+
+
 def test_unusable_files(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe4"}\n')
@@ -132,6 +154,12 @@ def test_unusable_files(tmp_path: Path, tokenizer: Any) -> None:
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message):
             data.load(recipe(tmp_path / f"{name}.jsonl"), tokenizer)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-12])
+    (tmp_path / "not.jsonl.gz").write_bytes(b'{"text": "a"}\n')
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("cut.jsonl.gz", "not.jsonl.gz", "folder.jsonl", "a" * 5000):
+        with pytest.raises(ValueError, match=f"{name[:99]}.*: cannot be read"):
+            data.load(recipe(tmp_path / name), tokenizer)
     with pytest.raises(ValueError, match="expected a list of objects"):
         data.load(recipe(tmp_path / "object.json"), tokenizer)
     with pytest.raises(ValueError, match=r"broken.json:[23]: not valid JSON"):
@@ -161,6 +189,133 @@ def test_local_dataset_gives_the_same_as_its_file(
     assert from_file is not None
     assert from_dataset.fingerprint() == from_file.fingerprint()
     assert data.load(named, tokenizer, evaluation=True) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("{}/none", "no.*data file"), ("{}/broken", "dataset_name: cannot load"), ("a//b", "a//b")]
+)
+def test_a_dataset_that_cannot_be_loaded(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text('{"text": \n')
+    with pytest.raises(ValueError, match=f"(?i){message}") as error:
+        data.load(Recipe(model_name_or_path="m", dataset_name=name.format(tmp_path)), tokenizer)
+    assert str(error.value).startswith("dataset_name: cannot load")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_split_that_does_not_exist(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    named = Recipe(model_name_or_path="m", dataset_name=str(tmp_path), dataset_train_split="dev")
+    with pytest.raises(ValueError, match=r"dataset_name: cannot load .*split 'dev' \(.*train"):
+        data.load(named, tokenizer)
+
+
+TOOLS = [{"type": "function", "function": {"name": "a"}}, {"type": "function", "function": {"name": "b", "x": 1}}]
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] + ' ' }}"
+    "{% if tool['function']['x'] is defined %}f {% endif %}{% endfor %}{% if think %}e {% endif %}" + MARKED
+)
+
+
+def said(words: str, tokenizer: Any) -> list[int]:
+    return tokenizer(words)["input_ids"]
+
+
+@pytest.mark.parametrize("form", ["objects", "text"])
+def test_tools_and_variables_reach_the_template(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    messages = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    columns: dict[str, Any] = {"tools": TOOLS, "chat_template_kwargs": {"think": True}}
+    if form == "text":
+        columns = {key: json.dumps(value) for key, value in columns.items()}
+    path = write(tmp_path / "t.jsonl", {"messages": messages, **columns}, {"messages": messages, "tools": None})
+    loaded = data.load(recipe(path), tokenizer)
+    assert loaded is not None
+    assert example(loaded, 0)[0] == said("a b f e user c assistant d .", tokenizer)
+    assert example(loaded, 1)[0] == said("user c assistant d .", tokenizer)
+    assert loaded.unread == ()
+
+
+def test_tools_of_a_dataset_are_those_of_its_file(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow gives the first tool an `x` too, null, and messages without tool calls a null for them."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    messages = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    rows = [{"messages": messages, "tools": TOOLS}, {"messages": messages}]
+    path = write(tmp_path / "train.jsonl", *rows)
+    from_dataset = data.load(Recipe(model_name_or_path="m", dataset_name=str(tmp_path)), tokenizer)
+    from_file = data.load(recipe(path), tokenizer)
+    assert from_dataset is not None
+    assert from_file is not None
+    assert from_dataset.fingerprint() == from_file.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["default", "tool_use"])
+def test_a_template_for_tools_must_mark_the_assistant_too(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    templates = {"default": WITH_TOOLS, "tool_use": WITH_TOOLS}
+    monkeypatch.setattr(tokenizer, "chat_template", {**templates, name: UNMARKED})
+    messages = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    path = write(tmp_path / "t.jsonl", {"messages": messages, **({"tools": TOOLS} if name == "tool_use" else {})})
+    with pytest.raises(ValueError, match=r"assistant_only_loss: .*does not mark"):
+        data.load(recipe(path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tools": "get_weather"}, "'tools' must be a list of JSON schemas.*'get_weather'"),
+        ({"tools": ["a"]}, "'tools' must be a list"),
+        ({"tools": {"name": "a"}}, "'tools' must be a list"),
+        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "sets 'tokenize', which is no variable"),
+        ({"chat_template_kwargs": {"tools": []}}, "sets 'tools', which is no variable"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "sets 'chat_template', which is no variable"),
+    ],
+)
+def test_columns_that_the_template_cannot_take(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, columns: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
+    path = write(tmp_path / "t.jsonl", {"messages": [{"role": "assistant", "content": "d"}], **columns})
+    with pytest.raises(ValueError, match=message) as error:
+        data.load(recipe(path), tokenizer)
+    assert str(error.value).startswith(f"{path}:1: ")
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"text": "a", "tools": TOOLS, "id": 1, "none": None}, ("tools", "id")),
+        ({"prompt": "a", "completion": "b", "text": "c"}, ("text",)),
+        ({"messages": [{"role": "assistant", "content": "d"}], "text": "c"}, ("text",)),
+        (
+            {"messages": [{"role": "assistant", "content": "d"}], "tools": TOOLS, "chat_template_kwargs": {"deep": 1}},
+            ("tools", "chat_template_kwargs.deep"),
+        ),
+    ],
+)
+def test_what_nothing_reads_is_known(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], unread: tuple[str, ...]
+) -> None:
+    """A template that has no tools in it does not read them either."""
+    monkeypatch.setattr(tokenizer, "chat_template", MARKED)
+    loaded = data.load(recipe(write(tmp_path / "t.jsonl", row)), tokenizer)
+    assert loaded is not None
+    assert loaded.unread == unread
 
 
 def test_cuts_are_counted(tmp_path: Path, tokenizer: Any) -> None:
