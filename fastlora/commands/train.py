@@ -21,11 +21,10 @@ def train(
 
     Ctrl-C saves a checkpoint and stops; the same command with --resume continues the run.
     """
-    from rich.console import Console
-
+    from fastlora.training import plots
     from fastlora.training import recipe as recipes
 
-    console = Console()
+    console = plots.lasting_console()
     try:
         if recipe is None:
             from fastlora.demo import demo
@@ -38,6 +37,8 @@ def train(
             result = run(loaded, resume, console=console)
     except (ValueError, FloatingPointError) as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'a file or connection'}: {error.strerror or error}. Mend that, then try again")
     if result.interrupted is not None:
         set_again = [word for override in overrides or [] for word in ("--set", override)]
         words = ["fastlora", "train", *([recipe] if recipe else []), *set_again, "--resume"]
@@ -50,5 +51,6 @@ def _fail(message: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    line = escape(" ".join(message.split()))
+    Console(stderr=True).print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)

@@ -17,7 +17,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from fastlora.demo import stdlib_data
+from fastlora.files import atomic
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.backend import backend
+from fastlora.training import lock, plots
 from fastlora.training.data import IGNORED, collate
 from fastlora.training.loop import Hooks, Result, train
 from fastlora.training.recipe import Recipe, from_mapping, parse_overrides, read
@@ -64,11 +66,13 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
         ValueError: as `training.loop.train`; a directory that holds another run is not touched.
     """
     began = time.perf_counter()
-    console = console or Console()
+    console = console or plots.lasting_console()
     transformers_logging.disable_progress_bar()
     recipe = recipe_with_data(overrides)
     directory = Path(recipe.output_dir)
     if not resume:
+        with lock.held(directory):
+            pass  # the directory of a run that is under way is not moved
         _set_aside(directory, recipe, console)
         _check_untouched(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,17 +100,17 @@ class BeforeAndAfter(Hooks):
         self.pairs = _questions(stdlib_data.instruction_pairs(held_out=True))
         run.console.print(_introduction(run))
         run.model.fastlora_report.print(run.console)  # type: ignore[operator, union-attr]
-        remembered = run.directory / "before.json"
-        if run.step > 0 and remembered.is_file():
-            self.before = Measured(**json.loads(remembered.read_text(encoding="utf-8")))
-        else:
-            self.before = measure(run, self.pairs)
-            remembered.write_text(json.dumps(asdict(self.before), indent=1) + "\n", encoding="utf-8")
+        trained = [parameter.detach().clone() for parameter in run.trainable]  # of a resumed run
+        for parameter in run.trainable:
+            parameter.data.zero_()
+        self.before = measure(run, self.pairs)
+        for parameter, value in zip(run.trainable, trained, strict=True):
+            parameter.data.copy_(value)
 
     def on_end(self, run: Run) -> None:
         after = measure(run, self.pairs)
         summary = _summary(run, self.before, after, time.perf_counter() - self.began)
-        (run.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        atomic.write_text(run.directory / "summary.json", plots.as_json(summary, indent=1) + "\n")
         run.console.print(_answers_table(self.pairs, self.before, after))
         run.console.print(_numbers_table(summary))
 
@@ -167,8 +171,8 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
     assert run.eval_set is not None
     batch = collate(run.eval_set, range(8), run.tokenizer.pad_token_id)
     inputs = {key: batch[key].to(run.accelerator.device) for key in ("input_ids", "attention_mask")}
-    ours = copy.deepcopy(run.model).float().eval()
-    base, _ = load_base(run.recipe.replace(bf16=False))
+    ours = copy.deepcopy(run.model).to(torch.float32).eval()  # type: ignore[arg-type]
+    base = load_base(run.recipe.replace(bf16=False, quantize=None))
     base = base.to(run.accelerator.device).eval()
     for name, module in ours.named_modules():
         if isinstance(module, LoRALinear) and isinstance(module.base_layer, NF4Linear):
@@ -199,7 +203,7 @@ def _set_aside(directory: Path, recipe: Recipe, console: Console) -> None:
 def _is_demo(directory: Path, recipe: Recipe) -> bool:
     """Whether a directory holds a run of the demo, by the training file its recipe names."""
     marker = directory / "recipe.yaml"
-    return marker.is_file() and f"train_file: {recipe.train_file}\n" in marker.read_text(encoding="utf-8")
+    return marker.is_file() and f"train_file: {recipe.train_file}\n".encode() in marker.read_bytes()
 
 
 def _check_untouched(directory: Path) -> None:

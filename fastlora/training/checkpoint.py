@@ -8,6 +8,7 @@ Data and learning rate are functions of the step, so they need no state.
 """
 
 import hashlib
+import io
 import json
 import random
 import shutil
@@ -22,14 +23,16 @@ from torch import nn
 
 from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.files import atomic
+from fastlora.training.inputs import reason
 
 STATE_FILE = "trainer_state.json"
+_KINDS = {"step": int, "processes": int, "train_data": str, "recipe": dict, "total_steps": int}
 
 
 def steps(directory: Path) -> list[int]:
     """The steps of which `directory` holds a checkpoint, ascending."""
     names = (path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -49,27 +52,44 @@ def save(
     """Write `checkpoint-<step>` under another name, rename it, then delete all except the `keep` newest.
 
     Every process calls it. `facts` go into `trainer_state.json` as they are.
+
+    Raises:
+        OSError: it cannot be written. What had been written of it is deleted, and every older one is kept.
     """
     final, part = path_of(directory, step), directory / f".checkpoint-{step}.part"
-    if accelerator.is_main_process:
+    try:
+        if accelerator.is_main_process:
+            for left in directory.glob(".checkpoint-*.part"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            part.mkdir(parents=True)
+            save_adapter(model, part)
+            _save(optimizer.state_dict(), part / "optimizer.pt")
+        accelerator.wait_for_everyone()
+        _save(rng_state(), part / f"rng-{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
+            state = {"step": step, "processes": accelerator.num_processes, **facts, "sha256": hashes}
+            atomic.write_text(part / STATE_FILE, json.dumps(state, indent=1) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            atomic.sync(directory)
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_adapter(model, part)
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
-    accelerator.wait_for_everyone()
-    torch.save(rng_state(), part / f"rng-{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
-        state = {"step": step, "processes": accelerator.num_processes, **facts, "sha256": hashes}
-        (part / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        if keep is not None:
-            # Checkpoints of later steps can only be damaged ones from before a resume: they do not count as newest.
-            for old in [s for s in steps(directory) if s <= step][:-keep]:
-                shutil.rmtree(path_of(directory, old))
+        raise
+    if accelerator.is_main_process and keep is not None:
+        # Checkpoints of later steps can only be damaged ones from before a resume: they do not count as newest.
+        for old in [s for s in steps(directory) if s <= step][:-keep]:
+            shutil.rmtree(path_of(directory, old))
     return final
+
+
+def _save(value: Any, path: Path) -> None:
+    """`torch.save` by way of memory: it does not say why a write to a file failed."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    with atomic.moved_into(path) as scratch:
+        scratch.write_bytes(buffer.getbuffer())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -80,13 +100,20 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        hashes = dict(state["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        hashes, needed = dict(state["sha256"]), {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt"}
+        needed |= {f"rng-{process}.pt" for process in range(min(state["processes"], len(hashes)))}
+        whole = needed <= hashes.keys() and all(isinstance(state[key], kind) for key, kind in _KINDS.items())
+        whole = whole and state["processes"] > 0 and path.name == f"checkpoint-{state['step']}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path / STATE_FILE} is missing or damaged") from error
+    if not whole:
+        raise ValueError(f"{path / STATE_FILE} is damaged")
     for name, expected in hashes.items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing")
-        if _sha256(path / name) != expected:
+        try:
+            found = _sha256(path / name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path / name} is missing, or cannot be read ({reason(error)})") from error
+        if found != expected:
             raise ValueError(f"{path / name} is damaged: its hash is not the one in {STATE_FILE}")
     return state
 
@@ -139,17 +166,26 @@ def set_rng_state(state: dict[str, Any]) -> None:
         )
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Delete the lines of steps that will be made again, and an unfinished last line."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+def metrics_until(path: Path, step: int) -> str:
+    """The lines of `metrics.jsonl` up to this step, without those of steps that will be made again.
+
+    Raises:
+        ValueError: a line before the last of these is damaged; the message names it.
+    """
+    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept: list[str] = []
+    last = reached = damaged = 0
+    for number, line in enumerate(lines, 1):
         try:
             made = json.loads(line)["step"]
-        except ValueError:
-            break
-        if made <= step:
-            kept.append(line)
-    atomic.write_text(path, "".join(kept))
+            if made <= step:
+                kept.append(line)
+                last, reached = number, made
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged = damaged or number
+    if damaged and (damaged < last or reached < step):
+        raise ValueError(f"{path}:{damaged}: the line is damaged: repair or delete it, then resume")
+    return "".join(kept)
 
 
 def _sha256(path: Path) -> str:

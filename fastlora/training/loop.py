@@ -8,11 +8,12 @@ continued from it gives the same bits as one that never stopped.
 
     run directory           recipe.yaml, metrics.jsonl, loss.png, adapter_model.safetensors, adapter_config.json
       checkpoint-<step>     as `fastlora.training.checkpoint` says
+      run.lock and a note   while the run is on, as `fastlora.training.lock` says
 """
 
 import dataclasses
-import json
 import math
+import os
 import signal
 import threading
 import time
@@ -28,11 +29,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from fastlora.adapters.adapter import save_adapter
 from fastlora.files import atomic
-from fastlora.training import checkpoint, data, plots
+from fastlora.training import checkpoint, data, lock, plots
+from fastlora.training.inputs import clipped
 from fastlora.training.recipe import Recipe, learning_rate
 from fastlora.training.run import Run, checked_directory, has_bf16, prepare, resume_from
 
@@ -64,38 +67,61 @@ class Result:
 
 
 def train(recipe: Recipe, resume: bool = False, hooks: Hooks | None = None, console: Console | None = None) -> Result:
-    """Run `recipe` to its end, or until SIGINT or SIGTERM, which saves a checkpoint first.
+    """Run `recipe` to its end, or until SIGINT, SIGTERM or SIGHUP, which saves a checkpoint first.
 
     Raises:
-        ValueError: unusable data, a run already in `output_dir` without `resume`, nothing to resume, or a
-            recipe that differs from the saved one.
+        ValueError: unusable data or model, an `output_dir` that cannot be written, that holds a run already (without
+            `resume`) or that another run is using, nothing to resume, or a recipe that differs from the saved one.
         FloatingPointError: a loss or gradient that is not finite; that update is not made.
+        OSError: a file of the run cannot be written, as on a full disk. What had been written before is kept.
     """
-    hooks = hooks or Hooks()
+    console = console or plots.lasting_console()
+    directory = Path(recipe.output_dir)
+    if resume and not os.path.isdir(directory):  # noqa: PTH112, as pathlib raises where a name is too long
+        raise ValueError(f"{directory}: nothing to resume from: it holds no checkpoint")
+    if os.environ.get("RANK", "0") != "0":  # the first process holds the lock for all
+        return _train(recipe, resume, hooks or Hooks(), console)
+    with lock.held(directory, lambda text: console.print(f"[yellow]{escape(text)}[/]")):
+        return _train(recipe, resume, hooks or Hooks(), console)
+
+
+def _train(recipe: Recipe, resume: bool, hooks: Hooks, console: Console) -> Result:
     if recipe.bf16 is None:
         recipe = recipe.replace(bf16=has_bf16(recipe.use_cpu))
-    console = console or Console()
     saved = checked_directory(recipe, resume, console)
-    run = prepare(recipe, console)
+    run = prepare(recipe, console, saved[1] if saved else None)
     if saved is not None:
         resume_from(run, *saved)
     else:
         set_seed(recipe.seed + run.accelerator.process_index)  # different dropout in each process
     if run.accelerator.is_main_process:
-        run.directory.mkdir(parents=True, exist_ok=True)
         atomic.write_text(run.directory / "recipe.yaml", recipe.to_yaml())
     device = run.accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         hooks.on_start(run)
-    for name, examples in (("training", run.train_set), ("evaluation", run.eval_set)):
-        if examples is not None:
-            run.console.print(f"{name}: {examples.summary()}", highlight=False)
-    stopped_by = _loop(run)
+    _print_data(run)
+    try:
+        stopped_by = _loop(run)
+        if stopped_by is None:
+            _finish(run)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; {_kept(run)}", error.filename) from error
     if stopped_by is None:
-        _finish(run)
         hooks.on_end(run)
     eval_loss = run.eval_losses[max(run.eval_losses)] if run.eval_losses else None
     return Result(run.directory, run.step, run.total_steps, run.loss, eval_loss, stopped_by)
+
+
+def _print_data(run: Run) -> None:
+    """Say what there is to learn, and which columns of the data nothing reads."""
+    unread: dict[str, None] = {}
+    for name, examples in (("training", run.train_set), ("evaluation", run.eval_set)):
+        if examples is not None:
+            run.console.print(f"{name}: {examples.summary()}", highlight=False)
+            unread |= dict.fromkeys(examples.unread)
+    if unread:
+        listed = escape(clipped(", ".join(unread)))
+        run.console.print(f"[yellow]columns of the data that nothing reads: {listed}[/]", highlight=False)
 
 
 def _loop(run: Run) -> str | None:
@@ -216,8 +242,7 @@ def _evaluate_and_log(run: Run) -> None:
 
 def _log(run: Run, record: dict[str, float]) -> None:
     if run.accelerator.is_main_process:
-        with (run.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        atomic.append_line(run.directory / "metrics.jsonl", plots.as_json(record))
 
 
 def _finish(run: Run) -> None:
@@ -229,18 +254,23 @@ def _finish(run: Run) -> None:
 
 
 def _not_finite(run: Run, loss: float, grad_norm: float) -> str:
-    found = f"loss {loss}, gradient norm {grad_norm}"
-    steps = checkpoint.steps(run.directory)
-    kept = f"The last good checkpoint is {run.directory}/checkpoint-{steps[-1]}." if steps else "No checkpoint yet."
     return (
-        f"step {run.step + 1}: {found}; stopped before the update. {kept} "
+        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the update. {_kept(run)}. "
         "Lower learning_rate or max_grad_norm, add warm-up, or look at the data of this step."
     )
 
 
+def _kept(run: Run) -> str:
+    steps = checkpoint.steps(run.directory)
+    return f"The last good checkpoint is {run.directory}/checkpoint-{steps[-1]}" if steps else "No checkpoint yet"
+
+
 @contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM by name, so that the loop can finish its step; a second one acts at once."""
+    """Collect SIGINT, SIGTERM and SIGHUP by name, so that the loop can finish its step; a second one acts at once.
+
+    SIGHUP stays ignored where it is, as under nohup.
+    """
     caught: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # handlers can be set only in the main thread
@@ -250,8 +280,10 @@ def _signals() -> Iterator[list[str]]:
         caught.append(signal.Signals(number).name)
         signal.signal(number, before[number])
 
-    both = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in both}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
     for number in before:
         signal.signal(number, note)
     try:

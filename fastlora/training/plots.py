@@ -1,13 +1,49 @@
 """What a run shows: a live line in the terminal, and a plot of its `metrics.jsonl`."""
 
 import json
+import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich import progress
 from rich.console import Console
 
+from fastlora.files import atomic
+from fastlora.training.inputs import read_text, reason
+
 SMOOTHING = 0.9  # of the solid training curve; the raw losses are drawn pale behind it
+
+
+class _Outlet:
+    """A stream that goes quiet when nobody reads it any more: a closed terminal or pipe must not end a run."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._do(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._do(self.stream.flush)
+
+    def _do(self, action: Any) -> None:
+        try:
+            action()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # so that what is left in its buffer fails no more either
+            os.close(nowhere)
+
+
+def lasting_console() -> Console:
+    """A console on standard output for a run, which lasts longer than the terminal that it was started in may."""
+    return Console(file=_Outlet(sys.stdout))  # type: ignore[arg-type]
 
 
 class Progress:
@@ -44,18 +80,25 @@ class Progress:
             self.console.print(f"step {step}/{self.total}  {numbers}{eta}", highlight=False)
 
 
+def as_json(record: dict[str, Any], indent: int | None = None) -> str:
+    """A record as JSON; numbers that are not finite, which JSON does not have, are null."""
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+    return json.dumps(finite, indent=indent, allow_nan=False)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order.
+    """The records of a `metrics.jsonl`, in order; null is read as NaN.
 
     Raises:
-        ValueError: a line is not JSON; the message names it.
+        ValueError: a line is not a JSON object; the message names it.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error.msg})") from error
+            record = json.loads(line).items()
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: damaged, not a JSON object ({reason(error)})") from error
+        records.append({key: math.nan if value is None else value for key, value in record})
     return records
 
 
@@ -94,7 +137,8 @@ def plot_losses(metrics: Path, out: Path) -> None:
     lower.set_ylabel("learning rate")
     lower.set_xlabel("step")
     lower.grid(alpha=0.3)
-    figure.savefig(out)
+    with atomic.moved_into(out) as scratch:
+        figure.savefig(scratch, format="png")
 
 
 def _smoothed(values: list[float]) -> list[float]:

@@ -1,23 +1,37 @@
-"""A run: what it consists of, and getting it ready, from a recipe or from a checkpoint."""
+"""A run: what it consists of, and getting it ready, from a recipe or from a checkpoint.
 
+What can be known early is checked early: the directory before anything is loaded, the data before the model.
+"""
+
+import contextlib
 import math
+import re
+import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
+from fastlora.files import atomic
+from fastlora.model.names import matches, within
 from fastlora.model.replace import replace_linear
+from fastlora.model.sites import output_head
 from fastlora.training import checkpoint, data, plots
+from fastlora.training.inputs import clipped, reason, shown
 from fastlora.training.recipe import Recipe, check_resumable
 
 # The files that show a directory to hold a run.
 RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
+OTHER_FILES = ("recipe.yaml", "loss.png")
 
 
 @dataclass(eq=False)
@@ -67,28 +81,38 @@ def has_bf16(use_cpu: bool = False) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def prepare(recipe: Recipe, console: Console) -> Run:
+def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = None) -> Run:
     """Model, adapters, data and optimizer of a run that has made no step yet.
 
+    Args:
+        saved: the state of the checkpoint that the run is to continue from.
     Raises:
-        ValueError: a model or data that cannot be used, or data that do not fit the model.
+        ValueError: a model or data that cannot be used, data that do not fit the model or the checkpoint, another
+            number of processes than the checkpoint's, or too little room on the disk for one checkpoint.
     """
     # Autocast is in target_loss. The frozen base is the same in every process and need not be broadcast.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(cpu=recipe.use_cpu, mixed_precision="no", kwargs_handlers=[ddp])
     if not accelerator.is_main_process:
         console = Console(quiet=True)
-    set_seed(recipe.seed)  # the same adapters in every process
-    model, tokenizer = load_base(recipe)
+    config, tokenizer = load_config(recipe), load_tokenizer(recipe)
     train_set = data.load(recipe, tokenizer)
     eval_set = data.load(recipe, tokenizer, evaluation=True)
     assert train_set is not None
     for name, examples in (("training", train_set), ("evaluation", eval_set)):
         if examples is not None:
-            _check_data_fit(name, examples, model)
-    model.to(accelerator.device)
+            _check_data_fit(name, examples, config)
+    if saved is not None:
+        _check_same_run(saved, accelerator, train_set)
+    set_seed(recipe.seed)  # the same adapters in every process
+    model = load_base(recipe, accelerator.device)
+    if recipe.quantize is None:
+        model.to(accelerator.device)
+    check_causal(model, recipe)
     keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "quantize", "use_rslora")
     replace_linear(model, **{key: getattr(recipe, key) for key in keys})
+    model.to(accelerator.device)  # with quantize only now, so that no whole model in 16 bits is ever on the device
+    _check_room(recipe, model)
     if recipe.gradient_checkpointing:
         word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
         enable = getattr(model, f"{word}_checkpointing_enable")
@@ -116,69 +140,192 @@ def prepare(recipe: Recipe, console: Console) -> Run:
     return Run(recipe, accelerator, console, tokenizer, model, wrapped, optimizer, train_set, eval_set, plan, total)
 
 
-def load_base(recipe: Recipe) -> tuple[Any, Any]:
-    """The frozen model, in the precision of the run, and its tokenizer.
+def load_config(recipe: Recipe) -> Any:
+    """The model's config.
 
     Raises:
-        ValueError: nothing loadable under `model_name_or_path`.
+        ValueError: there is none under `model_name_or_path`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig
 
-    name = recipe.model_name_or_path
-    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+    with _loading(recipe, "the model's config.json"):
+        return AutoConfig.from_pretrained(recipe.model_name_or_path)
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: there is none under `model_name_or_path`.
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(recipe, "a tokenizer", "; put the base model's tokenizer files next to its weights"):
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path)
+        if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # transformers makes one from nothing
+            raise ValueError("its vocabulary is empty: the files are missing")
+        return tokenizer
+
+
+def load_base(recipe: Recipe, device: torch.device | None = None) -> Any:
+    """The frozen model in the precision of the run. Weights that become NF4 do so one by one as they are read.
+
+    Args:
+        device: that of a model in NF4; None is the CPU.
+    Raises:
+        ValueError: nothing loadable under `model_name_or_path`, or files that lack a weight of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if recipe.bf16 else torch.float32}
+    if recipe.quantize:
+        options |= _into_nf4(recipe, device or torch.device("cpu"))
+    with _loading(recipe, "the model's weights", "; copy the files again, or convert a pickle to safetensors"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            recipe.model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    model, found = loaded
+    for key, in_file, in_model in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"model_name_or_path: {shown(recipe.model_name_or_path)} holds {key} as {list(in_file)}, and its "
+            f"config.json means {list(in_model)}: the two files do not belong together"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model_name_or_path: {shown(recipe.model_name_or_path)} lacks {len(missing)} of the weights of a "
+            f"{type(model).__name__}, which would be random: {clipped(', '.join(missing))}; give a whole checkpoint"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _loading(recipe: Recipe, what: str, advice: str = "") -> Iterator[None]:
+    """Say on one line what of the model cannot be loaded; memory that runs out is another matter."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"model_name_or_path: cannot load {name!r} ({str(error).splitlines()[0]})") from error
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the hub's, safetensors', pickle's, JSON's and each model's own
+        said = "it is a pickle of more than tensors" if isinstance(error, UnpicklingError) else reason(error)
+        name = shown(recipe.model_name_or_path)
+        raise ValueError(f"model_name_or_path: cannot load {what} of {name} ({said}){advice}") from error
 
 
-def _check_data_fit(name: str, examples: data.TokenSet, model: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if int(examples.tokens.max()) >= rows:
+def _into_nf4(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The options of `from_pretrained` that quantize what `replace_linear` would; none where it must do all of that.
+
+    That is so where the checkpoint is quantized already, and where no layer is an `nn.Linear`, as in GPT-2.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from fastlora.model.quantizer import FastLoRANF4Config
+
+    config = load_config(recipe)
+    if getattr(config, "quantization_config", None) is not None:
+        return {}
+    with _loading(recipe, "a causal language model"), torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    head = output_head(plain)
+    linear = [name for name, module in plain.named_modules() if type(module) is nn.Linear and not within(name, head)]
+    excluded = [name for name in linear if matches(recipe.exclude_modules, name)]
+    if len(excluded) == len(linear):
+        return {}
+    kept = [f"{re.escape(name)}$" for name in excluded]
+    return {"quantization_config": FastLoRANF4Config(modules_to_not_convert=kept or None), "device_map": {"": device}}
+
+
+def check_causal(model: Any, recipe: Recipe) -> None:
+    """Raise ValueError if the model sees tokens that it is to predict: a gradient reaches a later token's embedding."""
+    seen: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(watch)
+    try:
+        ids = torch.arange(4, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+        logits = model.eval()(input_ids=ids, use_cache=False).logits  # [1, 4, vocabulary]
+    finally:
+        hook.remove()
+    (gradient,) = torch.autograd.grad(logits[:, 0].float().square().sum(), seen[0])
+    if gradient[:, 1:].nan_to_num().any():
+        raise ValueError(
+            f"model_name_or_path: {shown(recipe.model_name_or_path)} is not a causal language model: as a "
+            f"{type(model).__name__} it sees the tokens that it is to predict. Give one that sees only what came before"
+        )
+
+
+def _check_data_fit(name: str, examples: data.TokenSet, config: Any) -> None:
+    text = config.get_text_config()
+    rows = getattr(text, "vocab_size", None)
+    if rows is not None and int(examples.tokens.max()) >= rows:
         raise ValueError(f"{name} data: token {examples.tokens.max()}, but the model has {rows} embeddings")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text, "max_position_embeddings", None)
     if context is not None and int(examples.lengths.max()) > context:
         raise ValueError(f"max_length: {name} data reach {examples.lengths.max()} tokens, the model {context}")
+
+
+def _check_same_run(saved: dict[str, Any], accelerator: Accelerator, train_set: data.TokenSet) -> None:
+    if saved["processes"] != accelerator.num_processes:
+        raise ValueError(f"cannot resume: saved by {saved['processes']} processes, now {accelerator.num_processes}")
+    if saved["train_data"] != train_set.fingerprint():
+        raise ValueError(f"cannot resume: the training data are not those of checkpoint-{saved['step']}")
+
+
+def _check_room(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ValueError if the disk has no room for the adapter and, where checkpoints are wanted, for one of them."""
+    adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = adapter if recipe.save_steps is None else 4 * adapter  # in a checkpoint, with its two moments
+    directory = Path(recipe.output_dir)
+    free = shutil.disk_usage(directory).free if directory.is_dir() else math.inf
+    if free < needed:
+        raise ValueError(
+            f"output_dir: {directory} has room for {free / 1e6:,.1f} MB, and the adapter and one checkpoint take "
+            f"{needed / 1e6:,.1f} MB: make room, or give another output_dir"
+        )
 
 
 def checked_directory(recipe: Recipe, resume: bool, console: Console) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run to resume, and its state; None for a new run.
 
     Raises:
-        ValueError: a new run whose `output_dir` holds one already, or nothing to resume.
+        ValueError: a new run whose `output_dir` holds one already, nothing to resume, a recipe that differs from the
+            saved one, something else where the run's files go, or a damaged `metrics.jsonl`.
     """
     directory = Path(recipe.output_dir)
+    for name in (*RUN_FILES, *OTHER_FILES):
+        if (path := directory / name).exists() and not path.is_file():
+            raise ValueError(f"output_dir: {path} is in the way, as a run writes a file of this name: move it away")
     if not resume:
         found = [name for name in RUN_FILES if (directory / name).exists()]
         found += [f"checkpoint-{step}" for step in checkpoint.steps(directory)]
         if found:
             raise ValueError(
-                f"output_dir: {directory} already holds a run ({', '.join(found)}); continue it with --resume, "
+                f"output_dir: {directory} already holds a run ({', '.join(found[:6])}); continue it with --resume, "
                 "or give another output_dir"
             )
         return None
+    if others := [
+        path for step in checkpoint.steps(directory) if not (path := checkpoint.path_of(directory, step)).is_dir()
+    ]:
+        raise ValueError(f"output_dir: {others[0]} is in the way, as a run makes folders of this name: move it away")
     path, state, damaged = checkpoint.newest(directory)
     for problem in damaged:
-        console.print(f"[yellow]Damaged checkpoint skipped: {problem}[/]")
+        console.print(f"[yellow]Damaged checkpoint skipped: {escape(problem)}[/]")
     check_resumable(state["recipe"], recipe)
+    checkpoint.metrics_until(directory / "metrics.jsonl", state["step"])
     return path, state
 
 
 def resume_from(run: Run, path: Path, state: dict[str, Any]) -> None:
-    """Put a prepared run into the state that it had at this checkpoint.
-
-    Raises:
-        ValueError: another number of processes, or other training data.
-    """
-    if state["processes"] != run.accelerator.num_processes:
-        raise ValueError(f"cannot resume: saved by {state['processes']} processes, now {run.accelerator.num_processes}")
-    if state["train_data"] != run.train_set.fingerprint():
-        raise ValueError(f"cannot resume: the training data are not those of {path}")
+    """Put a prepared run into the state that it had at this checkpoint."""
     checkpoint.restore(path, run.model, run.optimizer, run.accelerator.process_index)
     run.step = state["step"]
     metrics = run.directory / "metrics.jsonl"
     if run.accelerator.is_main_process:
-        checkpoint.cut_metrics(metrics, run.step)
+        atomic.write_text(metrics, checkpoint.metrics_until(metrics, run.step))
     run.accelerator.wait_for_everyone()
     records = plots.read_metrics(metrics)
     run.eval_losses = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import fastlora
 from fastlora.cli import app
 from fastlora.commands import diagnosis
+from tests.support.full_disk import no_file_beyond
 
 COMMAND = [sys.executable, "-m", "fastlora"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fastlora.__file__).parents[1])}
@@ -84,10 +85,35 @@ def test_bad_input_is_one_line_and_code_2(recipe: Path, words: list[str], messag
     assert len(text.splitlines()) == 1
 
 
-def test_no_such_recipe() -> None:
-    code, text = invoke("train", "nowhere.yaml")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such recipe file"),
+        ("a: [1,\n  b: {", "not valid YAML"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("packing: true", "unknown key 'packing': not yet"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_text(content)
+    code, text = invoke("train", str(path))
     assert code == 2
-    assert "no such recipe file" in text
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line(recipe: Path, tmp_path: Path) -> None:
+    words = ("train", str(recipe), "--set", f"output_dir={tmp_path}/run", "--set", "save_steps=1")
+    with no_file_beyond(2000):  # enough for the metrics, not for an adapter
+        code, text = invoke(*words)
+    assert code == 2
+    last = text.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path}/run/.checkpoint-1.part/adapter_model.safetensors: File too large; No ")
+    assert "Traceback" not in text
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "recipe.yaml"]
 
 
 def test_python_m_fastlora_train_and_the_run_is_not_overwritten(recipe: Path, tmp_path: Path) -> None:
@@ -100,21 +126,36 @@ def test_python_m_fastlora_train_and_the_run_is_not_overwritten(recipe: Path, tm
     assert "already holds a run" in again[1]
 
 
-def test_interrupted_from_the_shell_and_resumed(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_when_nobody_reads_what_it_says(recipe: Path, tmp_path: Path) -> None:
+    words = [*COMMAND, "train", str(recipe), "--set", f"output_dir={tmp_path}/run", "--set", "logging_steps=1"]
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert process.wait(timeout=100) == 0, errors
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_from_the_shell_and_resumed(recipe: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     words = [*COMMAND, "train", str(recipe), "--set", f"output_dir={out}", "--set", "max_steps=2000"]
-    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    before = signal.signal(number, signal.SIG_DFL)  # a child inherits what is ignored, as under nohup
+    process = subprocess.Popen(words, env=ENVIRONMENT, text=True, **pipes)
+    signal.signal(number, before)
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     text, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert process.returncode == 128 + number, errors
     made = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert made == list(range(1, len(made) + 1))
     assert (out / f"checkpoint-{len(made)}" / "trainer_state.json").is_file()
-    assert f"Stopped by SIGTERM after step {len(made)} of 2000" in text
+    assert f"Stopped by {number.name} after step {len(made)} of 2000" in text
     assert f"continue with: fastlora train {recipe} --set output_dir={out} --set max_steps=2000 --resume" in text
 
 

@@ -39,7 +39,7 @@ def test_questions_are_spread_over_the_held_out_modules() -> None:
 @pytest.mark.slow
 def test_a_short_demo_from_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    overrides = [f"output_dir={out}", f"max_steps={STEPS}", "eval_steps=null", "save_steps=null"]
+    overrides = [f"output_dir={out}", f"max_steps={STEPS}", "eval_steps=null"]
     console = Console(record=True, width=120, file=(tmp_path / "log").open("w"))
     demo.run(overrides, console=console)
     summary = json.loads((out / "summary.json").read_text())
@@ -53,6 +53,10 @@ def test_a_short_demo_from_end_to_end(tmp_path: Path) -> None:
     for said in ("linear layers replaced", "held-out loss", "has it forgotten?", "the same adapter in peft"):
         assert said in text
     assert text.count("reference answer") == text.count("model, before") == text.count("model, after") == demo.QUESTIONS
+
+    demo.run(overrides, resume=True, console=console)  # of a run that is at its end: the same numbers again
+    again = json.loads((out / "summary.json").read_text())
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
 
     marker = (out / "metrics.jsonl").read_text()
     demo.run([*overrides[:1], "max_steps=1", *overrides[2:]], console=console)

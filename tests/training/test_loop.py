@@ -1,8 +1,11 @@
 """The loop: normalisation, resuming bit for bit, damaged checkpoints, interruption, and what it refuses."""
 
+import contextlib
 import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -17,75 +20,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from fastlora.training import checkpoint, loop, plots
 from fastlora.training.loop import Hooks, train
-from fastlora.training.recipe import Recipe, from_mapping
 from fastlora.training.run import Run, prepare
-
-WORDS = 60
-QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers, a tokenizer with one token a word, and sentences of unequal length."""
-    root = tmp_path_factory.mktemp("base")
-    words = ["<end>", *(f"w{i}" for i in range(WORDS))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<end>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(root)
-    config = LlamaConfig(
-        vocab_size=WORDS + 1,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(root)
-    generator = random.Random(0)
-    for name, count in (("train", 22), ("eval", 6)):
-        rows = []
-        for _ in range(count):
-            said = [f"w{generator.randrange(WORDS)}" for _ in range(generator.randint(2, 20))]
-            rows.append({"prompt": said[0], "completion": " " + " ".join(said[1:])})
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
-
-
-def recipe(base: Path, out: Path, **values: Any) -> Recipe:
-    return from_mapping(
-        {
-            "model_name_or_path": str(base),
-            "train_file": str(base / "train.jsonl"),
-            "output_dir": str(out),
-            "r": 4,
-            "bf16": False,
-            "use_cpu": True,
-            "learning_rate": 1e-2,
-            "max_steps": 6,
-            "per_device_train_batch_size": 4,
-            "save_steps": None,
-            **values,
-        }
-    )
-
-
-def lines(out: Path, key: str = "loss") -> list[dict[str, float]]:
-    return [record for record in plots.read_metrics(out / "metrics.jsonl") if key in record]
-
-
-def losses(out: Path) -> list[tuple[float, float]]:
-    return [(record["step"], record["loss"]) for record in lines(out)]
+from tests.support.full_disk import no_file_beyond
+from tests.support.runs import QUIET, lines, losses, recipe
 
 
 class StopAt(Hooks):
@@ -293,6 +234,138 @@ def test_no_whole_checkpoint_left(base: Path, tmp_path: Path) -> None:
         train(recipe(base, tmp_path / "none"), resume=True, console=QUIET)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: [],
+        lambda state: {},
+        lambda state: {**state, "sha256": {}},
+        lambda state: {**state, "sha256": {**state["sha256"], "a\0b": ""}},
+        lambda state: {**state, "sha256": {**state["sha256"], "x" * 5000: ""}},
+        lambda state: {**state, "sha256": dict.fromkeys(state["sha256"])},
+        lambda state: {**state, "step": 3},
+        lambda state: {**state, "step": "4"},
+        lambda state: {**state, "processes": None},
+        lambda state: {**state, "processes": 0},
+        lambda state: {**state, "processes": 10**12},
+        lambda state: {**state, "recipe": []},
+        *(lambda state, key=key: {k: v for k, v in state.items() if k != key} for key in checkpoint._KINDS),
+    ],
+)
+def test_a_damaged_state_is_named_and_the_one_before_used(base: Path, tmp_path: Path, damage: Any) -> None:
+    out = tmp_path / "run"
+    made = recipe(base, out, save_steps=2, max_steps=4)
+    train(made, console=QUIET)
+    path = out / "checkpoint-4" / "trainer_state.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    found, state, damaged = checkpoint.newest(out)
+    assert (found.name, state["step"]) == ("checkpoint-2", 2)
+    assert [problem.startswith(str(path.parent)) for problem in damaged] == [True]
+
+
+def test_deeply_nested_state(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"trainer_state.json is missing or damaged"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", [" ", "null", "[]", "{}", '{"step": "x"}', '{"step":', "\0\0\0", "\xff", "[" * 100_000]
+)
+def test_a_damaged_line_of_metrics_is_told_before_the_model_is_loaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """Unless it is one that will be written again, as that of a step after the checkpoint."""
+    out = tmp_path / "run"
+    made = recipe(base, out, save_steps=2, max_steps=4)
+    train(made, console=QUIET)
+    path, expected = out / "metrics.jsonl", losses(out)
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows[:2], line, *rows[3:], ""]), encoding="latin-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "prepare", None)
+        with pytest.raises(ValueError, match=r"metrics.jsonl:3: the line is damaged: repair"):
+            train(made, resume=True, console=QUIET)
+    path.write_text("\n".join([*rows[:3], line]), encoding="latin-1")
+    with pytest.raises(ValueError, match=r"metrics.jsonl:4: the line is damaged"):
+        checkpoint.metrics_until(path, 4)
+    shutil.rmtree(out / "checkpoint-4")
+    train(made, resume=True, console=QUIET)
+    assert losses(out) == expected
+
+
+@pytest.mark.parametrize(("size", "name"), [(5_000, "adapter_model.safetensors"), (40_000, "optimizer.pt")])
+def test_a_full_disk_in_a_checkpoint_loses_nothing_before_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, name: str
+) -> None:
+    """It fills up in the adapter, which Rust writes, or in the moments."""
+    made = recipe(base, tmp_path / "run", save_steps=2, save_total_limit=1, lora_dropout=0.1)
+    train(recipe(base, tmp_path / "whole", save_steps=2, lora_dropout=0.1), console=QUIET)
+    real = loop._save_checkpoint
+
+    def on_a_full_disk(run: Run) -> None:
+        with no_file_beyond(size if run.step == 4 else resource.RLIM_INFINITY):
+            real(run)
+
+    kept = rf"; The last good checkpoint is {tmp_path}/run/checkpoint-2"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save_checkpoint", on_a_full_disk)
+        with pytest.raises(OSError, match=f"(?i)file too large{kept}") as error:
+            train(made, console=QUIET)
+    assert Path(error.value.filename) == tmp_path / "run" / ".checkpoint-4.part" / name
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoint-2", "metrics.jsonl", "recipe.yaml"}
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
+    train(made, resume=True, console=QUIET)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_full_disk_at_a_line_of_metrics_leaves_whole_lines(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    made = recipe(base, out, save_steps=1)
+
+    class Full(Hooks):
+        def on_start(self, run: Run) -> None:
+            step = run.optimizer.step
+
+            def last() -> None:
+                step()
+                if run.step == 3:
+                    full.enter_context(no_file_beyond((out / "metrics.jsonl").stat().st_size + 20))
+
+            run.optimizer.step = last  # type: ignore[method-assign]
+
+    with contextlib.ExitStack() as full, pytest.raises(OSError, match="checkpoint-3") as error:
+        train(made, hooks=Full(), console=QUIET)
+    assert error.value.filename == str(out / "metrics.jsonl")
+    assert [step for step, _ in losses(out)] == [1, 2, 3]
+    assert train(made, resume=True, console=QUIET).step == 6
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "loss.png", "adapter_model.safetensors"])
+def test_a_folder_in_the_way_of_a_file_is_told_first(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(loop, "prepare", None)
+    (tmp_path / "run" / name).mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=f"output_dir: .*{name} is in the way"):
+            train(recipe(base, tmp_path / "run"), resume=resume, console=QUIET)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_a_file_in_the_way_of_a_checkpoint_is_told_first(base: Path, tmp_path: Path) -> None:
+    made = recipe(base, tmp_path / "run", save_steps=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-4").write_text("mine")
+    with pytest.raises(ValueError, match=r"already holds a run .checkpoint-4"):
+        train(made, console=QUIET)
+    with pytest.raises(ValueError, match=r"checkpoint-4 is in the way, as a run makes folders of this name"):
+        train(made, resume=True, console=QUIET)
+    assert (tmp_path / "run" / "checkpoint-4").read_text() == "mine"
+
+
 def test_a_run_is_never_overwritten(base: Path, tmp_path: Path) -> None:
     made = recipe(base, tmp_path / "run", max_steps=1)
     train(made, console=QUIET)
@@ -337,10 +410,79 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(base: Path, tmp_path:
         assert torch.equal(now, good)
 
 
+def test_a_number_that_is_not_finite_is_null_in_metrics_and_read_as_nan(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    made = recipe(base, out, eval_file=str(base / "eval.jsonl"), eval_steps=2, save_steps=2, max_steps=2)
+    monkeypatch.setattr(loop, "evaluate", lambda run: math.nan)
+    assert math.isnan(train(made, console=QUIET).eval_loss or 0)
+    text = (out / "metrics.jsonl").read_text()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()][2:] == [
+        {"step": 2, "eval_loss": None}
+    ]
+    assert math.isnan(lines(out, "eval_loss")[0]["eval_loss"])
+    assert math.isnan(train(made, resume=True, console=QUIET).eval_loss or 0)
+    assert (
+        plots.as_json({"a": math.inf, "b": -math.inf, "c": 1, "d": "x"}) == '{"a": null, "b": null, "c": 1, "d": "x"}'
+    )
+
+
+def test_columns_that_nothing_reads_are_named_once(base: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (base / "train.jsonl").read_text().splitlines()]
+    for name, extra in (("train", {"id": 1, "[b]tools": [2]}), ("eval", {"id": 1, "source": "x"})):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({**row, **extra}) + "\n" for row in rows))
+    files = {f"{name}_file": str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
+    console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    train(recipe(base, tmp_path / "run", **files, max_steps=1), console=console)
+    said = [line for line in console.export_text().splitlines() if "nothing reads" in line]
+    assert said == ["columns of the data that nothing reads: id, [b]tools, source"]
+
+
+def test_blocks_that_are_compiled_leave_no_trace_in_the_files(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a compiled run writes has the names of a plain one, and is continued by either."""
+
+    class Compile(Hooks):
+        def on_start(self, run: Run) -> None:
+            blocks: Any = run.model.model.layers  # type: ignore[union-attr]
+            for index, block in enumerate(blocks):
+                blocks[index] = torch.compile(block, backend="eager")
+
+    values = {"save_steps": 2, "max_steps": 4}
+    train(recipe(base, tmp_path / "plain", **values), console=QUIET)
+    train(recipe(base, tmp_path / "compiled", **values), hooks=Compile(), console=QUIET)
+    for folder in ("", "checkpoint-2", "checkpoint-4"):
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            plain, compiled = (tmp_path / run / folder / name for run in ("plain", "compiled"))
+            assert compiled.read_bytes() == plain.read_bytes()
+    expected = losses(tmp_path / "plain")
+    for hooks in (None, Compile()):
+        shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+        train(recipe(base, tmp_path / "compiled", **values), resume=True, hooks=hooks, console=QUIET)
+        assert losses(tmp_path / "compiled") == expected
+
+
 def test_signals_are_given_back(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     train(recipe(base, tmp_path / "run"), hooks=StopAt(monkeypatch, 2), console=QUIET)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_sighup_stops_a_run_unless_it_is_ignored(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        made = recipe(base, tmp_path / "nohup", max_steps=3)
+        assert train(made, hooks=StopAt(monkeypatch, 2, signal.SIGHUP), console=QUIET).interrupted is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        made = recipe(base, tmp_path / "run", max_steps=3)
+        ran = train(made, hooks=StopAt(monkeypatch, 2, signal.SIGHUP), console=QUIET)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (ran.step, ran.interrupted) == (2, "SIGHUP")
+    assert train(made, resume=True, console=QUIET).step == 3
 
 
 def test_a_second_signal_acts_at_once() -> None:
