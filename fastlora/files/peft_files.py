@@ -1,5 +1,6 @@
 """The two files of a saved adapter, read and written with checks; and adapters of peft's own layers, by peft's code."""
 
+import errno
 import json
 import math
 import re
@@ -61,7 +62,7 @@ def _read(config_path: Path, weights_path: Path) -> tuple[dict[str, Any], dict[s
         with safe_open(weights_path, framework="pt") as file:
             return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights_path} is truncated or not a safetensors file: {error}") from error
+        raise ValueError(f"{weights_path} is truncated or not a safetensors file: {str(error)[:200]}") from error
 
 
 def write_adapter(directory: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -85,9 +86,9 @@ def write_adapter(directory: Path, config: Mapping[str, Any], tensors: dict[str,
             same = config_again == json.loads(text) and tensors_again.keys() == tensors.keys()
             same = same and all(_same(tensors_again[key], tensor) for key, tensor in tensors.items())
         except ValueError as error:
-            raise OSError(f"{directory}: what was written cannot be read: {error}") from error
+            raise OSError(errno.EIO, f"what was written cannot be read ({error})", str(directory)) from error
         if not same:
-            raise OSError(f"{directory}: the disk gives back something else than was written")
+            raise OSError(errno.EIO, "the disk gives back something else than was written", str(directory))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
