@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastlora.kernels.operands import Lora
 from fastlora.layers import experts
 from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.layers.on_top import check_unwrapped
 from fastlora.layers.report import LayerRow
 from fastlora.ops.autograd import computed_in
 from fastlora.ops.grouped import computed_by
@@ -81,9 +82,14 @@ class LoRAExperts(nn.Module):
         self.lora_alpha[name], self.scaling[name] = lora_alpha, lora_alpha / (math.sqrt(r) if use_rslora else r)
 
     def adapter(self, name: str) -> tuple[nn.Parameter, nn.Parameter, float]:
-        """(A [E r, K], B [N, r E], scaling) of one parameter."""
-        a, b = (parts[name][self.active_adapter].weight for parts in (self.lora_A, self.lora_B))  # type: ignore[index]
-        return a, b, self.scaling[name]
+        """(A [E r, K], B [N, r E], scaling) of one parameter.
+
+        Raises:
+            RuntimeError: another library's adapters have been put on A or on the module of experts.
+        """
+        lora_a, lora_b = (parts[name][self.active_adapter] for parts in (self.lora_A, self.lora_B))  # type: ignore[index]
+        check_unwrapped(self.base_layer, lora_a)
+        return lora_a.weight, lora_b.weight, self.scaling[name]
 
     def update(self, name: str) -> Lora:
         """A [E, r, K], B [E, N, r] and scaling of one parameter."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastlora.layers import starts
 from fastlora.layers.bases import AdoptedWeight, base_weight, check_adapter_dtype, frozen, is_linear4bit
 from fastlora.layers.dense import is_conv1d, parameter, plain_layer
+from fastlora.layers.on_top import check_unwrapped
 from fastlora.ops.linear import lora_linear, nf4_dequantize
 from fastlora.ops.nf4 import NF4Weight
 
@@ -122,10 +123,15 @@ class LoRALinear(nn.Module):
         self._adopted.forget()
 
     def adapter(self) -> tuple[nn.Parameter, nn.Parameter, float]:
-        """(A [R, K], B [N, R], scaling) of the active adapter."""
+        """(A [R, K], B [N, R], scaling) of the active adapter.
+
+        Raises:
+            RuntimeError: another library's adapters have been put on A or on the base.
+        """
         modules: Any = self._modules  # `self.lora_A[name].weight` takes ten times as long
         name = self.active_adapter
         lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        check_unwrapped(modules["base_layer"], lora_a)
         return parameter(lora_a, "weight"), parameter(lora_b, "weight"), self.scaling[name]
 
     def forward(self, x: Tensor) -> Tensor:

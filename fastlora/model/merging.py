@@ -19,7 +19,7 @@ from fastlora.layers.dense import plain_layer
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.model import replace, trained_tokens
+from fastlora.model import on_top, replace, trained_tokens
 from fastlora.model.sites import Places, places_of, put
 from fastlora.model.trainer_compat import forget_quantization
 from fastlora.ops import nf4
@@ -114,6 +114,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None, quantize: str | None, sa
         put(places[id(layer)], layer.to_experts(dtype))
     trained_tokens.fold(model)
     kept_fp32.release(model.modules())
+    on_top.allow_peft(model)
     for attribute in ("fastlora_report", "fastlora_settings"):
         if hasattr(model, attribute):
             delattr(model, attribute)

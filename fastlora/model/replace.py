@@ -24,7 +24,7 @@ from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.layers.report import Report
 from fastlora.layers.sharded import clean_names
-from fastlora.model import new_layers, nf4_layers, stacks, trained_modules, trained_tokens
+from fastlora.model import new_layers, nf4_layers, on_top, stacks, trained_modules, trained_tokens
 from fastlora.model.names import ALL_LINEAR, means, within
 from fastlora.model.settings import LayerOptions, LoRASettings, select, settings_from_config, with_head
 from fastlora.model.sites import Site, find_sites, output_head, places_of, put, report_on
@@ -63,6 +63,9 @@ def replace_linear(
 
     On a model that carries peft's LoRA layers, these are sped up in place instead: same parameters, same checkpoint,
     peft's methods still work, and nothing is frozen or unfrozen. Such a call takes no options and may be repeated.
+
+    peft goes first or not at all: once a model has fastlora's adapters, it refuses peft's (ValueError), which would
+    freeze and hide them. Prompt methods of peft's are taken: they train their prompt over the adapted model, frozen.
 
     Args:
         model: any module; changed in place.
@@ -269,6 +272,7 @@ def replace_marked(
         each.quantize(options.blocksize, options.double_quant)
     let_inputs_require_grad(model)
     admit_training(model)
+    on_top.refuse_peft(model)
     model.fastlora_report = report  # type: ignore[assignment]
     settings = dataclasses.replace(settings, modules_to_save=list(trained) or None)
     model.fastlora_settings = settings  # type: ignore[assignment]

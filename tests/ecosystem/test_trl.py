@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastlora
-from tests.support.models import llama, randomize
+from tests.support.models import llama, randomize, snapshot
 from tests.support.numerics import assert_as_accurate
 
 transformers = pytest.importorskip("transformers")
@@ -63,11 +63,11 @@ class Losses(transformers.TrainerCallback):
         trainer.compute_loss = kept
 
 
-def sft(out, tokenizer, dtype, **options):
+def sft(out, tokenizer, dtype, model=None, **options):
     rows = [{"text": "Once upon a time there was a small red hen. " * (1 + i % 3)} for i in range(8)]
     settings = arguments(trl.SFTConfig, out, max_length=32, **options)
     return trl.SFTTrainer(
-        base(dtype), settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        model or base(dtype), settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
         peft_config=config(),
     )  # fmt: skip
 
@@ -170,6 +170,46 @@ def test_dpo_with_a_frozen_copy_of_the_adapter_as_reference(tmp_path, tokenizer)
     assert found["oracle"][0].item() == pytest.approx(math.log(2)), "the copy is the adapter at the start"
     assert list(trainer.model.peft_config) == ["default", "ref"]
     assert counts(trainer.model)[:2] == (2 * 7 * STEPS, 0), "the reference is sped up too"
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_peft_config_on_an_adapted_model_is_refused_before_anything_changes(tmp_path, tokenizer, quantize):
+    rows = [{"prompt": "The hen was", "chosen": " red", "rejected": " not a cat"}] * 2
+    model = fastlora.replace_linear(base(torch.float32), r=4, quantize=quantize)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"Two orders work.*fastlora.replace_linear\(trainer.model\)"):
+        sft(tmp_path, tokenizer, torch.float32, model)
+    with pytest.raises(ValueError, match=r"Two orders work.*no peft_config"):
+        trl.DPOTrainer(
+            model, args=arguments(trl.DPOConfig, tmp_path), train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer, peft_config=config(),
+        )  # fmt: skip
+    assert snapshot(model) == before
+
+
+def test_both_orders_train(tmp_path, tokenizer):
+    """peft first and replace_linear(trainer.model) afterwards, or replace_linear alone: every adapter moves."""
+    rows = [{"text": "Once upon a time there was a small red hen."}] * 8
+    for order in ("peft first", "fastlora only"):
+        model = base(torch.float32)
+        if order == "fastlora only":
+            model = fastlora.replace_linear(model, r=4, lora_alpha=8)
+        settings = arguments(trl.SFTConfig, tmp_path, learning_rate=1.0, max_length=32)
+        trainer = trl.SFTTrainer(
+            model, settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+            peft_config=config() if order == "peft first" else None,
+        )  # fmt: skip
+        if order == "peft first":
+            fastlora.replace_linear(trainer.model)
+        start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert len(start) == 2 * 7
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert len(history) == STEPS
+        assert all(entry["grad_norm"] > 0 for entry in history)
+        assert history[-1]["loss"] < 0.99 * history[0]["loss"]
+        for name, parameter in trainer.model.named_parameters():
+            assert name not in start or not torch.equal(parameter, start[name]), name
 
 
 def loaded_in_nf4():

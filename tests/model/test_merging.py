@@ -213,7 +213,7 @@ def reported(caught):
 def test_merging_into_nf4_reports_what_is_lost(make):
     """The figures in the warning are those of the logits' own weights, measured here once more."""
     model = small(make(), 0.02).train()
-    is_peft = hasattr(model, "peft_config")
+    is_peft = isinstance(model, peft.PeftModel)
     before, kinds = {}, set()
     for name, layer in model.named_modules():
         if isinstance(layer, (LoRALinear, peft.tuners.lora.LoraLayer)):
