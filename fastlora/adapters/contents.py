@@ -158,7 +158,7 @@ def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: Mappin
         if key not in tensors:
             raise ValueError(f"{key} is missing from the file")
         module: Any = model.get_submodule(name)
-        shape = [len(indices), module.weight.shape[1]]
+        shape = [len(indices), getattr(module, "base_layer", module).weight.shape[1]]
         if list(tensors[key].shape) != shape:
             raise ValueError(f"{key} has shape {list(tensors[key].shape)} in the file, {shape} in the model")
         found[name] = tensors[key]
@@ -186,7 +186,7 @@ def _of_base(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in found.items():
         owner = _owner(key)
         module = dict(model.named_modules()).get(owner)
-        weight = getattr(module, "weight", None)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
         if weight is None:
             raise ValueError(f"{key} is in the file, but the model has no module {owner}")
         if tuple(weight.shape) != tuple(value.shape):

@@ -8,6 +8,7 @@ Source: arXiv:2106.09685, section 4.1 (LoRA); arXiv:2312.03732 (rsLoRA).
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -92,9 +93,25 @@ class LoRALinear(nn.Module):
         self.train(base_layer.training)
 
     @property
-    def weight(self) -> Any:
-        """The base layer's weight, for code that reads a linear layer's dtype or device from it."""
-        return self.base_layer.weight
+    def weight(self) -> Tensor:
+        """W + scaling · B A, for code that multiplies by a layer's weight itself, such as a fused loss or scan.
+
+        [N, K], or [K, N] where the base was a `Conv1D`; in W's dtype (of NF4 that before quantization), summed in fp32
+        and rounded once; differentiable in A and B. It is formed at each read, and has no dropout. What is written
+        into it is lost: the frozen weight is `base_layer.weight`.
+        """
+        weight = base_weight(self.base_layer, self._adopted)
+        lora_a, lora_b, scaling = self.adapter()
+        if self.training and torch.is_grad_enabled() and self._dropout_p() > 0:
+            warnings.warn(
+                "the weight of a LoRALinear was read in training, by code that may multiply by it instead of calling "
+                "the layer: lora_dropout does not apply there",
+                stacklevel=2,
+            )
+        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+        with torch.autocast(dense.device.type, enabled=False):
+            adapted = torch.addmm(dense, lora_b.float(), lora_a.float(), alpha=scaling).to(weight.dtype)
+        return adapted.t() if self.fan_in_fan_out else adapted
 
     @property
     def bias(self) -> Any:
@@ -134,17 +151,18 @@ class LoRALinear(nn.Module):
         check_unwrapped(modules["base_layer"], lora_a)
         return parameter(lora_a, "weight"), parameter(lora_b, "weight"), self.scaling[name]
 
+    def _dropout_p(self) -> float:
+        dropout: Any = self._modules["lora_dropout"]._modules[self.active_adapter]  # type: ignore[union-attr]
+        return 0.0 if type(dropout) is nn.Identity else dropout.p  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N].
 
         Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as its own.
         """
-        modules: Any = self._modules
-        dropout = modules["lora_dropout"]._modules[self.active_adapter]
-        dropout_p = 0.0 if type(dropout) is nn.Identity else dropout.p
         lora_a, lora_b, scaling = self.adapter()
-        x, weight, bias, given = frozen(modules["base_layer"], x, self._adopted)
-        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, self.training)
+        x, weight, bias, given = frozen(self._modules["base_layer"], x, self._adopted)
+        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, self._dropout_p(), self.training)
         return y if given is None else y.to(given)
 
     @property

@@ -19,6 +19,8 @@ from fastlora.ops.backend import backend
 Places = list[tuple[nn.Module, str]]
 
 _HEAD_NAMES = ("lm_head", "score", "classifier")
+# Where fused scans read the weight of out_proj, peft refuses adapters on it. Ours count: `LoRALinear.weight` has them.
+_PEFT_REFUSES_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _OBSTACLE_BY_KIND = {
     "Linear8bitLt": "its weight is 8-bit; load the model in bf16, or with load_in_4bit and nf4",
     "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads this weight without calling the layer",
@@ -178,7 +180,20 @@ def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[LayerRo
         reason = _reason(site, head)
         rows.append(LayerRow(name, site.kind, site.shape, replaced, reason, path, site.r, in_nf4, kernels=kernels))
     first = next(iter(backends.values()))
-    return Report(rows, first.name, first.reason, expert_notes(model, [row.name for row in stacks]))
+    notes = [*expert_notes(model, [row.name for row in stacks]), *_peft_notes(model, sites)]
+    return Report(rows, first.name, first.reason, notes)
+
+
+def _peft_notes(model: nn.Module, sites: dict[str, Site]) -> list[str]:
+    """A note on adapters that peft would not load."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    adapted = any(site.adapt and name.rpartition(".")[2] == "out_proj" for name, site in sites.items())
+    if kind not in _PEFT_REFUSES_OUT_PROJ or not adapted:
+        return []
+    return [
+        f"peft loads no adapter on out_proj of a {kind} model: load this one with fastlora.load_adapter, or pass "
+        "exclude_modules=['out_proj']"
+    ]
 
 
 def _reason(site: Site, head: str | None) -> str:

@@ -43,15 +43,26 @@ class TrainedTokens(nn.Module):
     def set_base(self, base_layer: nn.Module) -> None:
         """Put the trained rows over a layer, which may have another number of tokens than the one before."""
         self.base_layer = base_layer
+        weight: Any = base_layer.weight
         device = self.trained_rows.device
-        slots = torch.full((self.weight.shape[0],), -1, device=device)
+        slots = torch.full((weight.shape[0],), -1, device=device)
         slots[self.indices] = torch.arange(len(self.indices), device=device)
         self.register_buffer("slots", slots, persistent=False)
 
     @property
-    def weight(self) -> Any:
-        """The frozen weight, for code that asks an embedding for its dtype or device."""
-        return self.base_layer.weight
+    def weight(self) -> Tensor:
+        """The weight with the trained rows in it, for code that multiplies by it itself, such as a fused loss.
+
+        [V, D] in the dtype of the frozen weight; differentiable in the rows. It is a copy, made at each read: what is
+        written into it is lost.
+        """
+        frozen: Any = self.base_layer.weight
+        return frozen.index_copy(0, self.indices, self.trained_rows.to(frozen.dtype))  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Any:
+        """The head's bias or None."""
+        return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """ids [...] -> [..., D] of an embedding; x [..., D] -> [..., V] of a head."""
@@ -68,8 +79,9 @@ class TrainedTokens(nn.Module):
 
     def fold(self) -> nn.Module:
         """The base layer, with the trained rows written into its weight."""
+        weight: Any = self.base_layer.weight
         with torch.no_grad():
-            self.weight[self.indices] = self.trained_rows.to(self.weight.dtype)
+            weight[self.indices] = self.trained_rows.to(weight.dtype)
         return self.base_layer
 
 

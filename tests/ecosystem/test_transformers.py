@@ -128,3 +128,51 @@ def test_training_after_inference_mode(base, use_dora):
     assert torch.equal(loss, expected_loss)
     assert all(torch.equal(gradient, expected[name]) for name, gradient in found.items())
     assert counts(sped_up) == (28, 0)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+SCAN = {**SMALL, "state_size": 8}
+HYBRID = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Architectures whose forward multiplies by the weight of a linear layer itself, or asks it for its dtype.
+READERS = {
+    "Mamba": {**SCAN, "time_step_rank": 4},
+    "FalconMamba": {**SCAN, "time_step_rank": 4},
+    "Mamba2": {**SCAN, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "Jamba": {**HYBRID, "num_experts": 2, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "mamba_d_state": 8, "mamba_dt_rank": 4},
+    "Bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pretraining_tp": 2,
+              "slow_but_exact": True},
+    "T5": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+           "decoder_start_token_id": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("architecture", READERS)
+def test_every_adapter_counts_where_a_forward_reads_weights(architecture, quantize):
+    torch.manual_seed(0)
+    head = "ForConditionalGeneration" if architecture == "T5" else "ForCausalLM"
+    options = getattr(transformers, f"{architecture}Config")(**READERS[architecture])
+    model = getattr(transformers, architecture + head)(options)
+    model = randomize(fastlora.replace_linear(model, r=4, quantize=quantize)).eval()
+    output = model(input_ids=tokens(), labels=tokens())
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().max() > 0, name
+    merged = fastlora.merge(copy.deepcopy(model))
+    torch.testing.assert_close(merged(input_ids=tokens(), labels=tokens()).logits, output.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_peft_does_not_load_is_noted():
+    """peft refuses adapters on a layer that fused scans read, and there is no way to load ours with it."""
+    for options, noted in (({}, True), ({"exclude_modules": ["out_proj"]}, False)):
+        model = fastlora.replace_linear(
+            transformers.MambaForCausalLM(transformers.MambaConfig(**READERS["Mamba"])), r=4, **options
+        )
+        notes = " ".join(model.fastlora_report.notes)
+        assert ("peft loads no adapter on out_proj of a mamba model" in notes) == noted
+    with pytest.raises(ValueError, match="'out_proj' is incompatible"):
+        peft.get_peft_model(
+            transformers.MambaForCausalLM(transformers.MambaConfig(**READERS["Mamba"])),
+            peft.LoraConfig(target_modules="all-linear"),
+        )

@@ -32,8 +32,8 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
-def base(dtype):
-    return llama(vocab_size=4096, num_hidden_layers=1, attn_implementation="eager").to(dtype)
+def base(dtype, **options):
+    return llama(vocab_size=4096, num_hidden_layers=1, attn_implementation="eager", **options).to(dtype)
 
 
 def config(**options):
@@ -63,12 +63,12 @@ class Losses(transformers.TrainerCallback):
         trainer.compute_loss = kept
 
 
-def sft(out, tokenizer, dtype, model=None, **options):
+def sft(out, tokenizer, dtype, model=None, in_peft=True, **options):
     rows = [{"text": "Once upon a time there was a small red hen. " * (1 + i % 3)} for i in range(8)]
     settings = arguments(trl.SFTConfig, out, max_length=32, **options)
     return trl.SFTTrainer(
         model or base(dtype), settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-        peft_config=config(),
+        peft_config=config() if in_peft else None,
     )  # fmt: skip
 
 
@@ -170,6 +170,36 @@ def test_dpo_with_a_frozen_copy_of_the_adapter_as_reference(tmp_path, tokenizer)
     assert found["oracle"][0].item() == pytest.approx(math.log(2)), "the copy is the adapter at the start"
     assert list(trainer.model.peft_config) == ["default", "ref"]
     assert counts(trainer.model)[:2] == (2 * 7 * STEPS, 0), "the reference is sped up too"
+
+
+@pytest.mark.parametrize(
+    ("tie", "trained_too"),
+    [
+        (False, {"target_modules": ["q_proj", "lm_head"]}),
+        (True, {"target_modules": ["q_proj", "lm_head"]}),
+        (False, {"trainable_token_indices": {"lm_head": [273, 483]}}),
+        (True, {"trainable_token_indices": [273, 483]}),
+    ],
+)
+def test_an_adapted_head_counts_in_a_loss_that_reads_its_weight(tmp_path, tokenizer, tie, trained_too):
+    """SFT multiplies by the head's weight and never calls the head; peft's adapted heads it refuses."""
+    options = {"r": 4, "target_modules": ["q_proj"], **trained_too}
+    model = randomize(fastlora.replace_linear(base(torch.float32, tie_word_embeddings=tie), **options))
+    for rows in (module.trained_rows for module in model.modules() if hasattr(module, "trained_rows")):
+        torch.nn.init.normal_(rows)
+    trainer = sft(tmp_path, tokenizer, torch.float32, model, in_peft=False, gradient_checkpointing=False)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    labels = batch["labels"]
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected)
+    trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trains) >= 3
+    found, wanted = (torch.autograd.grad(each, list(trains.values())) for each in (loss, expected))
+    for name, one, other in zip(trains, found, wanted, strict=True):
+        assert other.abs().max() > 0, name
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -119,6 +120,79 @@ def test_names_and_initialization_are_pefts():
 def test_adapter_dtype(kind, dtype, asked, expected):
     layer = LoRALinear(make_base(kind, dtype), adapter_dtype=asked)
     assert layer.lora_A["default"].weight.dtype == layer.lora_B["default"].weight.dtype == expected
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", "bnb", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_multiplies_by_the_weight_gets_the_update_and_its_gradients(kind, dtype):
+    """As a fused loss does it, under autocast too."""
+    layer = conv1d_layer(dtype) if kind == "conv1d" else make_layer(kind, dtype)
+    x = torch.randn(6, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+    lora_a, lora_b, scaling = layer.adapter()
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = layer.weight
+    assert weight.dtype == dtype
+    assert weight.shape == ((K, N) if kind == "conv1d" else (N, K))
+    assert torch.equal(weight, layer.weight)
+
+    read, dense = weight.detach(), layer.base_layer.weight if kind == "conv1d" else dense_weight(layer, torch.float32)
+    update = scaling * (lora_b @ lora_a).detach()
+    expected = (dense.float() + (update.T if kind == "conv1d" else update)).to(dtype)
+    torch.testing.assert_close(read, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    y = x @ weight if kind == "conv1d" else F.linear(x, weight)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    found = torch.autograd.grad(y, (lora_a, lora_b), dy)
+
+    def gradients(precision):
+        leaves = [p.detach().to(precision).requires_grad_() for p in (lora_a, lora_b)]
+        product = x.to(precision) @ (scaling * leaves[1] @ leaves[0]).T
+        return torch.autograd.grad(product, leaves, dy.to(precision))
+
+    for ours, baseline, true in zip(found, gradients(torch.float32), gradients(torch.float64), strict=True):
+        if dtype == torch.float32:
+            assert_as_accurate(ours, baseline, true, "gradient")
+        else:  # the gradient of the weight is rounded to bf16 on its way
+            torch.testing.assert_close(ours, baseline, rtol=0.05, atol=0.01 * true.abs().max().item())
+
+
+def conv1d_layer(dtype):
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(0)
+    layer = LoRALinear(pytorch_utils.Conv1D(N, K).to(dtype), r=R, lora_alpha=16)
+    nn.init.normal_(layer.lora_B["default"].weight, std=R**-0.5)
+    return layer
+
+
+def test_reading_the_weight_tells_that_dropout_does_not_apply():
+    layer = make_layer("dense", lora_dropout=0.5).train()
+    with pytest.warns(UserWarning, match="lora_dropout does not apply there"):
+        assert layer.weight.requires_grad
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            assert not layer.weight.requires_grad
+        assert torch.equal(layer.eval().weight, layer.to_linear().weight)
+        layer.train().lora_dropout["default"].p = 0.0
+        assert layer.weight.requires_grad
+
+
+def test_the_weight_is_read_inside_a_compiled_graph():
+    layer, x = make_layer("dense"), torch.randn(3, K)
+    compiled = torch.compile(lambda x: F.linear(x, layer.weight), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.linear(x, layer.weight))
+
+
+def test_torchs_own_fast_path_reads_the_update():
+    """In eval mode without gradients nn.TransformerEncoderLayer gives its weights to one fused kernel."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    encoder.linear1, encoder.linear2 = (LoRALinear(base, r=4) for base in (encoder.linear1, encoder.linear2))
+    for layer in (encoder.linear1, encoder.linear2):
+        nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 5, 32)
+    expected = encoder.eval()(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_arguments_are_refused():

@@ -96,6 +96,31 @@ def test_the_files_keys_and_order(tmp_path):
     assert [name for name in found if "lora_" not in name] == [key]
 
 
+@pytest.mark.parametrize(("base", "wanted"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_reads_the_weight_gets_the_trained_rows_and_their_gradients(base, wanted, dtype):
+    """As a loss does that multiplies by the head's weight and adds its bias itself."""
+    model = trained(adapted(base().to(dtype), trainable_token_indices=wanted))
+    rows = [p for name, p in model.named_parameters() if name.endswith("trained_rows")]
+    found = []
+    for fused in (True, False):
+        hidden, head = model.model(tokens()).last_hidden_state, model.lm_head
+        y = torch.nn.functional.linear(hidden, head.weight, head.bias) if fused else head(hidden)
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().mean(), rows)])
+    for one, other in zip(*found, strict=True):
+        largest = other.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(one, other, rtol=0, atol=4 * torch.finfo(dtype).eps * largest)
+
+
+def test_an_embedding_is_read_with_its_trained_rows():
+    """As a tied head does that has no module of its own."""
+    model = trained(adapted(llama(), trainable_token_indices=TOKENS))
+    embedding = model.model.embed_tokens
+    assert torch.equal(torch.nn.functional.embedding(tokens(), embedding.weight), embedding(tokens()))
+    assert not hasattr(embedding, "bias")
+
+
 def test_a_head_with_a_bias_and_gpt2():
     torch.manual_seed(0)
     head = nn.Linear(8, 6)
