@@ -19,6 +19,7 @@ from fastlora.layers import starts
 from fastlora.layers.bases import AdoptedWeight, base_weight, check_adapter_dtype, frozen, is_linear4bit
 from fastlora.layers.dense import is_conv1d, parameter, plain_layer
 from fastlora.layers.on_top import check_unwrapped
+from fastlora.layers.sharded import whole
 from fastlora.ops.linear import lora_linear, nf4_dequantize
 from fastlora.ops.nf4 import NF4Weight
 
@@ -97,26 +98,28 @@ class LoRALinear(nn.Module):
         """W + scaling · B A, for code that multiplies by a layer's weight itself, such as a fused loss or scan.
 
         [N, K], or [K, N] where the base was a `Conv1D`; in W's dtype (of NF4 that before quantization), summed in fp32
-        and rounded once; differentiable in A and B. It is formed at each read, and has no dropout. What is written
-        into it is lost: the frozen weight is `base_layer.weight`.
+        and rounded once; differentiable in A and B. It is formed at each read, whole if FSDP2 has spread it, and has
+        no dropout. What is written into it is lost: the frozen weight is `base_layer.weight`.
         """
-        weight = base_weight(self.base_layer, self._adopted)
-        lora_a, lora_b, scaling = self.adapter()
+        weight: Any = base_weight(self.base_layer, self._adopted)
+        *pair, scaling = self.adapter()
+        lora_a, lora_b = map(whole, pair)
         if self.training and torch.is_grad_enabled() and self._dropout_p() > 0:
             warnings.warn(
                 "the weight of a LoRALinear was read in training, by code that may multiply by it instead of calling "
                 "the layer: lora_dropout does not apply there",
                 stacklevel=2,
             )
-        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
+        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else whole(weight).float()
         with torch.autocast(dense.device.type, enabled=False):
             adapted = torch.addmm(dense, lora_b.float(), lora_a.float(), alpha=scaling).to(weight.dtype)
         return adapted.t() if self.fan_in_fan_out else adapted
 
     @property
     def bias(self) -> Any:
-        """The base layer's bias or None."""
-        return self.base_layer.bias
+        """The base layer's bias or None; whole, as the weight."""
+        bias: Any = self.base_layer.bias
+        return bias if bias is None else whole(bias)
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
         """Set scaling to lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""

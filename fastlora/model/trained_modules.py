@@ -140,7 +140,8 @@ def _tell_config(model: Any) -> None:
     if not hasattr(config, "get_text_config"):
         return
     inputs, outputs = (
-        getattr(module, "base_layer", module) for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        getattr(module, "base_layer", module)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     if outputs is not None and getattr(outputs, "weight", None) is not getattr(inputs, "weight", None):
         for each in (config, config.get_text_config()):

@@ -53,16 +53,17 @@ class TrainedTokens(nn.Module):
     def weight(self) -> Tensor:
         """The weight with the trained rows in it, for code that multiplies by it itself, such as a fused loss.
 
-        [V, D] in the dtype of the frozen weight; differentiable in the rows. It is a copy, made at each read: what is
-        written into it is lost.
+        [V, D] in the dtype of the frozen weight; differentiable in the rows. It is a copy, made at each read, whole if
+        FSDP2 has spread it: what is written into it is lost.
         """
         frozen: Any = self.base_layer.weight
-        return frozen.index_copy(0, self.indices, self.trained_rows.to(frozen.dtype))  # type: ignore[no-any-return]
+        return sharded.whole(frozen).index_copy(0, self.indices, sharded.whole(self.trained_rows).to(frozen.dtype))
 
     @property
     def bias(self) -> Any:
-        """The head's bias or None."""
-        return self.base_layer.bias
+        """The head's bias or None; whole, as the weight."""
+        bias: Any = self.base_layer.bias
+        return bias if bias is None else sharded.whole(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """ids [...] -> [..., D] of an embedding; x [..., D] -> [..., V] of a head."""

@@ -67,6 +67,15 @@ def test_torch_compile_over_fsdp2(results, backend):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: name + m)
 
 
+@pytest.mark.parametrize("name", ["own", "nf4", "tokens"])
+def test_the_weights_that_others_read_are_whole(results, name):
+    expected, found = sharded.weights(sharded.MODELS[name]()), results[1]["weights", name]
+    assert found.keys() == expected.keys()
+    assert sum("lora_" in key or key.endswith("trained_rows") for key in found) >= 12
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
 def test_eva_sees_the_data_of_all_processes(results):
     """Half of each batch in each process: ranks and vectors are those from whole batches in one process."""
     model = fastlora.replace_linear(sharded.spread(llama()), eva_dataloader=sharded.batches(), **sharded.EVA)

@@ -1,7 +1,7 @@
 """Damaged inputs by seed: the same seed gives the same input on every machine, so a failure repeats.
 
-`FASTLORA_FUZZ_CASES=10000` tries that many seeds of each kind instead of 500 (`make nightly`). A seed beyond 500 that has
-failed goes into `KNOWN`, so that it is tried each time.
+`FASTLORA_FUZZ_CASES=10000` tries that many seeds of each kind instead of 500 (`make nightly`). A seed beyond 500 that
+has failed goes into `KNOWN`, so that it is tried each time.
 """
 
 import os

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fastlora
 from fastlora.layers.sharded import whole
+from fastlora.model.trained_tokens import TrainedTokens
 from tests.support.eva_cases import batches, spread
 from tests.support.expert_cases import ours as experts
 from tests.support.models import llama, qwen2, randomize, tokens
@@ -77,6 +78,14 @@ def step(model):
     return {"loss": loss.detach()} | {name: whole(grad) for name, grad in named.items()}
 
 
+def weights(model):
+    """The weights that others read of adapted layers, and the full gradients of what is trained through them."""
+    read = {name: m.weight for name, m in model.named_modules() if isinstance(m, (fastlora.LoRALinear, TrainedTokens))}
+    sum(weight.square().sum() for weight in read.values()).backward()
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {name: weight.detach() for name, weight in read.items()} | grads
+
+
 def gathered(model):
     """Sharded as one unit, and left gathered by a forward."""
     logits(sharded(model, units=False))
@@ -123,6 +132,8 @@ def main(out):
     for backend in ("aot_eager", "inductor"):
         found["compiled", backend] = step(torch.compile(sharded(own()), backend=backend))
         torch._dynamo.reset()
+    for name in ("own", "nf4", "tokens"):
+        found["weights", name] = weights(sharded(MODELS[name]()))
     mine = [{key: value.chunk(2)[rank] for key, value in batch.items()} for batch in batches()]
     found["eva"] = step(fastlora.replace_linear(spread(llama()), eva_dataloader=mine, **EVA))
     if rank == 0:
