@@ -297,10 +297,9 @@ def _put_layers(
 
 
 def carries_peft(model: nn.Module) -> bool:
-    """Whether peft has wrapped this model or put layers of its own into it."""
-    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()) or any(
-        getattr(module, "fastlora_calls", None) is not None for module in model.modules()
-    )
+    """Whether peft has wrapped this model or put layers into it: its own, or those of a class that a user derived."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return any(kind.__module__.split(".")[0] == "peft" for kind in kinds)
 
 
 def _not_default(options: dict[str, Any]) -> list[str]:

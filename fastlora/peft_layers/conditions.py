@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -23,7 +24,12 @@ except ImportError:  # an older peft; with it DoRA steps back
     DoraLinearVariant = None  # type: ignore[assignment, misc]
 
 # Reasons that the user asked for: not worth a warning.
-EXPECTED = ("adapters are disabled", "adapters are merged", "no adapter of this layer is active")
+EXPECTED = (
+    "adapters are disabled",
+    "adapters are merged",
+    "no adapter of this layer is active",
+    "peft's DoraCaching keeps B A and the norms",
+)
 _PLAIN = (nn.Parameter, Tensor)
 _CPU = torch.device("cpu")
 _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
@@ -72,7 +78,14 @@ def at_a_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     weights = layer._modules["lora_A"]._modules
     dtypes = {parameter(weights[name], "weight").dtype for name in active}
     dora = bool(active) and active[0] in layer.lora_variant
+    if dora and _peft_keeps(layer.lora_magnitude_vector._modules[active[0]]):
+        return EXPECTED[3], active
     return _dtype_reason(x, base, dtypes, dora, dora and _dropped(layer, active[0]) > 0), active
+
+
+def _peft_keeps(magnitude: Any) -> bool:
+    """Whether peft fills and reads its own cache in this call of DoRA; an older peft has none."""
+    return getattr(peft_dora, "ENABLE_DORA_CACHING", False) and not magnitude.training
 
 
 def _dropped(layer: Any, name: str) -> float:

@@ -84,9 +84,11 @@ class _SpedUpLinear(SpedUp):
         return y if given is None else y.to(given)
 
     def _dora(self: Any, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora: Lora, name: str) -> Tensor:
-        magnitude = self.lora_magnitude_vector._modules[name].weight
+        magnitude = self.lora_magnitude_vector._modules[name]
+        if cache := getattr(magnitude, "_dora_cache", None):  # of DoraCaching; peft's calls outside it do the same
+            cache.clear()
         norms = self.fastlora_norms.of(weight, lora.a, lora.b, lora.scaling)
-        operands = x, weight, lora.a, lora.b, lora.scaling, magnitude, norms, bias
+        operands = x, weight, lora.a, lora.b, lora.scaling, magnitude.weight, norms, bias
         return dora_linear_with_dropout(*operands, lora.dropout_p) if lora.dropout_p else dora_linear(*operands)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
@@ -131,8 +133,9 @@ if is_bnb_4bit_available():
 
 
 def plain_class(layer: Any) -> type:
-    """peft's class of a layer, sped up or not."""
-    return next((kind for kind in type(layer).__mro__ if kind in SPED_UP), type(layer))
+    """peft's class of a layer, sped up or not; a user's own subclass of one of peft's is a class of its own."""
+    kind: type = type(layer)
+    return next(kind for kind in kind.__mro__ if kind in SPED_UP) if isinstance(layer, SpedUp) else kind
 
 
 def speed_up_layer(layer: Any) -> None:

@@ -1,5 +1,6 @@
 """DoRA's kept norms on the CPU, and in layers of peft's: checkpoints, weights replaced, biases in other dtypes."""
 
+import copy
 import functools
 
 import pytest
@@ -93,3 +94,38 @@ def test_dropout_of_everything_is_pefts():
     replace_linear(holder)
     assert torch.equal(holder.linear(torch.ones(2, 32)), expected)
     assert [row.reason for row in holder.fastlora_report.left] == ["lora_dropout drops everything"]
+
+
+def caches(model):
+    return [module._dora_cache for module in model.modules() if hasattr(module, "_dora_cache")]
+
+
+def test_pefts_dora_caching_fills_uses_and_clears_its_caches():
+    """Inside it peft keeps B A and the norms; a call outside it, or training, clears them."""
+    caching = pytest.importorskip("peft.helpers").DoraCaching
+    holder, x = injected(use_dora=True), torch.randn(4, 32)
+    nn.init.normal_(holder.linear.lora_B["default"].weight)
+    twin = copy.deepcopy(holder)
+    layer = replace_linear(holder).linear
+
+    def check(filled, sped_up):
+        before = layer.fastlora_calls.sped_up
+        torch.testing.assert_close(layer(x), twin.linear(x))
+        assert [len(cache) for cache in caches(holder)] == [len(cache) for cache in caches(twin)] == [2 * filled]
+        assert layer.fastlora_calls.sped_up - before == sped_up
+
+    for model in (holder, twin):
+        model.eval()
+    check(filled=False, sped_up=True)
+    with caching():
+        check(filled=True, sped_up=False)
+        for cache in caches(holder) + caches(twin):
+            cache["weight-norm-default"] *= 2
+        check(filled=True, sped_up=False)
+    check(filled=False, sped_up=True)
+    with caching():
+        check(filled=True, sped_up=False)
+        for model in (holder, twin):
+            model.train()
+        check(filled=False, sped_up=True)
+    assert layer.fastlora_calls.last_reason == "peft's DoraCaching keeps B A and the norms"

@@ -10,7 +10,7 @@ from torch import nn
 import fastlora
 from fastlora.model.replace import replace_linear
 from fastlora.ops.nf4 import NF4Weight
-from tests.support.models import as_attributes, bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
+from tests.support.models import Own, as_attributes, bnb_llama, gpt2, llama, qwen2, randomize, snapshot, tokens
 from tests.support.numerics import assert_as_accurate
 from tests.support.peft_models import add_another, counts, lora_layers, reasons, run, wrapped
 
@@ -275,6 +275,46 @@ def test_a_model_with_nothing_to_speed_up_runs_as_it_is(options, reason, caplog)
     assert snapshot(model)[:2] == before
     assert torch.equal(model(tokens()).logits, expected)
     assert not model.fastlora_report.replaced
+
+
+class OwnLinear(peft.tuners.lora.Linear):
+    """A user's own form of one of peft's layers."""
+
+    def forward(self, x, *args, **kwargs):
+        return -super().forward(x, *args, **kwargs)
+
+
+class OwnLora(nn.Module, peft.tuners.lora.LoraLayer):
+    """A user's own LoRA layer, over a module of any kind."""
+
+    def __init__(self, base_layer, adapter_name, **kwargs):
+        super().__init__()
+        peft.tuners.lora.LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "base"), [(OwnLora, nn.LSTM), (OwnLora, nn.PReLU), (OwnLinear, Own)])
+@pytest.mark.parametrize("others", [False, True])
+def test_layers_of_the_users_own_run_as_they_are(kind, base, others, caplog):
+    """As the only LoRA layer of a model, over a module of any kind, and among layers of peft's."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"own": base(8, 8)} | ({"pefts": nn.Linear(8, 8)} if others else {}))
+    config = peft.LoraConfig(r=2, target_modules=list(model), init_lora_weights=False)
+    config._register_custom_module({base: kind})
+    peft.inject_adapter_in_model(config, model)
+    x = torch.randn(3, 8)
+    expected = [layer(x) for layer in model.values()]
+    assert replace_linear(model) is model
+    assert type(model["own"]) is kind
+    for layer, wanted in zip(model.values(), expected, strict=True):
+        torch.testing.assert_close(layer(x), wanted)
+    assert [row.name for row in fastlora.report(model).replaced] == ["pefts"] * others
+    said = f"it runs as it is: fastlora has no faster form of peft's {kind.__name__}"
+    assert (said in caplog.text) == (not others)
 
 
 @pytest.mark.filterwarnings("ignore")
