@@ -148,7 +148,8 @@ def _lora_tensors(base: Any, adapter_name: str) -> dict[str, Tensor]:
         for part in layer.adapter_layer_names:
             for key, value in getattr(layer, part).state_dict().items():
                 if key == adapter_name or key.startswith(f"{adapter_name}."):
-                    found[f"{PREFIX}{name}.{part}{key.removeprefix(adapter_name)}"] = value
+                    end = "" if part == "lora_magnitude_vector" else key.removeprefix(adapter_name)
+                    found[f"{PREFIX}{name}.{part}{end}"] = value
     return found
 
 

@@ -120,15 +120,10 @@ def load(model: nn.Module, found: Mapping[str, Tensor], keep_tied: bool = False)
                     stacklevel=2,
                 )
     if untied:
-        _tell_config(model)
+        tell_config(model)
 
 
-def _stays_tied(name: str, found: Mapping[str, Tensor], names: Collection[str]) -> bool:
-    """Whether all that share a parameter are among the values, and equal."""
-    return all(other in found and torch.equal(found[other], found[name]) for other in names)
-
-
-def _tell_config(model: Any) -> None:
+def tell_config(model: Any) -> None:
     """Let the model's config and transformers' tables of tied weights say what is tied still."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     for table in ("_tied_weights_keys", "all_tied_weights_keys"):
@@ -147,6 +142,11 @@ def _tell_config(model: Any) -> None:
         for each in (config, config.get_text_config()):
             if getattr(each, "tie_word_embeddings", False):
                 each.tie_word_embeddings = False
+
+
+def _stays_tied(name: str, found: Mapping[str, Tensor], names: Collection[str]) -> bool:
+    """Whether all that share a parameter are among the values, and equal."""
+    return all(other in found and torch.equal(found[other], found[name]) for other in names)
 
 
 def _sharers(model: nn.Module) -> dict[int, list[str]]:

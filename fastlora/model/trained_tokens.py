@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastlora.layers import sharded
 from fastlora.model.names import means, nearest
 from fastlora.model.sites import places_of, put
+from fastlora.model.trained_modules import tell_config
 
 KEY = "token_adapter.trainable_tokens_delta"
 
@@ -210,9 +211,16 @@ def load(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
 
 
 def fold(model: nn.Module) -> None:
-    """Write all trained rows into the weights and remove the wrappers."""
+    """Write all trained rows into the weights and remove the wrappers; tied weights with different rows are untied."""
     wrappers = [module for module in model.modules() if isinstance(module, TrainedTokens)]
     places = places_of(model, wrappers)
+    rows: dict[int, nn.Parameter] = {}
+    for wrapper in wrappers:
+        base: Any = wrapper.base_layer
+        if rows.setdefault(id(base.weight), wrapper.trained_rows) is not wrapper.trained_rows:
+            base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
     for wrapper in wrappers:
         put(places[id(wrapper)], wrapper.fold())
-    update_ties(model)
+    if wrappers:
+        update_ties(model)
+        tell_config(model)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fastlora
 from fastlora.adapters.adapter import load_adapter, save_adapter
@@ -12,7 +13,9 @@ from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model.merging import merge
 from fastlora.model.replace import replace_linear
-from tests.support.models import bnb_llama, llama, logits, qwen2, randomize, snapshot, trained
+from tests.support.models import bnb_llama, llama, logits, qwen2, randomize, snapshot, tokens, trained
+
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("base", [llama, qwen2])
@@ -129,3 +132,85 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"the file holds \['lm_head'\], the model trains none"):
         load_adapter(model, tmp_path)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_a_16_bit_model_they_are_trained_in_fp32(dtype, tmp_path):
+    model = replace_linear(llama().to(dtype), r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert torch.equal(logits(model), logits(llama().to(dtype)))
+    assert logits(model).dtype is dtype
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    before = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    still = {name: float((p == before[name]).float().mean()) for name, p in model.named_parameters() if name in before}
+    assert max(share for name, share in still.items() if "lora_A" not in name) < 0.01, still
+    save_adapter(model, tmp_path)
+    again = load_adapter(llama().to(dtype), tmp_path)
+    for name, parameter in again.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, model.get_parameter(name)), name
+    expected = logits(model)
+    merged = merge(model)
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert type(merged.lm_head) is nn.Linear
+    torch.testing.assert_close(logits(merged), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_adapter_dtype_is_for_them_too():
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "adapter_dtype": torch.bfloat16}
+    model = replace_linear(llama().bfloat16(), **options)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+TIED_APART = [
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5]}},
+    {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [7]}},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", TIED_APART)
+def test_two_weights_of_a_file_stay_two(options, tmp_path):
+    """peft trains copies of an embedding and of a head that the base ties."""
+    peft = pytest.importorskip("peft")
+
+    def base():
+        return llama(tie_word_embeddings=True)
+
+    theirs = trained(peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["q_proj"], **options)).train())
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    bare = load_adapter(base(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(logits(bare), logits(theirs), rtol=1e-4, atol=1e-5)
+    save_adapter(bare, tmp_path / "ours")
+    torch.testing.assert_close(logits(load_adapter(base(), tmp_path / "ours").eval()), logits(bare))
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), logits(bare), rtol=1e-4, atol=1e-5)
+    apart = bare.lm_head.weight is not bare.model.embed_tokens.weight
+    if "modules_to_save" in options:
+        assert bare.config.tie_word_embeddings is not apart
+        assert apart is not options.get("ensure_weight_tying", False)
+    merge(bare).save_pretrained(tmp_path / "merged")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(whole), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_two_weights_of_a_file_untie_a_model_that_trains_both_as_one(tmp_path):
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    save_adapter(replace_linear(llama(), **options), tmp_path)
+    model = replace_linear(llama(tie_word_embeddings=True), **options)
+    with pytest.warns(
+        UserWarning, match=r"two weights.*lm_head.*no longer tied|two weights.*embed_tokens.*no longer tied"
+    ):
+        load_adapter(model, tmp_path)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert all(module.weight.requires_grad for module in (model.lm_head, model.model.embed_tokens))
+    assert model.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(model), logits(llama()))
