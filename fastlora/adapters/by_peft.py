@@ -47,22 +47,24 @@ def load(
             f"{directory} needs peft's layers, which do not take {next(iter(options))}: load the base in 4 bits with "
             "bitsandbytes, or leave the option out"
         )
-    peft_config = PeftConfig.from_pretrained(str(directory))
-    peft_config.inference_mode = False
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        tuner = LoraModel(model, {adapter_name: peft_config}, adapter_name)
+        peft_config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:
-        raise ValueError(f"{directory} does not fit the model: {error}") from error
+        raise ValueError(f"{directory}: peft refuses its config: {error}") from error
+    peft_config.inference_mode = False
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    children = [(module, dict(module._modules)) for module in model.modules()]
     try:
+        LoraModel(model, {adapter_name: peft_config}, adapter_name)
         tensors, _ = renamed(model, tensors)
         if problems := differences(model, tensors, adapter_name):
             raise ValueError(problems[0])
         load_with_peft(model, directory, vars(peft_config), tensors, adapter_name)
         replace.replace_linear(model)
     except Exception as error:
-        tuner.unload()
+        for module, own in children:
+            module._modules = own
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
         vars(model).pop("peft_config", None)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
-        raise error if isinstance(error, ValueError) else ValueError(f"{directory}: {error}") from error
+        raise error if isinstance(error, ValueError) else ValueError(f"{directory} does not fit: {error}") from error

@@ -104,6 +104,10 @@ class LoRASettings:
                 raise ValueError(f"{name} must be a list of names: pass [{getattr(self, name)!r}]")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             check_names(name, getattr(self, name))
+        tokens = self.trainable_token_indices
+        for each in tokens.values() if isinstance(tokens, Mapping) else () if tokens is None else (tokens,):
+            if isinstance(each, str) or not isinstance(each, Collection):
+                raise ValueError(f"trainable_token_indices must hold lists of tokens, not {str(each)[:40]!r}")
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """r and lora_alpha of one module, each by the first pattern that fits its name."""

@@ -122,11 +122,13 @@ def _check_tokens(name: str, module: Any, indices: Any) -> None:
     if type(module) is nn.Embedding and module.max_norm is not None:
         raise ValueError(f"{option}: its max_norm changes rows in place: use modules_to_save for it")
     vocabulary = module.weight.shape[0]
-    if not isinstance(indices, Collection) or not indices or len(set(indices)) != len(indices):
+    if not isinstance(indices, Collection) or not indices:
         raise ValueError(f"{option} must be a list of different tokens, not {indices!r}")
     for index in indices:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < vocabulary:
             raise ValueError(f"{option}: {index!r} is not a token; there are {vocabulary}, from 0 on")
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"{option} must be a list of different tokens, not {indices!r}")
     if getattr(module, "padding_idx", None) in indices:
         raise ValueError(f"{option}: {module.padding_idx} is the padding token, which gets no gradient")
 

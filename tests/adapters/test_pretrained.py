@@ -181,7 +181,8 @@ def test_a_vocabulary_resized_after_adapting(options, tie, dtype, tmp_path):
     after = logits(model)
     assert after.shape[-1] == 80
     assert torch.equal(after[..., :64], before)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+    head, embedding = (getattr(each, "base_layer", each) for each in (model.lm_head, model.model.embed_tokens))
+    assert (head.weight is embedding.weight) == tie
     model.save_pretrained(tmp_path / "out")
     bare = loaded(tmp_path / "base", dtype=dtype)
     with pytest.raises(ValueError, match=r"call model.resize_token_embeddings\(80\) first"):
