@@ -1,10 +1,11 @@
 // Random calls of every C entry, for a build with AddressSanitizer and UndefinedBehaviorSanitizer: `fuzz SEED CASES`.
 //
-// Case i draws everything from SEED + i, so `fuzz SEED+i 1` repeats it. Sizes are at the edges of blocks, vectors and
-// jobs; numbers are tame, or mixed with infinities, NaN, denormals and the largest, or any bits at all. Each operand is
-// an allocation of its own that ends where the operand ends. Each call is made twice, with other threads and other
-// memory in its results: both must write the same elements, with the same bits, and nothing else. What is expanded or
-// quantized is compared with the scalar definition of the format too.
+// A case draws everything from its number, which is printed before it, so `fuzz NUMBER 1` repeats it. Sizes are at the
+// edges of blocks, vectors and jobs; numbers are tame, or mixed with infinities, NaN, denormals and the largest, or any
+// bits at all. Each operand is an allocation of its own that ends where the operand ends. Each call is made twice, with
+// other threads and other memory in its results: both must write the same elements, with the same bits, and nothing
+// else. What is expanded or quantized is compared with the scalar definition of the format too.
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
@@ -25,10 +26,8 @@ using gpu::emulated::Machine;
 
 namespace {
 
-uint64_t current_seed;
-
 [[noreturn]] void fail(const std::string& what) {
-  std::fprintf(stderr, "case %llu: %s\n", static_cast<unsigned long long>(current_seed), what.c_str());
+  std::fprintf(stderr, "%s\n", what.c_str());
   std::exit(1);
 }
 
@@ -62,7 +61,6 @@ class Draw {
   // Whether numbers are within [-1, 1], so that every result is finite unless it took in memory that nobody wrote.
   bool tame() const { return mood_ == 0; }
   Type real() { return of({kFp32, kBf16, kFp16}); }
-  int threads() { return of({1, 2, 3, 5}); }
   int isa() { return static_cast<int>(below(fastlora_best_isa() + 1)); }
 
   float number() {
@@ -158,10 +156,10 @@ struct Result {
   }
 };
 
-// Calls with one thread, and in a thread whose memory is fresh with `threads`.
-void twice(Draw& draw, std::vector<const Result*> results, const std::function<int(int threads)>& call) {
+// Calls with one thread, then with others from a thread that is new, so that what a thread keeps from call to call is.
+void twice(Draw& draw, const std::vector<const Result*>& results, const std::function<int(int threads)>& call) {
   std::vector<std::vector<uint32_t>> first;
-  const int threads = draw.threads();
+  const int threads = draw.of({1, 2, 3, 5});
   for (const uint8_t fill : {uint8_t{0x5a}, uint8_t{0xff}}) {
     for (const Result* result : results) {
       if (result->array.count() > 0) std::memset(result->array.data(), fill, result->array.bytes());
@@ -461,13 +459,22 @@ struct Entry {
   const char* name;
   void (*run)(Draw&);
 };
-constexpr Entry kEntries[] = {{"dequantize", dequantize},     {"merge", merge},     {"gemv", products},
-                              {"quantize", quantize},         {"quantize_scales", quantize_scales},
-                              {"lora_shrink", shrink},        {"lora_outer", outer}, {"dropout_mask", mask},
-                              {"linear", forward},            {"linear", forward},
-                              {"linear_backward", backward},  {"linear_backward", backward},
-                              {"no_such_isa", no_such_isa},   {"cuda_decode", decode},
-                              {"cuda_decode_refuses", decode_refuses}};
+// One is drawn a case; whole linears twice as often.
+constexpr Entry kEntries[] = {{"dequantize", dequantize},
+                              {"merge", merge},
+                              {"products", products},
+                              {"quantize", quantize},
+                              {"quantize_scales", quantize_scales},
+                              {"shrink", shrink},
+                              {"outer", outer},
+                              {"mask", mask},
+                              {"forward", forward},
+                              {"forward", forward},
+                              {"backward", backward},
+                              {"backward", backward},
+                              {"no_such_isa", no_such_isa},
+                              {"decode", decode},
+                              {"decode_refuses", decode_refuses}};
 
 }  // namespace
 
@@ -477,10 +484,10 @@ int main(int count, char** arguments) {
     return 2;
   }
   const uint64_t seed = std::strtoull(arguments[1], nullptr, 10), cases = std::strtoull(arguments[2], nullptr, 10);
-  for (current_seed = seed; current_seed < seed + cases; ++current_seed) {
-    Draw draw(current_seed);
+  for (uint64_t i = seed; i < seed + cases; ++i) {
+    Draw draw(i);
     const Entry& entry = kEntries[draw.below(sizeof kEntries / sizeof *kEntries)];
-    if (cases == 1) std::fprintf(stderr, "%s\n", entry.name);
+    std::fprintf(stderr, "case %llu: %s\n", static_cast<unsigned long long>(i), entry.name);
     entry.run(draw);
   }
   std::printf("%llu cases\n", static_cast<unsigned long long>(cases));
