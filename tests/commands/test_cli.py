@@ -188,8 +188,9 @@ def test_keys_lists_every_key() -> None:
 def test_doctor_names_versions_devices_and_backends() -> None:
     code, text = invoke("doctor")
     assert code == 0
-    for word in ("python", "torch", "triton", "peft", "bitsandbytes", "cpu", "C++ library", torch.__version__):
+    for word in ("python", "torch", "triton", "peft", "bitsandbytes", "cpu", "C++ library"):
         assert word in text
+    assert str(diagnosis.version_of("torch")) in text  # not torch.__version__, which may name a build too
 
 
 def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
