@@ -99,6 +99,14 @@ class LoRASettings:
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
+        layers, patterns = self.layers_to_transform, self.layers_pattern
+        if not isinstance(layers, (int, type(None))) and not (
+            isinstance(layers, Collection) and all(isinstance(layer, int) for layer in layers)
+        ):
+            raise ValueError(f"layers_to_transform must be a number or a list of numbers, not {layers!r}")
+        check_names("layers_pattern", patterns)
+        for pattern in () if isinstance(patterns, str) else patterns or ():
+            check_names("layers_pattern", pattern)
         for name in ("modules_to_save", "target_parameters"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a list of names: pass [{getattr(self, name)!r}]")
@@ -121,25 +129,25 @@ class LoRASettings:
         `exclude_modules` and `layers_to_transform` apply to stacks as to layers; peft adapts every stack that is named.
         """
         excluded = any(matches(self.exclude_modules, each) for each in (name, name.rpartition(".")[0]))
-        wanted = any(means(entry, name) for entry in self.target_parameters or ())
-        return wanted and not excluded and self.wants_layer(name)
+        entries = self.target_parameters or ()
+        wanted = any(means(entry, name) for entry in entries)
+        return wanted and not excluded and self.wants_layer(name, entries)
 
-    def wants_layer(self, name: str) -> bool:
+    def wants_layer(self, name: str, entries: Collection[str]) -> bool:
         """Whether `layers_to_transform` includes the layer that a module of this name belongs to.
 
-        By peft's rule the layer's index is the first number in the name, or the one after one of `layers_pattern`.
+        By peft's rule the layer's index is the first number in the name, or the one after one of `layers_pattern`. A
+        module that is named whole among the entries, such as the head, is included whatever its index.
         """
-        if self.layers_to_transform is None:
+        wanted, patterns = self.layers_to_transform, self.layers_pattern or ()
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        if not wanted or name in entries:
             return True
-        wanted = self.layers_to_transform
-        wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-        patterns = self.layers_pattern
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns or [])
-        found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns]
-        if not patterns:
-            found = [re.match(r".*?\.[^.]*\.(\d+)\.", name)]
-        index = next((int(match.group(1)) for match in found if match), None)
-        return not wanted or index in wanted
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
+        found = (re.match(rf"{start}\.(?P<index>\d+)\.", name) for start in starts)
+        first = next(filter(None, found), None)
+        return first is not None and int(first["index"]) in wanted
 
     @property
     def loftq_iter(self) -> int:
@@ -235,7 +243,12 @@ def settings_from_config(config: Any, strict: bool = True) -> LoRASettings:
 
 
 def select(
-    settings: LoRASettings, names: Collection[str], linear: Collection[str], head: str | None, strict: bool = True
+    settings: LoRASettings,
+    names: Collection[str],
+    linear: Collection[str],
+    head: str | None,
+    strict: bool = True,
+    stacks: Collection[str] = (),
 ) -> tuple[set[str], set[str]]:
     """The module names that the settings target, and those that they exclude.
 
@@ -243,12 +256,15 @@ def select(
         names: of all modules. linear: of the linear layers.
         head: name of the output head, which "all-linear" does not include.
         strict: every entry of a list must match something; else one entry is enough.
+        stacks: names of stacks of experts, which an error tells how to adapt.
     Raises:
         ValueError: nothing matched, or a module matched that is not a linear layer.
     """
     names = [name for name in names if name]
     linear = set(linear)
     targets = settings.target_modules
+    ends = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+    of_experts = f"; experts are stacks of weights, not layers: target_parameters={ends!r} adapts them" if ends else ""
     excluded = {name for name in names if matches(settings.exclude_modules, name)}
     if settings.exclude_modules and not excluded:
         raise ValueError(f"exclude_modules={settings.exclude_modules!r} matches no module")
@@ -265,8 +281,10 @@ def select(
     if not isinstance(targets, str):
         missing = [entry for entry in targets if not any(matches([entry], name) for name in names)]
         if missing and (strict or not matched):
-            raise ValueError(f"target_modules: {missing[0]!r} matches no module{nearest(missing[0], linear)}")
-        matched = {name for name in matched if settings.wants_layer(name)}
+            raise ValueError(
+                f"target_modules: {missing[0]!r} matches no module{nearest(missing[0], linear)}{of_experts}"
+            )
+        matched = {name for name in matched if settings.wants_layer(name, targets)}
     chosen = matched - excluded
     if not chosen:
         raise ValueError(
@@ -276,7 +294,7 @@ def select(
     wrong = sorted(chosen - linear)
     if wrong:
         inside = sorted({name.rsplit(".", 1)[-1] for name in linear if name.startswith(wrong[0] + ".")})
-        hint = f"; linear layers in it: {', '.join(inside)}" if inside else ""
+        hint = f"; linear layers in it: {', '.join(inside)}" if inside else of_experts
         raise ValueError(f"target_modules={shown(targets)} matches {wrong[0]!r}, which is not a linear layer{hint}")
     return chosen, excluded
 
