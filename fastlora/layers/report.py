@@ -8,6 +8,7 @@ step back.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -69,12 +70,14 @@ class Report:
         backend: "triton", "cpp" or "torch".
         backend_reason: why that backend.
         notes: what else the user should know.
+        left_out: names of weights of experts and routers without adapters; they are no linear layers and have no row.
     """
 
     rows: list[LayerRow]
     backend: str = ""
     backend_reason: str = ""
     notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def replaced(self) -> list[LayerRow]:
@@ -87,12 +90,12 @@ class Report:
         return [row for row in self.rows if not row.replaced]
 
     def summary(self) -> str:
-        """One line: how many layers were replaced, how many hold NF4, what they run on."""
+        """One line: how many layers were replaced, how many hold NF4, what was left out, what they run on."""
         quantized = sum(row.quantized for row in self.replaced)
         adapted = sum(row.r > 0 for row in self.replaced)
         text = (
             f"{len(self.replaced)} of {len(self.rows)} linear layers replaced ({adapted} with adapters, "
-            f"{quantized} in NF4), running on {self.backend}: {self.backend_reason}"
+            f"{quantized} in NF4){self._left_out()}, running on {self.backend}: {self.backend_reason}"
         )
         counted = [row.calls for row in self.rows if row.calls is not None]
         if counted:
@@ -100,8 +103,15 @@ class Report:
             text += f"; {ours} calls sped up, {back} stepped back to peft"
         return text
 
+    def _left_out(self) -> str:
+        if not self.left_out:
+            return ""
+        counted = Counter(_INDEX.sub("*", name) for name in self.left_out)
+        named = ", ".join(f"{count} x {name}" for name, count in counted.items())
+        return f"; left without adapters: {named} (not linear layers; experts are adapted by target_parameters)"
+
     def to_json(self) -> str:
-        """The whole report as JSON: `backend`, `backend_reason`, `notes`, `rows`."""
+        """The whole report as JSON: `backend`, `backend_reason`, `notes`, `left_out`, `rows`."""
         return json.dumps(asdict(self), indent=2)
 
     def print(self, console: Any = None, every_layer: bool = False) -> None:

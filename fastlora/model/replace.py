@@ -27,7 +27,7 @@ from fastlora.layers.sharded import clean_names
 from fastlora.model import new_layers, nf4_layers, on_top, stacks, trained_modules, trained_tokens
 from fastlora.model.names import ALL_LINEAR, means, within
 from fastlora.model.settings import LayerOptions, LoRASettings, select, settings_from_config, with_head
-from fastlora.model.sites import Site, find_sites, output_head, places_of, put, report_on
+from fastlora.model.sites import Site, find_sites, output_head, places_of, put, report_on, stacks_of_experts
 from fastlora.model.trainer_compat import admit_training, let_inputs_require_grad
 from fastlora.ops.backend import backend
 
@@ -71,8 +71,9 @@ def replace_linear(
         model: any module; changed in place.
         config: a peft `LoraConfig` instead of the options of LoRA; the options from `eva_dataloader` on go with either.
         r, lora_alpha, lora_dropout, use_rslora: as in peft.
-        target_modules: "all-linear" (all except the output head), a list of names or ends of names, or a regular
-            expression for the whole name.
+        target_modules: "all-linear" (all except the output head; stacks of experts and routers are no linear layers,
+            and the report's first line names them), a list of names or ends of names, or a regular expression for the
+            whole name.
         exclude_modules: a list or a regular expression; these get no adapter and are not quantized.
         target_parameters: names or ends of names of stacks of experts, such as "mlp.experts.down_proj"; every expert
             gets an adapter. With `target_modules=[]` only stacks are adapted. Unlike in peft, `exclude_modules` and
@@ -167,7 +168,7 @@ def _report(model: nn.Module) -> Report:
             row = dataclasses.replace(row, replaced=False, path="unchanged", reason="removed since", r=0)
         rows.append(row)
     name, reason = used[0] if used else ("", "nothing")
-    return Report(rows, name, reason, known.notes)
+    return Report(rows, name, reason, known.notes, known.left_out)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -198,7 +199,7 @@ def mark_targets(model: nn.Module, sites: dict[str, Site], settings: LoRASetting
     """
     head = output_head(model)
     names = [name for name, _ in model.named_modules()]
-    chosen, excluded = select(settings, names, sites.keys(), head, strict)
+    chosen, excluded = select(settings, names, sites.keys(), head, strict, stacks_of_experts(model))
     chosen = _without_trained(model, settings, chosen)
     able = {name for name in chosen if not sites[name].obstacle}
     parameters = [name for name, _ in model.named_parameters() if settings.means_parameter(name)]

@@ -1,6 +1,6 @@
 """Which linear layers a model has, where it uses them, and the obstacle to replacing each, if any."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,26 +142,37 @@ def _linear_shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def expert_notes(model: nn.Module, adapted: Collection[str] = ()) -> list[str]:
-    """A note on expert weights that are 3-d parameters, which are easily overlooked: they are not linear layers.
+def stacks_of_experts(model: nn.Module) -> list[str]:
+    """Names of the weights of experts that are 3-d parameters, which are easily overlooked: no linear layers."""
+    return [name for name, _, parameter in _own_parameters(model) if parameter.ndim == 3 and "expert" in name.lower()]
 
-    adapted: names of those that do get an adapter.
-    """
-    experts = [
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-        and parameter.ndim == 3
-        and "expert" in f"{name}.{key}".lower()
-        and f"{name}.{key}" not in adapted
-    ]
+
+def expert_notes(model: nn.Module) -> list[str]:
+    """A note on the model's stacks of experts, if there are any."""
+    experts = stacks_of_experts(model)
     if not experts:
         return []
     return [
         f"{len(experts)} expert weights are 3-d parameters, not linear layers, and get no adapter without "
         f"target_parameters: {experts[0]}, ..."
     ]
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Names of the weights of routers that are no linear layers."""
+    return [
+        name
+        for name, module, parameter in _own_parameters(model)
+        if parameter.ndim == 2 and type(module).__name__.endswith("Router") and _linear_shape(module) is None
+    ]
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """(name, module, parameter) of every parameter."""
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{name}.{key}".lstrip("."), module, parameter
 
 
 def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[LayerRow] = ()) -> Report:
@@ -180,8 +191,9 @@ def report_on(model: nn.Module, sites: dict[str, Site], stacks: Sequence[LayerRo
         reason = _reason(site, head)
         rows.append(LayerRow(name, site.kind, site.shape, replaced, reason, path, site.r, in_nf4, kernels=kernels))
     first = next(iter(backends.values()))
-    notes = [*expert_notes(model, [row.name for row in stacks]), *_peft_notes(model, sites)]
-    return Report(rows, first.name, first.reason, notes)
+    adapted = {row.name for row in stacks}
+    left_out = [name for name in [*stacks_of_experts(model), *_routers(model)] if name not in adapted]
+    return Report(rows, first.name, first.reason, _peft_notes(model, sites), left_out)
 
 
 def _peft_notes(model: nn.Module, sites: dict[str, Site]) -> list[str]:

@@ -194,6 +194,26 @@ def test_a_file_of_pefts_has_the_stacks_that_its_config_leaves_out(tmp_path):
     torch.testing.assert_close(logits(load_adapter(base, tmp_path)), logits(theirs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_first_line_says_that_all_linear_leaves_experts_out(name):
+    """peft's all-linear takes the stacks and the router of some of these; here target_parameters does."""
+    router = "router" if name == "gpt-oss" else "gate"
+    said = "(not linear layers; experts are adapted by target_parameters)"
+    report = replace_linear(moe(name), r=2).fastlora_report
+    found = [
+        f"1 x model.layers.*.mlp.{end}" for end in ("experts.gate_up_proj", "experts.down_proj", f"{router}.weight")
+    ]
+    assert f"; left without adapters: {', '.join(found)} {said}, running on" in report.summary()
+    assert "\n" not in report.summary()
+    every = replace_linear(moe(name), r=2, target_parameters=BOTH)
+    assert f"; left without adapters: {found[2]} {said}" in fastlora.report(every).summary()
+    with pytest.raises(ValueError, match=r"target_parameters=\['experts.down_proj', 'experts.gate_up_proj'\] adapts"):
+        replace_linear(moe(name), target_modules=["up_proj"])
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts', which is not a linear layer; experts are"):
+        replace_linear(moe(name), target_modules=["experts"])
+    assert "left without" not in replace_linear(llama(), r=2).fastlora_report.summary()
+
+
 def test_training_and_the_report():
     model = ours("qwen3-moe", init_lora_weights=True, target_modules=["q_proj"])
     rows = {row.name: row for row in fastlora.report(model).rows}
@@ -201,9 +221,10 @@ def test_training_and_the_report():
     assert (row.kind, row.shape, row.r, row.replaced) == ("Qwen3MoeExperts", (64, 32), 3, True)
     assert (row.reason, row.kernels) == ("adapters r=3 on 8 experts", "expert by expert")
     assert rows["model.layers.0.self_attn.q_proj"].replaced
-    assert not fastlora.report(model).notes
+    assert fastlora.report(model).left_out == ["model.layers.0.mlp.gate.weight"]
     one = replace_linear(moe(), r=2, target_modules=[], target_parameters=["experts.down_proj"], quantize="nf4")
-    assert "1 expert weights are 3-d parameters" in one.fastlora_report.notes[0]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in one.fastlora_report.left_out
+    assert "model.layers.0.mlp.experts.down_proj" not in fastlora.report(one).left_out
     assert one.fastlora_report.rows[0].reason.endswith("weight quantized to NF4")
     assert one.fastlora_report.rows[0] == fastlora.report(one).rows[0]
     assert one.fastlora_report.rows[0].kernels

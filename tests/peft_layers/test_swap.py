@@ -96,6 +96,42 @@ def test_it_can_be_called_twice():
     assert counts(model) == (6, 0), "the counts go on"
 
 
+def in_experts():
+    return pytest.importorskip("tests.support.expert_cases").stack(r=2)[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make",
+    [
+        wrapped,
+        lambda: wrapped(use_dora=True),
+        lambda: wrapped(bnb_llama),
+        lambda: wrapped(gpt2, target_modules=["c_attn", "c_proj"]),
+        lambda: wrapped(target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"]),
+        in_experts,
+    ],
+    ids=["Linear", "DoRA", "Linear4bit", "Conv1D", "Embedding", "ParamWrapper"],
+)
+def test_it_prints_and_tells_its_state_as_pefts(make):
+    """`repr`, get_layer_status and get_model_status, of the model, of a copy and of the layers that come later."""
+    plain, model = make(), replace_linear(make())
+    for models in ((plain, model), (copy.deepcopy(plain), copy.deepcopy(model))):
+        one, other = models
+        assert repr(one) == repr(other)
+        for layer, sped_up in zip(lora_layers(one), lora_layers(other), strict=True):
+            assert type(sped_up).__name__ == type(layer).__name__
+        assert one.get_layer_status() == other.get_layer_status()
+        assert one.get_model_status() == other.get_model_status()
+        for each in models:
+            each.add_adapter("other", copy.deepcopy(each.peft_config["default"]))
+            each.set_adapter("other")
+        assert repr(one) == repr(other)
+        assert one.get_layer_status() == other.get_layer_status()
+        with one.disable_adapter(), other.disable_adapter():
+            assert one.get_model_status() == other.get_model_status()
+
+
 def test_options_are_refused():
     model = wrapped()
     before = snapshot(model)
