@@ -225,13 +225,12 @@ def _unread(records: Sequence[Record], keys: Sequence[str], tokenizer: Any) -> t
     for _, row in records:
         template = _template(tokenizer, row) if keys == ("messages",) else ""
         for key, value in row.items():
+            value = _from_json(value) if key in TEMPLATE_COLUMNS else value
             if key in keys or value is None or value == [] or value == {}:
                 continue
             if key == "chat_template_kwargs" and template:
-                names = [
-                    f"{key}.{name}" for name in _from_json(value) if not re.search(rf"\b{re.escape(name)}\b", template)
-                ]
-                found.update(dict.fromkeys(names))
+                names = [name for name in value if not re.search(rf"\b{re.escape(name)}\b", template)]
+                found.update(dict.fromkeys(f"{key}.{name}" for name in names))
             elif key != "tools" or not re.search(r"\btools\b", template):
                 found[key] = None
     return tuple(found)

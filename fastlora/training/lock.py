@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from fastlora.files import atomic
 from fastlora.training.inputs import clipped, reason
@@ -31,6 +31,7 @@ def held(directory: Path, say: Callable[[str], object] = lambda text: None) -> I
         ValueError: another run holds it (the message says which), or the directory cannot be written.
     """
     name, lock, note = clipped(str(directory)), FileLock(directory / LOCK), directory / NOTE
+    made = False
     try:
         made = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
@@ -43,20 +44,26 @@ def held(directory: Path, say: Callable[[str], object] = lambda text: None) -> I
             "end, stop it, or give another output_dir"
         ) from error
     except (OSError, ValueError) as error:
-        lock.release()
+        _leave(directory, lock, made)
         raise ValueError(f"output_dir: cannot write in {name} ({reason(error)}): mend that, or give another") from error
     try:
         if killed:
             say(f"the last run in {name} was killed ({killed}); its lock has ended with it")
         yield
     finally:
-        for path in (note, directory / LOCK):
+        _leave(directory, lock, made)
+
+
+def _leave(directory: Path, lock: BaseFileLock, made: bool) -> None:
+    """Take the lock's files away, and a directory that was made and holds nothing else."""
+    if lock.is_locked:
+        for name in (NOTE, LOCK):
             with contextlib.suppress(OSError):  # what a run came to must not depend on this
-                path.unlink(missing_ok=True)
-        lock.release()
-        if made:
-            with contextlib.suppress(OSError):  # it holds something
-                directory.rmdir()
+                (directory / name).unlink(missing_ok=True)
+    lock.release()
+    if made:
+        with contextlib.suppress(OSError):  # it holds something
+            directory.rmdir()
 
 
 def _mine() -> str:

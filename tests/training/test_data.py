@@ -300,6 +300,7 @@ def test_columns_that_the_template_cannot_take(
     ("row", "unread"),
     [
         ({"text": "a", "tools": TOOLS, "id": 1, "none": None}, ("tools", "id")),
+        ({"messages": [{"role": "assistant", "content": "d"}], "tools": "null", "chat_template_kwargs": "null"}, ()),
         ({"prompt": "a", "completion": "b", "text": "c"}, ("text",)),
         ({"messages": [{"role": "assistant", "content": "d"}], "text": "c"}, ("text",)),
         (

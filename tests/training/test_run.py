@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.training import run as runs
@@ -117,6 +117,37 @@ def test_a_model_that_sees_later_tokens_is_refused(base: Path, tmp_path: Path) -
     refused(made, "not a causal language model", "BertLMHeadModel")
     configured(tmp_path / "bert", is_decoder=True)
     assert prepare(made, QUIET).model.training is False
+
+
+TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+OTHER_NAMES: dict[str, dict[str, Any]] = {
+    "ctrl": {"n_embd": 32, "n_layer": 1, "n_head": 2, "dff": 32},  # scales its embeddings in place
+    "xlnet": {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32},  # has the batch on the second axis
+    "rwkv": {"attention_hidden_size": 32, "num_hidden_layers": 2},
+    "mamba": {"state_size": 4},
+    **{key: {"num_key_value_heads": 1, "head_dim": 16} for key in ("gemma", "qwen3_moe")},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "causal"),
+    [
+        *((kind, True) for kind in ("llama", "gemma", "qwen3_moe", "gpt2", "ctrl", "mamba", "rwkv")),
+        *((kind, False) for kind in ("bert", "roberta", "electra", "xlnet")),
+    ],
+)
+def test_who_sees_later_tokens(base: Path, tmp_path: Path, kind: str, causal: bool, dtype: torch.dtype) -> None:
+    named = {} if kind in ("ctrl", "gpt2", "xlnet") else TINY
+    config = AutoConfig.for_model(kind, vocab_size=64, pad_token_id=0, **{**named, **OTHER_NAMES.get(kind, {})})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    made = recipe(base, tmp_path / "run")
+    if causal:
+        runs.check_causal(model, made)
+    else:
+        with pytest.raises(ValueError, match=f"not a causal language model: as a {type(model).__name__} it sees"):
+            runs.check_causal(model, made)
 
 
 def test_data_are_checked_before_the_model_is_loaded(
