@@ -6,6 +6,7 @@ Recipes take their names from transformers, peft and TRL, so people bring the re
 import contextlib
 import dataclasses
 import difflib
+import logging
 from collections.abc import Collection
 
 # Other tools' or older names for a key, to which spelling would not lead.
@@ -115,6 +116,7 @@ def _owners(name: str) -> list[str]:
 
         found += ["transformers' TrainingArguments"] if _has(TrainingArguments, name) else []
     with contextlib.suppress(ImportError):
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of what is not needed
         from peft import LoraConfig
 
         found += ["peft's LoraConfig"] if _has(LoraConfig, name) else []

@@ -112,8 +112,8 @@ def plot_losses(metrics: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
     records = read_metrics(metrics)
-    trained = [r for r in records if "loss" in r]
-    evaluated = [r for r in records if "eval_loss" in r]
+    trained = [r for r in records if {"step", "loss", "lr"} <= r.keys()]
+    evaluated = [r for r in records if {"step", "eval_loss"} <= r.keys()]
     if not trained:
         raise ValueError(f"{metrics}: no training step to plot")
     steps = [r["step"] for r in trained]

@@ -175,27 +175,51 @@ def load_base(recipe: Recipe, device: torch.device | None = None) -> Any:
     Raises:
         ValueError: nothing loadable under `model_name_or_path`, or files that lack a weight of the model.
     """
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if recipe.bf16 else torch.float32}
+    if getattr(load_config(recipe), "quantization_config", None) is None:
+        with _quiet():
+            plain = _read(recipe, device_map={"": torch.device("meta")})  # reads names and shapes, not the weights
+        if recipe.quantize:
+            options |= _into_nf4(recipe, plain, device or torch.device("cpu"))
+    return _read(recipe, **options)
+
+
+def _read(recipe: Recipe, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if recipe.bf16 else torch.float32}
-    if recipe.quantize:
-        options |= _into_nf4(recipe, device or torch.device("cpu"))
+    name = recipe.model_name_or_path
     with _loading(recipe, "the model's weights", "; copy the files again, or convert a pickle to safetensors"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            recipe.model_name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     model, found = loaded
     for key, in_file, in_model in sorted(found["mismatched_keys"]):
         raise ValueError(
-            f"model_name_or_path: {shown(recipe.model_name_or_path)} holds {key} as {list(in_file)}, and its "
-            f"config.json means {list(in_model)}: the two files do not belong together"
+            f"model_name_or_path: {shown(name)} holds {key} as {list(in_file)}, and its config.json means "
+            f"{list(in_model)}: the two files do not belong together"
         )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"model_name_or_path: {shown(recipe.model_name_or_path)} lacks {len(missing)} of the weights of a "
-            f"{type(model).__name__}, which would be random: {clipped(', '.join(missing))}; give a whole checkpoint"
+            f"model_name_or_path: {shown(name)} lacks {len(missing)} of the weights of a {type(model).__name__}, which "
+            f"would be random: {clipped(', '.join(missing))}; give a whole checkpoint"
         )
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports and progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -211,20 +235,13 @@ def _loading(recipe: Recipe, what: str, advice: str = "") -> Iterator[None]:
         raise ValueError(f"model_name_or_path: cannot load {what} of {name} ({said}){advice}") from error
 
 
-def _into_nf4(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The options of `from_pretrained` that quantize what `replace_linear` would; none where it must do all of that.
+def _into_nf4(recipe: Recipe, plain: nn.Module, device: torch.device) -> dict[str, Any]:
+    """The options of `from_pretrained` that quantize what `replace_linear` would.
 
-    That is so where the checkpoint is quantized already, and where no layer is an `nn.Linear`, as in GPT-2.
+    plain: the model without weights. There are none where none of its layers is an `nn.Linear`, as in GPT-2.
     """
-    from transformers import AutoModelForCausalLM
-
     from fastlora.model.quantizer import FastLoRANF4Config
 
-    config = load_config(recipe)
-    if getattr(config, "quantization_config", None) is not None:
-        return {}
-    with _loading(recipe, "a causal language model"), torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config)
     head = output_head(plain)
     linear = [name for name, module in plain.named_modules() if type(module) is nn.Linear and not within(name, head)]
     excluded = [name for name in linear if matches(recipe.exclude_modules, name)]

@@ -80,9 +80,6 @@ def test_a_damaged_model_is_one_line(base: Path, tmp_path: Path, damage: str, qu
     harm, words = DAMAGES[damage]
     harm(tmp_path / "model")
     made = recipe(base, tmp_path / "run", model_name_or_path=str(tmp_path / "model"), quantize=quantize)
-    if quantize:
-        found = {"layer": "no usable weight", "more layers": "no usable weight", "shape": "the model's weights"}
-        words = (found[damage],) if damage in found else words
     refused(made, *words)
 
 
@@ -198,7 +195,7 @@ def test_weights_become_nf4_as_they_are_read(
     name = "read"
     train(recipe(base, tmp_path / name, **made), console=QUIET)
     name = "whole"
-    monkeypatch.setattr(runs, "_into_nf4", lambda recipe, device: {})
+    monkeypatch.setattr(runs, "_into_nf4", lambda recipe, plain, device: {})
     train(recipe(base, tmp_path / name, **made), console=QUIET)
     assert len(read["read"]) == {None: 14, list: 11, str: 7}[exclude and type(exclude)]
     assert read["read"] == quantized["read"] == quantized["whole"]
