@@ -71,14 +71,21 @@ def adapter_of(
     Args:
         read: gives the whole of a parameter or buffer.
     Raises:
-        ValueError: the model has no such adapter.
+        ValueError: the model has no such adapter, or a tensor is empty.
     """
     with sharded.clean_names(model):
         if replace.carries_peft(model):
             config, tensors = peft_adapter(model, adapter_name)
         else:
             config, tensors = _own_adapter(model, adapter_name, read)
-        return config, {key: read(value).detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        tensors = {key: read(value).detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    for key, value in tensors.items():
+        if value.numel() == 0:
+            raise ValueError(
+                f"{key} is empty: its values are elsewhere, as with DeepSpeed's ZeRO-3; gather them first "
+                "(deepspeed.zero.GatheredParameters), or pass save_pretrained a whole state_dict"
+            )
+    return config, tensors
 
 
 def _own_adapter(

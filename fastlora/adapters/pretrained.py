@@ -95,6 +95,13 @@ def _save(model: Any, name: str, directory: Path, state_dict: Mapping[str, Tenso
     together = state_dict is None and sharded.is_sharded(model)
     if not writes and not together:
         return
+    if state_dict is not None and not state_dict:  # Trainer's word for weights that DeepSpeed saves by itself
+        warnings.warn(
+            "no adapter is written, as DeepSpeed keeps the weights in its own checkpoint: set "
+            "stage3_gather_16bit_weights_on_model_save",
+            stacklevel=4,
+        )
+        return
     sharded.settle(model)
     read = sharded.whole if state_dict is None else _read_from(model, state_dict)
     config, tensors = adapter_of(model, name, read)
@@ -114,10 +121,17 @@ def _save(model: Any, name: str, directory: Path, state_dict: Mapping[str, Tenso
 
 
 def _read_from(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """What gives a parameter's value from a state dict of the whole model; other tensors are what they are."""
+    """What gives a parameter's value from a state dict of the whole model; other tensors are what they are.
+
+    Raises:
+        ValueError: the state dict lacks something that is trained.
+    """
     values = {sharded.clean(name): value for name, value in state_dict.items()}
     own = {sharded.clean(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     by_id = {id(tensor): values[name] for name, tensor in own.items() if name in values}
+    for name, tensor in own.items():
+        if tensor.requires_grad and id(tensor) not in by_id:
+            raise ValueError(f"state_dict lacks {name}, which is trained: pass that of the whole model")
     return lambda tensor: by_id.get(id(tensor), tensor)
 
 

@@ -125,8 +125,16 @@ def test_a_gathered_state_dict_is_what_is_written(saved_base, tmp_path):
     model = randomize(replace_linear(loaded(saved_base), r=4, modules_to_save=["norm"], target_modules=["q_proj"]))
     expected, whole = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
     for parameter in parameters(model).values():
-        parameter.data.zero_()
+        parameter.data = parameter.data.new_empty(0)
     model.save_pretrained(tmp_path / "others", state_dict=whole, is_main_process=False)
+    with pytest.raises(ValueError, match=r"lora_[AB].weight is empty.*GatheredParameters"):
+        model.save_pretrained(tmp_path / "others")
+    with pytest.raises(ValueError, match=r"state_dict lacks model.norm.weight, which is trained"):
+        model.save_pretrained(
+            tmp_path / "others", state_dict={k: v for k, v in whole.items() if k != "model.norm.weight"}
+        )
+    with pytest.warns(UserWarning, match="no adapter is written, as DeepSpeed keeps the weights"):
+        model.save_pretrained(tmp_path / "others", state_dict={})
     assert not (tmp_path / "others").exists()
     model.save_pretrained(tmp_path / "out", state_dict=whole)
     assert torch.equal(logits(load_adapter(loaded(saved_base), tmp_path / "out")), expected)
