@@ -97,22 +97,22 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """W + scaling · B A, for code that multiplies by a layer's weight itself, such as a fused loss or scan.
 
-        [N, K], or [K, N] where the base was a `Conv1D`; in W's dtype (of NF4 that before quantization), summed in fp32
-        and rounded once; differentiable in A and B. It is formed at each read, whole if FSDP2 has spread it, and has
-        no dropout. What is written into it is lost: the frozen weight is `base_layer.weight`.
+        [N, K], or [K, N] where the base was a `Conv1D`; in W's dtype (of NF4 that before quantization), to which A and
+        B are cast; differentiable in A and B. It is formed at each read, whole if FSDP2 has spread it, and has no
+        dropout. What is written into it is lost: the frozen weight is `base_layer.weight`.
         """
         weight: Any = base_weight(self.base_layer, self._adopted)
         *pair, scaling = self.adapter()
-        lora_a, lora_b = map(whole, pair)
+        lora_a, lora_b = (whole(part).to(weight.dtype) for part in pair)
         if self.training and torch.is_grad_enabled() and self._dropout_p() > 0:
             warnings.warn(
                 "the weight of a LoRALinear was read in training, by code that may multiply by it instead of calling "
                 "the layer: lora_dropout does not apply there",
                 stacklevel=2,
             )
-        dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else whole(weight).float()
+        dense = weight.dequantize() if isinstance(weight, NF4Weight) else whole(weight)
         with torch.autocast(dense.device.type, enabled=False):
-            adapted = torch.addmm(dense, lora_b.float(), lora_a.float(), alpha=scaling).to(weight.dtype)
+            adapted = torch.addmm(dense, lora_b, lora_a, alpha=scaling)
         return adapted.t() if self.fan_in_fan_out else adapted
 
     @property

@@ -135,10 +135,13 @@ def test_whoever_multiplies_by_the_weight_gets_the_update_and_its_gradients(kind
     assert weight.shape == ((K, N) if kind == "conv1d" else (N, K))
     assert torch.equal(weight, layer.weight)
 
-    read, dense = weight.detach(), layer.base_layer.weight if kind == "conv1d" else dense_weight(layer, torch.float32)
-    update = scaling * (lora_b @ lora_a).detach()
-    expected = (dense.float() + (update.T if kind == "conv1d" else update)).to(dtype)
-    torch.testing.assert_close(read, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    dense = (layer.base_layer.weight.T if kind == "conv1d" else dense_weight(layer, torch.float32)).detach()
+    read = weight.detach().T if kind == "conv1d" else weight.detach()
+
+    def summed(precision):
+        return dense.to(precision) + (scaling * (lora_b.to(precision) @ lora_a.to(precision))).detach()
+
+    assert_as_accurate(read, summed(dtype), summed(torch.float64), "weight")
     y = x @ weight if kind == "conv1d" else F.linear(x, weight)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     found = torch.autograd.grad(y, (lora_a, lora_b), dy)
