@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what it needs, and runs.
 # `make gpu` builds, tests, measures and tunes on a CUDA machine; `make gpu DRY_RUN=1` rehearses it without one.
 # `make nightly`: 10,000 random calls of the C++ and CUDA entries under sanitizers, and 10,000 damaged recipes, data files,
-# metrics and adapters each; `make tests` runs 400 and 500 of them.
+# files of runs and adapters each; `make tests` runs 400 and 500 of them.
 # `make wheel` builds one for PyPI, in dist/, with a manylinux tag.
 # GPU_OPTIONS: further options of `python -m bench gpu`, such as "--phases tests tune --again".
 # PYTHON: the interpreter. TORCH: the torch to install (default: 2.13.0 without an NVIDIA GPU, the newest with one).

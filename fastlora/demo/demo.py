@@ -76,7 +76,7 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
         _set_aside(directory, recipe, console)
         _check_untouched(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")  # marks it as the demo's
+        atomic.write_text(directory / "recipe.yaml", recipe.to_yaml())  # marks it as the demo's
     _write_pairs(Path(str(recipe.train_file)), stdlib_data.instruction_pairs(held_out=False))
     _write_pairs(Path(str(recipe.eval_file)), stdlib_data.instruction_pairs(held_out=True))
     return train(recipe, resume, BeforeAndAfter(began), console)
@@ -217,7 +217,7 @@ def _check_untouched(directory: Path) -> None:
 def _write_pairs(path: Path, pairs: list[stdlib_data.Pair]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"prompt": pair.prompt, "completion": pair.completion}) for pair in pairs)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    atomic.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _questions(pairs: list[stdlib_data.Pair]) -> list[stdlib_data.Pair]:

@@ -294,6 +294,8 @@ def _signals() -> Iterator[list[str]]:
 
 
 def _save_checkpoint(run: Run) -> None:
+    if run.accelerator.is_main_process:
+        atomic.sync(run.directory / "metrics.jsonl")  # a checkpoint is of no step whose line may still be lost
     facts = {
         "total_steps": run.total_steps,
         "train_data": run.train_set.fingerprint(),

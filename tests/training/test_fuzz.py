@@ -1,4 +1,4 @@
-"""Recipes and data files that are damaged in any way: read right, or refused in one line."""
+"""Recipes, data files and files of runs that are damaged in any way: read right, or refused in one line."""
 
 import gzip
 import json
@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastlora.training import checkpoint, data, plots
 from fastlora.training import recipe as recipes
+from fastlora.training.loop import train
 from tests.support import fuzz
-from tests.support.runs import recipe
+from tests.support.runs import QUIET, recipe
 
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
@@ -93,3 +94,19 @@ def test_metrics(tmp_path: Path) -> None:
         assert all(record["step"] <= 2 for record in plots.read_metrics(path))
 
     fuzz.check_each("metrics", attempt)
+
+
+def test_states_of_checkpoints(base: Path, tmp_path: Path) -> None:
+    made = recipe(base, tmp_path / "run", save_steps=1, max_steps=1)
+    train(made, console=QUIET)
+    path = tmp_path / "run" / "checkpoint-1" / checkpoint.STATE_FILE
+    whole = path.read_bytes()
+
+    def attempt(rng: random.Random) -> None:
+        state = json.dumps(fuzz.altered(json.loads(whole), rng)).encode() if rng.random() < 0.5 else whole
+        path.write_bytes(fuzz.damaged(state, rng) if state == whole or rng.random() < 0.3 else state)
+        _, found, _ = checkpoint.newest(tmp_path / "run")
+        recipes.check_resumable(found["recipe"], made)
+        assert (found["step"], found["processes"]) == (1, len(found["sha256"]) - 3)
+
+    fuzz.check_each("states of checkpoints", attempt)

@@ -15,6 +15,7 @@ from fastlora.demo import demo
 from fastlora.training import lock
 from fastlora.training.loop import Hooks, train
 from fastlora.training.run import Run
+from tests.support.full_disk import no_file_beyond
 from tests.support.runs import QUIET, recipe
 
 HOLD = (
@@ -89,6 +90,12 @@ def test_a_directory_that_cannot_be_written(base: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=message):
                 train(recipe(base, place), resume=resume, console=QUIET)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_told_at_the_start(base: Path, tmp_path: Path) -> None:
+    with no_file_beyond(10), pytest.raises(ValueError, match=r"cannot write in .*/run \(File too large\)"):
+        train(recipe(base, tmp_path / "run"), console=QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_fails_leaves_no_directory(base: Path, tmp_path: Path) -> None:

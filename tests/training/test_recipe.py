@@ -155,6 +155,7 @@ def test_malformed_override(override: str) -> None:
         ("a: \0", "not valid YAML"),
         ("? [a]\n: 1", "not valid YAML"),
         ("a: *b", "not valid YAML"),
+        ("r: 8\nlora_alpha: 16\nr: 16", r"the key 'r' is given twice, line 3, column 1"),
         ("a: " + "9" * 5000, "not valid YAML"),
     ],
 )
