@@ -89,6 +89,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.ModuleDict({adapter_name: lora_a.to(device, dtype)})
         self.lora_B = nn.ModuleDict({adapter_name: lora_b.to(device, dtype)})
         self._adopted = AdoptedWeight()
+        self.weight_reads = 0  # each formed W + scaling · B A; the report names them
         if is_linear4bit(base_layer):
             self._adopted.of(base_layer)
         self.train(base_layer.training)
@@ -101,6 +102,8 @@ class LoRALinear(nn.Module):
         B are cast; differentiable in A and B. It is formed at each read, whole if FSDP2 has spread it, and has no
         dropout. What is written into it is lost: the frozen weight is `base_layer.weight`.
         """
+        if not torch.compiler.is_compiling():
+            self.weight_reads += 1
         weight: Any = base_weight(self.base_layer, self._adopted)
         *pair, scaling = self.adapter()
         lora_a, lora_b = (whole(part).to(weight.dtype) for part in pair)

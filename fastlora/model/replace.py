@@ -168,7 +168,19 @@ def _report(model: nn.Module) -> Report:
             row = dataclasses.replace(row, replaced=False, path="unchanged", reason="removed since", r=0)
         rows.append(row)
     name, reason = used[0] if used else ("", "nothing")
-    return Report(rows, name, reason, known.notes, known.left_out)
+    return Report(rows, name, reason, [*known.notes, *_weight_reads(modules)], known.left_out)
+
+
+def _weight_reads(modules: dict[str, Any]) -> list[str]:
+    """A note on layers whose weight was read by code that does not call them, or that only asks for its dtype."""
+    read = {name: module.weight_reads for name, module in modules.items() if isinstance(module, LoRALinear)}
+    read = {name: count for name, count in read.items() if count}
+    if not read:
+        return []
+    return [
+        f"the weight of {len(read)} layers was read {sum(read.values())} times, such as that of {next(iter(read))}: a "
+        "read forms W + scaling · B A, which takes about as long as the layer itself"
+    ]
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """transformers' own features on adapted models: gradient checkpointing of both kinds, generation with either cache."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -176,3 +177,16 @@ def test_an_adapter_that_peft_does_not_load_is_noted():
             transformers.MambaForCausalLM(transformers.MambaConfig(**READERS["Mamba"])),
             peft.LoraConfig(target_modules="all-linear"),
         )
+
+
+def test_the_report_names_layers_whose_weight_is_read():
+    """T5 asks for the dtype of a weight at each call; that forms the adapted weight, which takes time."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    model = fastlora.replace_linear(transformers.T5ForConditionalGeneration(config), r=4, target_modules=["wi", "wo"])
+    assert not fastlora.report(model).notes
+    ids = torch.arange(6)[None]
+    model(input_ids=ids, labels=ids)
+    (note,) = fastlora.report(model).notes
+    name = r"encoder.block.0.layer.1.DenseReluDense.wo"
+    assert re.match(rf"the weight of 2 layers was read \d+ times, such as that of {name}", note)
