@@ -70,7 +70,7 @@ class Recipe:
     exclude_modules: Annotated[str | list[str] | None, "names or regular expression of layers to leave out"] = None
     use_rslora: Annotated[bool, "scale by lora_alpha / sqrt(r) instead"] = False
 
-    train_file: Annotated[str | None, "JSONL or JSON with text | prompt + completion | messages"] = None
+    train_file: Annotated[str | None, "JSONL or JSON (.gz) with text | prompt + completion | messages (+ tools)"] = None
     eval_file: Annotated[str | None, "the same, for evaluation"] = None
     dataset_name: Annotated[str | None, "instead of files: what datasets.load_dataset accepts"] = None
     dataset_config: Annotated[str | None, "its configuration"] = None

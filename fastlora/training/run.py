@@ -5,6 +5,7 @@ What can be known early is checked early: the directory before anything is loade
 
 import contextlib
 import math
+import os
 import re
 import shutil
 import warnings
@@ -148,8 +149,11 @@ def load_config(recipe: Recipe) -> Any:
     """
     from transformers import AutoConfig
 
-    with _loading(recipe, "the model's config.json"):
-        return AutoConfig.from_pretrained(recipe.model_name_or_path)
+    name = recipe.model_name_or_path
+    adapter = os.path.isfile(f"{name}/adapter_config.json")  # noqa: PTH113, as pathlib raises where a name is too long
+    advice = "; it is an adapter: give its base model, or the two merged" if adapter else ""
+    with _loading(recipe, "the model's config.json", advice):
+        return AutoConfig.from_pretrained(name)
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -193,6 +197,11 @@ def _read(recipe: Recipe, **options: Any) -> Any:
             name, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     model, found = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"model_name_or_path: {shown(name)} holds an adapter next to a model, and transformers loads both: move "
+            "adapter_config.json away, or merge the two"
+        )
     for key, in_file, in_model in sorted(found["mismatched_keys"]):
         raise ValueError(
             f"model_name_or_path: {shown(name)} holds {key} as {list(in_file)}, and its config.json means "

@@ -88,6 +88,15 @@ def test_a_model_that_is_nowhere(base: Path, tmp_path: Path, name: str) -> None:
     refused(recipe(base, tmp_path / "run", model_name_or_path=name), "cannot load")
 
 
+def test_an_adapter_is_no_model(base: Path, tmp_path: Path) -> None:
+    train(recipe(base, tmp_path / "adapter", max_steps=1), console=QUIET)
+    made = recipe(base, tmp_path / "run", model_name_or_path=str(tmp_path / "adapter"))
+    refused(made, "cannot load the model's config.json", "it is an adapter: give its base model")
+    shutil.copytree(base, tmp_path / "adapter", dirs_exist_ok=True)
+    for quantize in (None, "nf4"):
+        refused(made.replace(quantize=quantize), "holds an adapter next to a model", "or merge the two")
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "gemma", "qwen2"])
 def test_a_tokenizer_that_transformers_makes_from_nothing(base: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
