@@ -158,7 +158,7 @@ def read_dataset(name: str, config: str | None, split: str) -> list[Record]:
     """The records of one split of what `datasets.load_dataset` finds under `name`: a hub name or a local folder.
 
     Its format gives every object of a column all the keys that any of them has, with null for what is not there. So
-    keys that hold null count as not there, except a message's content.
+    keys that hold null count as not there.
 
     Raises:
         ValueError: it cannot be loaded, or has no records.
@@ -177,7 +177,7 @@ def read_dataset(name: str, config: str | None, split: str) -> list[Record]:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(v) for key, v in value.items() if v is not None or key == "content"}
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
@@ -247,10 +247,10 @@ def _check_field(where: str, row: dict[str, Any], key: str) -> None:
             raise ValueError(f"{where}: {key!r} is empty")
         return
     well_formed = isinstance(value, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+        isinstance(m, dict) and "role" in m and {"content", "tool_calls"} & m.keys() for m in value
     )
     if not well_formed or not value:
-        raise ValueError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
+        raise ValueError(f"{where}: 'messages' must be a list of objects with 'role' and 'content' (or 'tool_calls')")
 
 
 def _encode_text(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Iterable[Encoded]:
@@ -309,7 +309,7 @@ def _template_variables(where: str, row: dict[str, Any], tokenizer: Any) -> dict
         raise ValueError(f"{where}: 'tools' must be a list of JSON schemas, or one as JSON text, found {shown(tools)}")
     if options is not None and not isinstance(options, dict):
         raise ValueError(f"{where}: 'chat_template_kwargs' must be an object, found {shown(options)}")
-    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"} if options else set()
     for name in taken.intersection(options or ()):
         raise ValueError(
             f"{where}: 'chat_template_kwargs' sets {name!r}, which is no variable of a template; tools have a column "

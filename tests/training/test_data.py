@@ -218,9 +218,10 @@ def test_a_split_that_does_not_exist(tmp_path: Path, tokenizer: Any, monkeypatch
 
 
 TOOLS = [{"type": "function", "function": {"name": "a"}}, {"type": "function", "function": {"name": "b", "x": 1}}]
+CALLS = MARKED.replace("m['content'] + ' .'", "m.get('content', '') + ' .'")
 WITH_TOOLS = (
     "{% for tool in tools or [] %}{{ tool['function']['name'] + ' ' }}"
-    "{% if tool['function']['x'] is defined %}f {% endif %}{% endfor %}{% if think %}e {% endif %}" + MARKED
+    "{% if tool['function']['x'] is defined %}f {% endif %}{% endfor %}{% if think %}e {% endif %}" + CALLS
 )
 
 
@@ -253,13 +254,15 @@ def test_tools_of_a_dataset_are_those_of_its_file(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(tokenizer, "chat_template", WITH_TOOLS)
     messages = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
-    rows = [{"messages": messages, "tools": TOOLS}, {"messages": messages}]
+    calling = [messages[0], {"role": "assistant", "tool_calls": [{"function": {"name": "a"}}]}, messages[1]]
+    rows = [{"messages": messages, "tools": TOOLS}, {"messages": messages}, {"messages": calling, "tools": TOOLS[:1]}]
     path = write(tmp_path / "train.jsonl", *rows)
     from_dataset = data.load(Recipe(model_name_or_path="m", dataset_name=str(tmp_path)), tokenizer)
     from_file = data.load(recipe(path), tokenizer)
     assert from_dataset is not None
     assert from_file is not None
     assert from_dataset.fingerprint() == from_file.fingerprint()
+    assert example(from_file, 2)[0] == said("a user c assistant . assistant d .", tokenizer)
 
 
 @pytest.mark.parametrize("name", ["default", "tool_use"])
