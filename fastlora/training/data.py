@@ -8,7 +8,7 @@ Records are in TRL's formats, one format per file:
   assistant says. The template must mark that (`{% generation %}`); one without marks is refused. `tools` (a list of
   JSON schemas) and `chat_template_kwargs` (variables of the template) beside the messages reach the template.
 
-A column that nothing reads is named when the run starts.
+A column that nothing reads is named when the run starts; so is a key of the messages that the template does not read.
 
 All examples are stored end to end in two flat arrays (`TokenSet`). What a step trains on is a pure function
 of (seed, step): `BatchPlan` has no state, so the number of the step is enough to resume.
@@ -220,20 +220,29 @@ def tokenize(records: Sequence[Record], tokenizer: Any, recipe: Recipe) -> Token
 
 
 def _unread(records: Sequence[Record], keys: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
-    """The columns that hold something which neither a format's `keys` nor the chat template reads."""
+    """The columns, keys of messages and variables that hold something which neither a format nor its template reads."""
     found: dict[str, None] = {}
     for _, row in records:
-        template = _template(tokenizer, row) if keys == ("messages",) else ""
-        for key, value in row.items():
-            value = _from_json(value) if key in TEMPLATE_COLUMNS else value
-            if key in keys or value is None or value == [] or value == {}:
-                continue
-            if key == "chat_template_kwargs" and template:
-                names = [name for name in value if not re.search(rf"\b{re.escape(name)}\b", template)]
-                found.update(dict.fromkeys(f"{key}.{name}" for name in names))
-            elif key != "tools" or not re.search(r"\btools\b", template):
-                found[key] = None
+        columns = [key for key, value in row.items() if key not in keys and _holds(value)]
+        if keys == ("messages",):
+            variables = _from_json(row.get("chat_template_kwargs")) or {}
+            offered = {"tools": "tools"} if _holds(_from_json(row.get("tools"))) else {}
+            offered |= {f"chat_template_kwargs.{key}": key for key in variables}
+            offered |= {f"messages.{key}": key for each in row["messages"] for key in each if _holds(each[key])}
+            template = _template(tokenizer, row)
+            found |= dict.fromkeys(name for name, key in offered.items() if not _mentions(template, key))
+            columns = [key for key in columns if key not in TEMPLATE_COLUMNS]
+        found |= dict.fromkeys(columns)
     return tuple(found)
+
+
+def _holds(value: Any) -> bool:
+    return not (value is None or value == "" or value == [] or value == {})
+
+
+@lru_cache(maxsize=1024)
+def _mentions(template: str, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _check_field(where: str, row: dict[str, Any], key: str) -> None:

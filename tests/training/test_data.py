@@ -307,6 +307,10 @@ def test_columns_that_the_template_cannot_take(
         ({"prompt": "a", "completion": "b", "text": "c"}, ("text",)),
         ({"messages": [{"role": "assistant", "content": "d"}], "text": "c"}, ("text",)),
         (
+            {"messages": [{"role": "assistant", "content": "d", "tool_calls": [1], "name": None, "weight": 0}]},
+            ("messages.tool_calls", "messages.weight"),
+        ),
+        (
             {"messages": [{"role": "assistant", "content": "d"}], "tools": TOOLS, "chat_template_kwargs": {"deep": 1}},
             ("tools", "chat_template_kwargs.deep"),
         ),
