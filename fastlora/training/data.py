@@ -169,7 +169,10 @@ def read_dataset(name: str, config: str | None, split: str) -> list[Record]:
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # any of the hub's, arrow's, pandas' and the file system's
         cause = error.__cause__ or error
-        raise ValueError(f"dataset_name: cannot load {shown(name)}, split {shown(split)} ({reason(cause)})") from error
+        raise ValueError(
+            f"dataset_name: cannot load {shown(name)}, split {shown(split)} ({reason(cause)}); a file of your own is a "
+            "train_file"
+        ) from error
     if not len(rows):
         raise ValueError(f"{name}[{split}]: no records")
     return [(f"{name}[{split}] row {number}", _without_nulls(dict(row))) for number, row in enumerate(rows)]

@@ -311,10 +311,12 @@ def _check_room(recipe: Recipe, model: nn.Module) -> None:
     adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed = adapter if recipe.save_steps is None else 4 * adapter  # in a checkpoint, with its two moments
     directory = Path(recipe.output_dir)
-    free = shutil.disk_usage(directory).free if directory.is_dir() else math.inf
-    if free < needed:
+    if not directory.is_dir():
+        return
+    disk = shutil.disk_usage(directory)
+    if disk.total > 0 and disk.free < needed:  # some network file systems say 0 of 0
         raise ValueError(
-            f"output_dir: {directory} has room for {free / 1e6:,.1f} MB, and the adapter and one checkpoint take "
+            f"output_dir: {directory} has room for {disk.free / 1e6:,.1f} MB, and the adapter and one checkpoint take "
             f"{needed / 1e6:,.1f} MB: make room, or give another output_dir"
         )
 
