@@ -125,10 +125,11 @@ def test_what_is_trained_beside_layers_is_guarded_too():
         peft.get_peft_model(adapted(gpt2), config(target_modules=["c_attn"]))
 
 
-def test_a_copy_and_a_pickle_refuse_too():
+def test_a_copy_a_pickle_and_a_compiled_model_refuse_too():
     for model in (copy.deepcopy(adapted()), pickle.loads(pickle.dumps(adapted()))):
-        with pytest.raises(ValueError, match="Two orders work"):
-            peft.get_peft_model(model, config())
+        for each in (model, torch.compile(model)):
+            with pytest.raises(ValueError, match="Two orders work"):
+                peft.get_peft_model(each, config())
         with pytest.raises(ValueError, match="Two orders work"):
             model.add_adapter(config())
 
