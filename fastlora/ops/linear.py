@@ -212,7 +212,7 @@ def _forward(
     if x.dim() == 2:
         return path.forward(x, weight, lora, bias, save_h)  # type: ignore[no-any-return]
     y, h = path.forward(x.reshape(-1, k), weight, lora, bias, save_h)
-    return y.view(*x.shape[:-1], n), h
+    return y.view(*x.shape[:-1], n).data, h  # no view for autograd: what a caller does to y in place is allowed
 
 
 def _backward(

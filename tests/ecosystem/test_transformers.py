@@ -134,13 +134,17 @@ def test_training_after_inference_mode(base, use_dora):
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 SCAN = {**SMALL, "state_size": 8}
 HYBRID = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-# Architectures whose forward multiplies by the weight of a linear layer itself, or asks it for its dtype.
+HEADS = {"T5": "ForConditionalGeneration", "Deberta": "ForMaskedLM"}
+# Architectures whose forward multiplies by the weight of a linear layer itself, asks it for its dtype, or changes what
+# the layer gives in place.
 READERS = {
     "Mamba": {**SCAN, "time_step_rank": 4},
     "FalconMamba": {**SCAN, "time_step_rank": 4},
     "Mamba2": {**SCAN, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "Jamba": {**HYBRID, "num_experts": 2, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
               "mamba_d_state": 8, "mamba_dt_rank": 4},
+    "Deberta": {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "relative_attention": True,
+                "pos_att_type": ["c2p", "p2c"]},
     "Bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pretraining_tp": 2,
               "slow_but_exact": True},
     "T5": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
@@ -152,7 +156,7 @@ READERS = {
 @pytest.mark.parametrize("architecture", READERS)
 def test_every_adapter_counts_where_a_forward_reads_weights(architecture, quantize):
     torch.manual_seed(0)
-    head = "ForConditionalGeneration" if architecture == "T5" else "ForCausalLM"
+    head = HEADS.get(architecture, "ForCausalLM")
     options = getattr(transformers, f"{architecture}Config")(**READERS[architecture])
     model = getattr(transformers, architecture + head)(options)
     model = randomize(fastlora.replace_linear(model, r=4, quantize=quantize)).eval()

@@ -212,6 +212,23 @@ def test_bad_arguments_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("shape", [(K,), (5, K), (2, 5, K)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_may_be_changed_in_place(kind, shape, dtype):
+    """As nn.ReLU(inplace=True) and `/=` on a view do it."""
+    layer = make_layer(kind, dtype)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    y = torch.relu((layer(x) * 3).transpose(0, -1) / 2)
+    expected = torch.autograd.grad(y.square().sum(), layer.adapter()[:2])
+    z = layer(x).mul_(3).transpose(0, -1)
+    z /= 2
+    z.relu_()
+    assert torch.equal(z, y)
+    for found, true in zip(torch.autograd.grad(z.square().sum(), layer.adapter()[:2]), expected, strict=True):
+        assert torch.equal(found, true)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_parameters_that_are_plain_attributes(kind):
     layer = make_layer(kind, bias=True)
     x = torch.randn(3, K)
