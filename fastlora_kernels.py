@@ -11,15 +11,14 @@ def main() -> None:
     """The entry point of the `fastlora` script.
 
     Raises:
-        SystemExit: `import fastlora` gives another package.
+        SystemExit: `import fastlora` gives another project's package.
     """
-    ours = Path(__file__).resolve().with_name("fastlora") / "__init__.py"
     spec = importlib.util.find_spec("fastlora")
     found = spec and spec.origin
-    if not found or Path(found).resolve() != ours:
+    if not found or not Path(found).with_name("cli.py").is_file():
         raise SystemExit(
-            f"`import fastlora` gives {found or 'a folder without a package'} and not {ours}: another distribution has "
-            "the name, or a folder. Run `pip uninstall fastlora`, then `pip install fastlora-kernels` again"
+            f"`import fastlora` gives {found or 'a folder without a package'}, not fastlora-kernels: another package "
+            "or folder has the name. Run `pip uninstall fastlora`, then `pip install fastlora-kernels` again"
         )
     from fastlora import cli
 

@@ -101,8 +101,9 @@ def _ourselves() -> list[Finding]:
     ours = Finding(
         distribution.NAME, f"{installed or f'{fastlora.__version__}, not installed'}, imported from {folder}"
     )
-    owners = {*importlib.metadata.packages_distributions().get(distribution.IMPORT, ())} - {distribution.NAME}
-    rivals = [f"{name} {version_of(name)}" for name in sorted(owners)] or distribution.rivals()
+    owners = {*importlib.metadata.packages_distributions().get(distribution.IMPORT, ())}
+    others = sorted(name for name in owners if name and name != distribution.NAME)
+    rivals = [f"{name} {version_of(name)}" for name in others] or distribution.rivals()
     advice = [distribution.advice(rival) for rival in rivals]
     return [ours, *(Finding("import name", text, False, text) for text in advice)]
 

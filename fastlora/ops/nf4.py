@@ -245,7 +245,7 @@ def quantize(w: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4We
     weight = NF4Weight(codes, levels, shape, w.dtype, blocksize, absmax2, dynamic_code(w.device), offset)
     if largest > torch.finfo(w.dtype).max / 2:
         # The nearest level of a scale may be above it, and here above what the dtype holds. Then a lower one is taken.
-        while (over := reference.nf4_scales(*weight.tensors()[1:]).to(w.dtype).isinf()).any():
+        while (over := reference.nf4_scales(*weight.tensors()[1:]).to(w.dtype).isposinf()).any():
             levels -= over.to(torch.uint8)
     return weight
 
@@ -357,7 +357,7 @@ def _facts_of(text: Tensor) -> dict[str, Any]:
             wrong = ["shape"]
         if wrong:
             raise ValueError(f"{wrong[0]} is {facts[wrong[0]]!r}")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{_STATE_KEY!r} of an NF4 weight cannot be read, get the checkpoint again: {error}"
         ) from error

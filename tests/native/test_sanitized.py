@@ -49,7 +49,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_random_calls_read_and_write_only_what_is_theirs(objects: Path) -> None:
-    cases = int(os.environ.get("FASTLORA_FUZZ_CASES", 400))
+    cases = int(os.environ.get("FASTLORA_FUZZ_CASES", 300))
     done = run(objects, cases)
     assert done.returncode == 0, done.stderr[done.stderr.rindex("case ") :]
     assert done.stdout == f"{cases} cases\n"
@@ -92,6 +92,6 @@ def test_the_fuzzer_can_fail(objects: Path, name: str, tmp_path: Path) -> None:
         shutil.copy(unchanged, tmp_path)
     compile_sources(tmp_path, tmp_path / "csrc", [source], FLAGS)
     assert link(tmp_path).returncode == 0
-    done = run(tmp_path, 400)
+    done = run(tmp_path, 300)
     assert done.returncode != 0
     assert message in done.stderr

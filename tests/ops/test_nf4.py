@@ -290,6 +290,13 @@ def test_facts_that_make_no_weight_are_refused(change):
         NF4Weight.from_state_dict(state)
 
 
+def test_a_description_without_end_is_refused():
+    state = quantize(weight((64, 64))).state_dict()
+    state[nf4._STATE_KEY] = torch.full((200_000,), ord("["), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="of an NF4 weight cannot be read"):
+        NF4Weight.from_state_dict(state)
+
+
 def test_whatever_bytes_arrive_make_a_weight_or_a_value_error():
     generator = random.Random(0)
     for _ in range(300):
