@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.contents import renamed
 from fastlora.files.peft_files import differences, load_with_peft
+from fastlora.layers.quoted import reason
 from fastlora.model import replace
 from fastlora.model.settings import unsupported
 
@@ -50,7 +51,7 @@ def load(
     try:
         peft_config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:
-        raise ValueError(f"{directory}: peft refuses its config: {error}") from error
+        raise ValueError(f"{directory}: peft refuses its config ({reason(error)})") from error
     peft_config.inference_mode = False
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     children = [(module, dict(module._modules)) for module in model.modules()]
@@ -67,4 +68,6 @@ def load(
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         vars(model).pop("peft_config", None)
-        raise error if isinstance(error, ValueError) else ValueError(f"{directory} does not fit: {error}") from error
+        raise (
+            error if isinstance(error, ValueError) else ValueError(f"{directory} does not fit ({reason(error)})")
+        ) from error

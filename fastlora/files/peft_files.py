@@ -17,11 +17,13 @@ from torch import Tensor
 
 from fastlora.files.atomic import moved_into
 from fastlora.files.config import lora_config
+from fastlora.layers.quoted import reason, shown
 from fastlora.layers.sharded import is_sharded, whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_LONGEST_KEY = 500
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -38,6 +40,8 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{path} does not exist{hint}")
     config, tensors = _read(config_path, weights_path)
     for key, tensor in tensors.items():
+        if len(key) > _LONGEST_KEY or not key.isprintable():
+            raise ValueError(f"{weights_path}: {shown(key)} is no name of a tensor: the file is damaged")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{weights_path}: {key} holds NaN or inf, so the run that wrote it had diverged: take an earlier "
@@ -55,14 +59,14 @@ def _read(config_path: Path, weights_path: Path) -> tuple[dict[str, Any], dict[s
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_path} is not JSON: {error}") from error
+        raise ValueError(f"{config_path} is not JSON ({reason(error)})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{config_path} is not a JSON object")
     try:
         with safe_open(weights_path, framework="pt") as file:
             return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights_path} is truncated or not a safetensors file: {str(error)[:200]}") from error
+        raise ValueError(f"{weights_path} is truncated or not a safetensors file ({reason(error)})") from error
 
 
 def write_adapter(directory: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -211,7 +215,7 @@ def load_with_peft(
         except Exception as error:
             if adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)
-            raise ValueError(f"{directory} does not fit the model: {error}") from error
+            raise ValueError(f"{directory} does not fit the model ({reason(error)})") from error
         return
     if problems := differences(model, tensors, adapter_name):
         raise ValueError(problems[0])
@@ -219,8 +223,8 @@ def load_with_peft(
     for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         if (config.get(option) or 0) != (mine.get(option) or 0):
             raise ValueError(
-                f"{option} is {config.get(option)!r} in the file, {mine.get(option)!r} in the model: load it under "
-                "another adapter_name"
+                f"{option} is {shown(config.get(option))} in the file, {shown(mine.get(option))} in the model: load it "
+                "under another adapter_name"
             )
     given = (
         tensors

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.layers.quoted import shown
 from fastlora.ops import nf4
 
 Pair = tuple[Tensor, Tensor]
@@ -43,7 +44,7 @@ def check_known(init: Any) -> None:
         return
     with_peft = "let peft initialize (get_peft_model) and call replace_linear on the result"
     raise ValueError(
-        f"init_lora_weights={init!r} is not supported: use True, False, {', '.join(map(repr, _NAMES))} or "
+        f"init_lora_weights={shown(init)} is not supported: use True, False, {', '.join(map(repr, _NAMES))} or "
         f"'pissa_niter_<N>', or {with_peft}"
     )
 
@@ -65,16 +66,16 @@ def loftq_iterations(config: Any) -> int:
         ValueError: not such a config, an unknown option, other bits than 4, or a number of iterations below 1.
     """
     if not isinstance(config, (Mapping, type(None))) and not hasattr(config, "__dict__"):
-        raise ValueError(f"loftq_config must be a mapping or a LoftQConfig, not {config!r}")
+        raise ValueError(f"loftq_config must be a mapping or a LoftQConfig, not {shown(config)}")
     options = dict(config or {}) if isinstance(config, (Mapping, type(None))) else dict(vars(config))
     unknown = [name for name in options if name not in ("loftq_bits", "loftq_iter")]
     if unknown:
-        raise ValueError(f"loftq_config has no option {unknown[0]!r}; it has loftq_bits and loftq_iter")
+        raise ValueError(f"loftq_config has no option {shown(unknown[0])}; it has loftq_bits and loftq_iter")
     if options.get("loftq_bits", 4) != 4:
         raise ValueError(f"loftq_config={options} is not supported: loftq_bits must be 4, as NF4 has")
     count = options.get("loftq_iter", 1)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"loftq_config: loftq_iter must be a whole number of at least 1, not {count!r}")
+        raise ValueError(f"loftq_config: loftq_iter must be a whole number of at least 1, not {shown(count)}")
     return count
 
 
@@ -86,7 +87,7 @@ def check_layer(init: Any, name: str, weight: Any, r: int, shared_with: str, qua
         shared_with: the name of another parameter that is the same weight, or empty.
         quantized: whether the weight is about to become NF4.
     """
-    said = f"init_lora_weights={init!r}"
+    said = f"init_lora_weights={shown(init)}"
     if init == "orthogonal" and r % 2:
         raise ValueError(f"{said} needs an even rank; {name} has r={r}")
     if init == "eva" and weight.device.type == "meta":
@@ -125,7 +126,9 @@ def fill(init: Any, lora_a: nn.Linear, lora_b: nn.Linear, dtype: torch.dtype) ->
     if init in (True, "gaussian"):
         nn.init.zeros_(lora_b.weight)
     elif init not in (False, "orthogonal") and not reads_weight(init):
-        raise ValueError(f"init_lora_weights={init!r} starts from data: replace_linear takes it, one layer does not")
+        raise ValueError(
+            f"init_lora_weights={shown(init)} starts from data: replace_linear takes it, one layer does not"
+        )
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastlora.layers.bases import is_linear4bit
+from fastlora.layers.quoted import shown
 
 if TYPE_CHECKING:
     from fastlora.model.sites import Site
@@ -63,16 +64,16 @@ class EvaConfig:
         for name in ("rho", "tau"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"eva_config: {name} must be a number, not {value!r}")
+                raise ValueError(f"eva_config: {name} must be a number, not {shown(value)}")
         for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"eva_config: {name} must be True or False, not {getattr(self, name)!r}")
+                raise ValueError(f"eva_config: {name} must be True or False, not {shown(getattr(self, name))}")
         if not isinstance(self.label_mask_value, int) or isinstance(self.label_mask_value, bool):
-            raise ValueError(f"eva_config: label_mask_value must be a whole number, not {self.label_mask_value!r}")
+            raise ValueError(f"eva_config: label_mask_value must be a whole number, not {shown(self.label_mask_value)}")
         if not self.rho >= 1:
-            raise ValueError(f"eva_config: rho must be at least 1, not {self.rho!r}")
+            raise ValueError(f"eva_config: rho must be at least 1, not {shown(self.rho)}")
         if not 0 <= self.tau <= 1:
-            raise ValueError(f"eva_config: tau must be between 0 and 1, not {self.tau!r}")
+            raise ValueError(f"eva_config: tau must be between 0 and 1, not {shown(self.tau)}")
 
 
 def config_of(given: Any) -> EvaConfig:
@@ -84,12 +85,12 @@ def config_of(given: Any) -> EvaConfig:
     if given is None or isinstance(given, EvaConfig):
         return given or EvaConfig()
     if not isinstance(given, Mapping) and not dataclasses.is_dataclass(given):
-        raise ValueError(f"eva_config must be a mapping or an EvaConfig, not {given!r}")
+        raise ValueError(f"eva_config must be a mapping or an EvaConfig, not {shown(given)}")
     options = dict(given) if isinstance(given, Mapping) else dict(vars(given))
     known = [field.name for field in dataclasses.fields(EvaConfig)]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise ValueError(f"eva_config has no option {unknown[0]!r}; it has {', '.join(known)}")
+        raise ValueError(f"eva_config has no option {shown(unknown[0])}; it has {', '.join(known)}")
     return EvaConfig(**options)
 
 

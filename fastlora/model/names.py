@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fastlora.layers.quoted import shown
+
 ALL_LINEAR = "all-linear"
 
 
@@ -52,28 +54,23 @@ def check_names(option: str, value: str | Collection[str] | None) -> None:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"{option}={value!r} is not a regular expression: {error}") from error
+            raise ValueError(f"{option}={shown(value)} is not a regular expression: {error}") from error
     elif value is not None:
         if not isinstance(value, Collection):
-            raise ValueError(f"{option} must be a string or a list of strings, not {value!r}")
+            raise ValueError(f"{option} must be a string or a list of strings, not {shown(value)}")
         odd = [entry for entry in value if not isinstance(entry, str)]
         if odd:
-            raise ValueError(f"{option} must hold strings only; got {odd[0]!r}")
+            raise ValueError(f"{option} must hold strings only; got {shown(odd[0])}")
 
 
 def check_patterns(option: str, value: Any) -> None:
     """Raise ValueError unless the option holds a mapping whose keys are regular expressions."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{option} must be a mapping of patterns for names to numbers, not {value!r}")
+        raise ValueError(f"{option} must be a mapping of patterns for names to numbers, not {shown(value)}")
     for key in value:
         if not isinstance(key, str):
-            raise ValueError(f"{option} must have strings as keys; got {key!r}")
+            raise ValueError(f"{option} must have strings as keys; got {shown(key)}")
         try:
             re.compile(key)
         except re.error as error:
-            raise ValueError(f"{option}: {key!r} is not a regular expression: {error}") from error
-
-
-def shown(value: Any) -> str:
-    """An option's value for a message; sets in order."""
-    return repr(sorted(value) if isinstance(value, (set, frozenset)) else value)
+            raise ValueError(f"{option}: {shown(key)} is not a regular expression: {error}") from error

@@ -15,6 +15,7 @@ import torch
 
 from fastlora.kernels.operands import BLOCKSIZES
 from fastlora.layers import starts
+from fastlora.layers.quoted import shown
 from fastlora.model import eva
 from fastlora.model.names import (
     ALL_LINEAR,
@@ -24,7 +25,6 @@ from fastlora.model.names import (
     matches,
     means,
     nearest,
-    shown,
     within,
 )
 
@@ -79,20 +79,20 @@ class LoRASettings:
         for option in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, option, getattr(self, option) or {})
             check_patterns(option, getattr(self, option))
-        for name, r in [("r", self.r), *((f"rank_pattern[{key!r}]", r) for key, r in self.rank_pattern.items())]:
+        for name, r in [("r", self.r), *((f"rank_pattern[{shown(key)}]", r) for key, r in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {r!r}")
+                raise ValueError(f"{name} must be a whole number of at least 1, not {shown(r)}")
         alphas = [("lora_alpha", self.lora_alpha)]
-        alphas += [(f"alpha_pattern[{key!r}]", alpha) for key, alpha in self.alpha_pattern.items()]
+        alphas += [(f"alpha_pattern[{shown(key)}]", alpha) for key, alpha in self.alpha_pattern.items()]
         for name, alpha in alphas:
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ValueError(f"{name} must be a finite number, not {alpha!r}")
+                raise ValueError(f"{name} must be a finite number, not {shown(alpha)}")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, not {shown(self.lora_dropout)}")
         starts.check_known(self.init_lora_weights)
         for init, option in (("eva", "eva_config"), ("loftq", "loftq_config")):
             if getattr(self, option) is not None and self.init_lora_weights != init:
-                raise ValueError(f"{option} is for init_lora_weights={init!r}, not {self.init_lora_weights!r}")
+                raise ValueError(f"{option} is for init_lora_weights={init!r}, not {shown(self.init_lora_weights)}")
         eva.config_of(self.eva_config)
         starts.loftq_iterations(self.loftq_config)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -103,19 +103,19 @@ class LoRASettings:
         if not isinstance(layers, (int, type(None))) and not (
             isinstance(layers, Collection) and all(isinstance(layer, int) for layer in layers)
         ):
-            raise ValueError(f"layers_to_transform must be a number or a list of numbers, not {layers!r}")
+            raise ValueError(f"layers_to_transform must be a number or a list of numbers, not {shown(layers)}")
         check_names("layers_pattern", patterns)
         for pattern in () if isinstance(patterns, str) else patterns or ():
             check_names("layers_pattern", pattern)
         for name in ("modules_to_save", "target_parameters"):
             if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a list of names: pass [{getattr(self, name)!r}]")
+                raise ValueError(f"{name} must be a list of names: pass [{shown(getattr(self, name))}]")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
             check_names(name, getattr(self, name))
         tokens = self.trainable_token_indices
         for each in tokens.values() if isinstance(tokens, Mapping) else () if tokens is None else (tokens,):
             if isinstance(each, str) or not isinstance(each, Collection):
-                raise ValueError(f"trainable_token_indices must hold lists of tokens, not {str(each)[:40]!r}")
+                raise ValueError(f"trainable_token_indices must hold lists of tokens, not {shown(each)}")
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """r and lora_alpha of one module, each by the first pattern that fits its name."""
@@ -160,7 +160,7 @@ class LoRASettings:
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, option):
                 if not any(fits_pattern(key, name) for name in names):
-                    raise ValueError(f"{option}: {key!r} fits none of the adapted layers{nearest(key, names)}")
+                    raise ValueError(f"{option}: {shown(key)} fits none of the adapted layers{nearest(key, names)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,11 +180,11 @@ class LayerOptions:
 
     def __post_init__(self) -> None:
         if self.quantize not in (None, "nf4"):
-            raise ValueError(f"quantize must be None or 'nf4', not {self.quantize!r}")
+            raise ValueError(f"quantize must be None or 'nf4', not {shown(self.quantize)}")
         if self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}; got {self.blocksize}")
         if not isinstance(self.adapter_name, str) or not self.adapter_name or "." in self.adapter_name:
-            raise ValueError(f"adapter_name must be a name without dots, not {self.adapter_name!r}")
+            raise ValueError(f"adapter_name must be a name without dots, not {shown(self.adapter_name)}")
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -223,13 +223,15 @@ def settings_from_config(config: Any, strict: bool = True) -> LoRASettings:
     options = dict(config) if isinstance(config, Mapping) else dict(vars(config))
     method = getattr(options.get("peft_type"), "value", options.get("peft_type"))
     if method != "LORA":
-        raise ValueError(f"the config is for {method or type(config).__name__!r}; only peft_type LORA is supported")
+        raise ValueError(
+            f"the config is for {shown(method or type(config).__name__)}; only peft_type LORA is supported"
+        )
     supported = [option.name for option in fields(LoRASettings)]
     unknown = [name for name in options if name not in (*supported, *_INERT, *_PEFTS) and not _is_off(options[name])]
     for name in (*unsupported(options), *(unknown if strict else ())):
         raise ValueError(
-            f"{name}={options[name]!r} is not supported by replace_linear: leave it off, or wrap the model with peft "
-            "(get_peft_model) and call replace_linear on the result, which speeds up the layers it can"
+            f"{name}={shown(options[name])} is not supported by replace_linear: leave it off, or wrap the model with "
+            "peft (get_peft_model) and call replace_linear on the result, which speeds up the layers it can"
         )
     if unknown:
         warnings.warn(f"ignored, as not known here: {', '.join(unknown)} of the adapter's config", stacklevel=3)
@@ -267,7 +269,7 @@ def select(
     of_experts = f"; experts are stacks of weights, not layers: target_parameters={ends!r} adapts them" if ends else ""
     excluded = {name for name in names if matches(settings.exclude_modules, name)}
     if settings.exclude_modules and not excluded:
-        raise ValueError(f"exclude_modules={settings.exclude_modules!r} matches no module")
+        raise ValueError(f"exclude_modules={shown(settings.exclude_modules)} matches no module")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return {name for name in linear if name not in excluded and not within(name, head)}, excluded
     if not targets and settings.target_parameters:
@@ -276,13 +278,13 @@ def select(
         raise ValueError("the config names no target_modules: give a list of names or 'all-linear'")
     matched = {name for name in names if matches(targets, name)}
     if isinstance(targets, str) and not matched:
-        hint = f"a string is a regular expression for the whole name; for the end of a name, pass [{targets!r}]"
-        raise ValueError(f"target_modules={targets!r} matches no module ({hint}){nearest(targets, linear)}")
+        hint = f"a string is a regular expression for the whole name; for the end of a name, pass [{shown(targets)}]"
+        raise ValueError(f"target_modules={shown(targets)} matches no module ({hint}){nearest(targets, linear)}")
     if not isinstance(targets, str):
         missing = [entry for entry in targets if not any(matches([entry], name) for name in names)]
         if missing and (strict or not matched):
             raise ValueError(
-                f"target_modules: {missing[0]!r} matches no module{nearest(missing[0], linear)}{of_experts}"
+                f"target_modules: {shown(missing[0])} matches no module{nearest(missing[0], linear)}{of_experts}"
             )
         matched = {name for name in matched if settings.wants_layer(name, targets)}
     chosen = matched - excluded

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.layers import sharded
+from fastlora.layers.quoted import shown
 from fastlora.model.names import means, nearest
 from fastlora.model.sites import places_of, put
 from fastlora.model.trained_modules import tell_config
@@ -106,7 +107,7 @@ def resolve(model: nn.Module, wanted: Any) -> dict[str, list[int]]:
         names = [name for name in modules if means(entry, name)]
         if len(names) != 1:
             hint = nearest(entry, modules.keys() - {""}) if not names else f": {', '.join(names[:3])}"
-            raise ValueError(f"trainable_token_indices: {entry!r} matches {len(names) or 'no'} modules{hint}")
+            raise ValueError(f"trainable_token_indices: {shown(entry)} matches {len(names) or 'no'} modules{hint}")
         _check_tokens(names[0], modules[names[0]], indices)
         weight = modules[names[0]].weight
         if any(modules[name].weight is weight and found[name] == list(indices) for name in found):
@@ -123,12 +124,12 @@ def _check_tokens(name: str, module: Any, indices: Any) -> None:
         raise ValueError(f"{option}: its max_norm changes rows in place: use modules_to_save for it")
     vocabulary = module.weight.shape[0]
     if not isinstance(indices, Collection) or not indices:
-        raise ValueError(f"{option} must be a list of different tokens, not {indices!r}")
+        raise ValueError(f"{option} must be a list of different tokens, not {shown(indices)}")
     for index in indices:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < vocabulary:
-            raise ValueError(f"{option}: {index!r} is not a token; there are {vocabulary}, from 0 on")
+            raise ValueError(f"{option}: {shown(index)} is not a token; there are {vocabulary}, from 0 on")
     if len(set(indices)) != len(indices):
-        raise ValueError(f"{option} must be a list of different tokens, not {indices!r}")
+        raise ValueError(f"{option} must be a list of different tokens, not {shown(indices)}")
     if getattr(module, "padding_idx", None) in indices:
         raise ValueError(f"{option}: {module.padding_idx} is the padding token, which gets no gradient")
 

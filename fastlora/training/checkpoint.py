@@ -23,7 +23,7 @@ from torch import nn
 
 from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.files import atomic
-from fastlora.training.inputs import reason
+from fastlora.layers.quoted import reason
 
 STATE_FILE = "trainer_state.json"
 _KINDS = {"step": int, "processes": int, "train_data": str, "recipe": dict, "total_steps": int}

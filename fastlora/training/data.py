@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastlora.training.inputs import clipped, read_text, reason, shown
+from fastlora.layers.quoted import clipped, reason, shown
+from fastlora.training.inputs import read_text
 from fastlora.training.recipe import Recipe
 
 IGNORED = -100  # label of a token that is not a target: torch.nn.functional.cross_entropy's ignore_index

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from fastlora.files import atomic
-from fastlora.training.inputs import clipped, reason
+from fastlora.layers.quoted import clipped, reason
 
 LOCK, NOTE = "run.lock", "run.holder.json"
 

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapter import save_adapter
 from fastlora.files import atomic
+from fastlora.layers.quoted import clipped
 from fastlora.training import checkpoint, data, lock, plots
-from fastlora.training.inputs import clipped
 from fastlora.training.recipe import Recipe, learning_rate
 from fastlora.training.run import Run, checked_directory, has_bf16, prepare, resume_from
 

@@ -11,7 +11,8 @@ from rich import progress
 from rich.console import Console
 
 from fastlora.files import atomic
-from fastlora.training.inputs import read_text, reason
+from fastlora.layers.quoted import reason
+from fastlora.training.inputs import read_text
 
 SMOOTHING = 0.9  # of the solid training curve; the raw losses are drawn pale behind it
 

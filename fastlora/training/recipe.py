@@ -22,8 +22,9 @@ from typing import Annotated, Any
 
 import yaml
 
+from fastlora.layers.quoted import clipped, reason, shown
 from fastlora.training.foreign_keys import answer
-from fastlora.training.inputs import clipped, read_text, reason, shown
+from fastlora.training.inputs import read_text
 
 BUILT_IN = Path(__file__).resolve().parent / "recipes"
 _UNUSABLE = re.compile(r"[\0-\x1f\ud800-\udfff]")  # in a path

@@ -23,11 +23,11 @@ from rich.markup import escape
 from torch import nn
 
 from fastlora.files import atomic
+from fastlora.layers.quoted import clipped, reason, shown
 from fastlora.model.names import matches, within
 from fastlora.model.replace import replace_linear
 from fastlora.model.sites import output_head
 from fastlora.training import checkpoint, data, plots
-from fastlora.training.inputs import clipped, reason, shown
 from fastlora.training.recipe import Recipe, check_resumable
 
 # The files that show a directory to hold a run.

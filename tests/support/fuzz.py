@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 COUNT = int(os.environ.get("FASTLORA_FUZZ_CASES", "500"))
-KNOWN: dict[str, Sequence[int]] = {"adapters": (1256, 1339, 2314, 3204, 3866)}
+KNOWN: dict[str, Sequence[int]] = {"adapters": (1256, 1339, 2314, 3204, 2710, 3866, 5240, 5287, 7759, 9393)}
 
 _BYTES = [bytes([byte]) for byte in b"\0\xff\n\r\t\"'[]{}:,\\#&*"]
 _BYTES += [b"&a ", b"*a", b"- ", b"? ", b"<<: ", b"!!timestamp ", b"!!int ", b"!!python/name:os.system ", b"---\n"]
