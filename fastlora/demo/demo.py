@@ -197,7 +197,7 @@ def _set_aside(directory: Path, recipe: Recipe, console: Console) -> None:
         raise ValueError(f"output_dir: {directory} would replace {previous}, which is not the demo's: move that away")
     shutil.rmtree(previous, ignore_errors=True)
     directory.rename(previous)
-    console.print(f"the last run of the demo is now in {previous}", highlight=False)
+    console.print(f"the last run of the demo is now in {previous}", highlight=False, markup=False)
 
 
 def _is_demo(directory: Path, recipe: Recipe) -> bool:

@@ -154,6 +154,11 @@ class FastLoRANF4Quantizer(HfQuantizer):
         """What reads one weight of a checkpoint in NF4."""
         return {"deserialize": _Deserialize}
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The same for transformers before 5.21, which knows no `serialized_names` and tries names in order."""
+        names = self.serialized_names["weight"][::-1]  # "weight", which begins each of the others, last
+        return [WeightConverter(names, "weight", [_Deserialize(self)])] if self.pre_quantized else []
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
         places = places_of(model, layers)

@@ -14,7 +14,9 @@ continued from it gives the same bits as one that never stopped.
 import dataclasses
 import math
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -105,7 +107,7 @@ def _train(recipe: Recipe, resume: bool, hooks: Hooks, console: Console) -> Resu
         if stopped_by is None:
             _finish(run)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}; {_kept(run)}", error.filename) from error
+        raise OSError(error.errno, f"{error.strerror or error}; {_kept(run)}{_rescued(run)}", error.filename) from error
     if stopped_by is None:
         hooks.on_end(run)
     eval_loss = run.eval_losses[max(run.eval_losses)] if run.eval_losses else None
@@ -249,7 +251,7 @@ def _finish(run: Run) -> None:
     if run.accelerator.is_main_process:
         save_adapter(run.model, run.directory)
         plots.plot_losses(run.directory / "metrics.jsonl", run.directory / "loss.png")
-        run.console.print(f"adapter, metrics and plot are in {run.directory}", highlight=False)
+        run.console.print(f"adapter, metrics and plot are in {run.directory}", highlight=False, markup=False)
     run.accelerator.wait_for_everyone()
 
 
@@ -263,6 +265,25 @@ def _not_finite(run: Run, loss: float, grad_norm: float) -> str:
 def _kept(run: Run) -> str:
     steps = checkpoint.steps(run.directory)
     return f"The last good checkpoint is {run.directory}/checkpoint-{steps[-1]}" if steps else "No checkpoint yet"
+
+
+def _rescued(run: Run) -> str:
+    """Save what has been trained so far in the system's folder for temporary files, as the run's may be on a full disk.
+
+    Returns: where it is; "" where it cannot be written either.
+    """
+    if run.step == 0 or not run.accelerator.is_main_process:
+        return ""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="fastlora-"))
+    except OSError:
+        return ""
+    try:
+        save_adapter(run.model, folder)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return ""
+    return f"; the adapter as of step {run.step} is in {folder}"
 
 
 @contextmanager

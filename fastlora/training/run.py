@@ -364,4 +364,4 @@ def resume_from(run: Run, path: Path, state: dict[str, Any]) -> None:
     records = plots.read_metrics(metrics)
     run.eval_losses = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
     run.loss = next((r["loss"] for r in reversed(records) if "loss" in r), math.nan)
-    run.console.print(f"resumed from {path} after step {run.step} of {run.total_steps}", highlight=False)
+    run.console.print(f"resumed from {path} after step {run.step} of {run.total_steps}", highlight=False, markup=False)

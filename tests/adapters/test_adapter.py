@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_a_crash_while_saving_leaves_the_old_adapter(where, tmp_path, monkeypatc
     def crash(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(peft_files if where == "save_file" else os, where, crash)
+    monkeypatch.setattr({"save_file": peft_files, "fsync": os, "replace": Path}[where], where, crash)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(model, tmp_path)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -341,6 +342,31 @@ def test_a_full_disk_at_a_line_of_metrics_leaves_whole_lines(base: Path, tmp_pat
     assert error.value.filename == str(out / "metrics.jsonl")
     assert [step for step, _ in losses(out)] == [1, 2, 3]
     assert train(made, resume=True, console=QUIET).step == 6
+
+
+def test_a_full_disk_at_the_end_does_not_lose_the_adapter(
+    base: Path, tmp_path: Path, rescues: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(recipe(base, tmp_path / "whole"), console=QUIET).directory
+    real, said = loop._finish, rf"No checkpoint yet; the adapter as of step 6 is in ({rescues}/fastlora-\w+)$"
+
+    def on_a_full_disk(run: Run) -> None:
+        with no_file_beyond(1000):
+            real(run)
+
+    monkeypatch.setattr(loop, "_finish", on_a_full_disk)
+    with pytest.raises(OSError, match="too large") as error:
+        train(recipe(base, tmp_path / "run"), console=QUIET)
+    found = re.search(said, str(error.value.strerror))
+    assert found
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert Path(found[1], name).read_bytes() == (whole / name).read_bytes()
+
+    monkeypatch.setattr(loop, "save_adapter", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full") as error:
+        train(recipe(base, tmp_path / "again"), console=QUIET)
+    assert str(error.value.strerror).endswith("No checkpoint yet")
+    assert len(list(rescues.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "loss.png", "adapter_model.safetensors"])
