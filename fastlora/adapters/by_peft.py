@@ -68,6 +68,6 @@ def load(
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         vars(model).pop("peft_config", None)
-        raise (
-            error if isinstance(error, ValueError) else ValueError(f"{directory} does not fit ({reason(error)})")
-        ) from error
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{directory} does not fit ({reason(error)})") from error

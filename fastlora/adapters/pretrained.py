@@ -171,20 +171,24 @@ def _folder(name: str, options: Mapping[str, Any]) -> Path:
 
 def _resizes_adapted(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        if adapter_name_of(self) is None:
+            return original(self, new_num_tokens, *args, **kwargs)
         places = (
             (self.get_input_embeddings, self.set_input_embeddings),
             (self.get_output_embeddings, self.set_output_embeddings),
         )
         adapted = [(get, put, get()) for get, put in places]
         adapted = [each for each in adapted if isinstance(each[2], (LoRALinear, TrainedTokens))]
+        for _, _, layer in adapted:
+            _check_resizable(layer, new_num_tokens)
         before = [get() for get, _ in places]
         bases = {id(layer): layer.base_layer for _, _, layer in adapted}
         for _, put, layer in adapted:
             put(bases[id(layer)])
         trained_tokens.update_ties(self)
         try:
-            result = original(self, *args, **kwargs)
+            result = original(self, new_num_tokens, *args, **kwargs)
         finally:
             for (get, _), old in zip(places, before, strict=True):
                 if old is not None and id(old) not in bases:
@@ -196,6 +200,18 @@ def _resizes_adapted(original: Callable[..., Any]) -> Callable[..., Any]:
         return result if not adapted else self.get_input_embeddings()
 
     return resize_token_embeddings
+
+
+def _check_resizable(layer: LoRALinear | TrainedTokens, size: int | None) -> None:
+    """Raise ValueError where a head or an embedding cannot have another number of tokens; None: as many as now."""
+    if size is None:
+        return
+    if isinstance(layer, TrainedTokens):
+        last = int(layer.indices.max())
+        if size <= last:
+            raise ValueError(f"token {last} is trained (trainable_token_indices): resize to more than {last} tokens")
+    elif layer.taken_out and size != layer.out_features:
+        raise ValueError("the base of the output head was changed by its start: resize it before replace_linear")
 
 
 def _resumes(original: Callable[..., Any]) -> Callable[..., Any]:

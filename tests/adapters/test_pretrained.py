@@ -13,7 +13,7 @@ from fastlora import extract_adapter, load_adapter, merge, replace_linear
 from fastlora.adapters import pretrained
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from tests.support.models import llama, logits, randomize, trained
+from tests.support.models import llama, logits, randomize, snapshot, trained
 
 transformers = pytest.importorskip("transformers")
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -197,6 +197,18 @@ def test_a_vocabulary_resized_after_adapting(options, tie, dtype, tmp_path):
         load_adapter(bare, tmp_path / "out")
     bare.resize_token_embeddings(80)
     assert torch.equal(logits(load_adapter(bare, tmp_path / "out").eval()), after)
+
+
+def test_a_vocabulary_that_cannot_be_resized_stays(tmp_path):
+    heads = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"}
+    for options, message in ((OPTIONS[3], "token 5 is trained"), (heads, "output head was changed by its start")):
+        model = replace_linear(llama(), r=4, **options)
+        before, expected = snapshot(model), logits(model)
+        with pytest.raises(ValueError, match=message):
+            model.resize_token_embeddings(5)
+        assert snapshot(model) == before
+        assert torch.equal(logits(model), expected)
+        assert model.config.vocab_size == 64
 
 
 def test_peft_reads_a_resized_vocabulary_and_we_read_its(saved_base, tmp_path):
