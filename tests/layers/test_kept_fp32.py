@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -94,3 +95,63 @@ def test_fp32_modules_are_left_alone():
     model = net(torch.float32)
     kept_fp32.keep(model, [model.head])
     assert type(model.head) is nn.Linear
+
+
+def test_parameters_stay_themselves():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    kept_fp32.keep(model, [model.head, model.norm])
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    model(IDS).float().pow(2).sum().backward()
+    expected = model.norm.weight.detach() - 0.1 * model.norm.weight.grad
+    optimizer.step()
+    torch.testing.assert_close(model.norm.weight.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_threads_may_share_a_module():
+    model, expected = kept(), net()(IDS)
+    results, dtypes = [], []
+
+    def compute():
+        for _ in range(200):
+            results.append(model(IDS))
+            dtypes.append(model.head.weight.dtype)
+
+    workers = [threading.Thread(target=compute) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 800
+    assert all(torch.equal(result, expected) for result in results)
+    assert set(dtypes) == {torch.float32}
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv1d(8, 8, 1)])
+def test_an_input_cast_to_the_weights_dtype_is_cast_back(make):
+    module = make().bfloat16()
+    x = torch.randn(4, 8, 8, dtype=torch.bfloat16)
+    expected = module(x)
+    kept_fp32.keep(module, [module])
+    y = module(x.to(module.weight.dtype))
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, expected)
+
+
+def test_modules_within_that_are_read_by_their_parent():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).bfloat16()
+    x = torch.randn(2, 4, 8, dtype=torch.bfloat16)
+    expected = attention(x, x, x)[0]
+    kept_fp32.keep(attention, [attention])
+    y = attention(x, x, x)[0]
+    assert torch.equal(y, expected)
+    y.float().sum().backward()
+    assert attention.out_proj.weight.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_cast_of_the_model_is_for_what_is_computed(dtype):
+    model = kept().to(dtype)
+    assert model.norm(torch.ones(1, 8, dtype=dtype)).dtype is dtype
+    assert model(IDS).dtype is dtype
