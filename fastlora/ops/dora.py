@@ -98,6 +98,10 @@ def dora_linear(
     wider = dtype != torch.float32 and torch.float32 in (lora_a.dtype, lora_b.dtype)
     if wider and (isinstance(weight, NF4Weight) or not weight.requires_grad):
         return _Over16Bits.apply(*operands, result)
+    if bias is not None and dtype == torch.float32 and not runs_kernels(x):
+        # a factor of 1, as at the start, leaves every bit of the base: it may be the small rest of product and bias
+        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias)
+        return torch.addcmul(y, y - bias, magnitude / norms - 1).to(result)
     return rescale(lora_linear(x, weight, lora_a, lora_b, scaling), magnitude, inverse, bias, result)
 
 

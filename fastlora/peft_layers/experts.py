@@ -33,6 +33,12 @@ from fastlora.peft_layers.linear import SPED_UP, SpedUp, count
 ParamWrapper: Any = getattr(peft_layer, "ParamWrapper", None)
 
 _PLAIN = (nn.Parameter, Tensor)
+# What peft calls inside a stack's parametrization, and ours does not: a replaced one is left to peft to call.
+_PROXIES = [
+    (kind, kind.forward)
+    for name in ("_LoraParameterProxy", "_LoraFactorsProxy")
+    if (kind := getattr(peft_layer, name, None)) is not None
+]
 
 
 def is_wrapper(layer: Any) -> bool:
@@ -92,6 +98,8 @@ def step_back_reason(wrappers: list[Any], x: Tensor, args: tuple[Any, ...], kwar
         return EXPECTED[2]
     if not all(map(is_plain, wrappers[1:])):
         return "a wrapper inside has hooks or a forward of its own"
+    if any(kind.forward is not forward for kind, forward in _PROXIES):
+        return "the forward of peft's parametrization has been replaced"
     reason = next(filter(None, map(_wrapper_reason, wrappers)), "") or _experts_reason(experts)
     if reason:
         return reason

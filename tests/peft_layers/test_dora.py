@@ -129,3 +129,13 @@ def test_pefts_dora_caching_fills_uses_and_clears_its_caches():
             model.train()
         check(filled=False, sped_up=True)
     assert layer.fastlora_calls.last_reason == "peft's DoraCaching keeps B A and the norms"
+
+
+def test_the_small_rest_of_product_and_bias_stays_at_the_start():
+    torch.manual_seed(0)
+    holder, x = injected(use_dora=True), torch.randn(5, 32)
+    layer = holder.linear
+    layer.base_layer.bias.data.copy_(1e-4 - layer.base_layer.weight @ x[0])
+    replace_linear(holder)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert layer.fastlora_calls.sped_up == 1

@@ -221,3 +221,14 @@ def test_torch_compile_sees_no_break():
         fastlora.replace_linear(model)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*given)
     assert_as_accurate(compiled, baseline, oracle)
+
+
+def test_a_replaced_parametrization_of_pefts_is_called(monkeypatch):
+    model, layer = stack()
+    fastlora.replace_linear(model)
+    kind = experts.peft_layer._LoraParameterProxy
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, weight: forward(self, weight))
+    x, chosen, weights, _ = routed(layer)
+    layer(x.float(), chosen, weights.float())
+    assert "parametrization has been replaced" in layer.fastlora_calls.last_reason
