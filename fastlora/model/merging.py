@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastlora.layers import kept_fp32, sharded
 from fastlora.layers.bases import AdoptedWeight, is_linear4bit
 from fastlora.layers.dense import plain_layer
-from fastlora.layers.lora_experts import adapted_experts
+from fastlora.layers.lora_experts import LoRAExperts, adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.model import on_top, replace, trained_tokens
@@ -95,12 +95,11 @@ def merge(
 def _merge(model: nn.Module, dtype: torch.dtype | None, quantize: str | None, safe_merge: bool) -> nn.Module:
     experts = adapted_experts(model)
     inside = tuple(f"{name}." for name in experts)
+    wrapped = {id(module.base_layer) for module in model.modules() if isinstance(module, (LoRALinear, LoRAExperts))}
     outer: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (LoRALinear, NF4Linear))
-        and not name.endswith(".base_layer")
-        and not name.startswith(inside)
+        if isinstance(module, (LoRALinear, NF4Linear)) and id(module) not in wrapped and not name.startswith(inside)
     }
     if quantize and any(layer.packed for layer in experts.values()):
         raise ValueError("stacks of experts do not stay in NF4: merge(model) without quantize expands them")
@@ -108,6 +107,8 @@ def _merge(model: nn.Module, dtype: torch.dtype | None, quantize: str | None, sa
         raise ValueError("the model has no fastlora layers to merge")
     if safe_merge:
         _check_finite(outer, experts, dtype)
+        if name := kept_fp32.not_finite(model) or trained_tokens.not_finite(model):
+            raise ValueError(f"{name} holds values that are not finite in the dtype of the model")
     places = places_of(model, [*outer.values(), *experts.values()])
     _replace_layers(model, outer, places, dtype, quantize)
     for layer in experts.values():
@@ -119,6 +120,7 @@ def _merge(model: nn.Module, dtype: torch.dtype | None, quantize: str | None, sa
         if hasattr(model, attribute):
             delattr(model, attribute)
     forget_quantization(model)
+    model.fastlora_merged = True  # type: ignore[assignment]
     return model
 
 
@@ -220,6 +222,7 @@ def _merge_with_peft(model: Any, dtype: torch.dtype | None, safe_merge: bool) ->
         _warn(left)
     if dtype is not None:
         _expand_rest(bare, dtype)
+    bare.fastlora_merged = True  # type: ignore[assignment]
     return bare
 
 

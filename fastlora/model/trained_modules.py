@@ -74,6 +74,8 @@ def check_fit(model: nn.Module, found: Mapping[str, Tensor], prefix: str) -> Non
     for name, value in found.items():
         if name not in own:
             raise ValueError(f"{prefix}{name} is in the file, but not in the model")
+        if own[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"{prefix}{name} is {value.dtype} in the file, {own[name].dtype} in the model")
         if own[name].shape != value.shape:
             hint = ""
             if own[name].shape[1:] == value.shape[1:] and hasattr(model, "resize_token_embeddings"):

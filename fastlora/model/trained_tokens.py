@@ -37,6 +37,7 @@ class TrainedTokens(nn.Module):
 
     def __init__(self, base_layer: nn.Module, indices: Sequence[int], rows: nn.Parameter) -> None:
         super().__init__()
+        self.owns = True  # the rows are saved under this module's name, not another's that shares them
         self.trained_rows = rows
         self.register_buffer("indices", torch.tensor(list(indices), device=rows.device), persistent=False)
         self.set_base(base_layer)
@@ -138,11 +139,19 @@ def owners(model: nn.Module, wanted: Mapping[str, Sequence[int]]) -> dict[str, s
     """{module to wrap: module that owns its rows}: the wanted modules, and heads tied to a wanted embedding.
 
     Raises:
-        ValueError: a module of another kind shares the weight.
+        ValueError: a module of another kind shares the weight, or it is the input embedding's, which is not wanted.
     """
     found = {name: name for name in wanted}
+    get = getattr(model, "get_input_embeddings", None)
+    inputs = get() if callable(get) else None
+    source = next((name for name, module in model.named_modules() if module is inputs and name), None)
     for name in wanted:
         weight = model.get_submodule(name).weight
+        if source and source not in wanted and getattr(inputs, "weight", None) is weight:
+            raise ValueError(
+                f"trainable_token_indices: {name} shares its weight with the input embedding: name {source}, and its "
+                "rows are trained for both"
+            )
         for other, module in model.named_modules():
             if other not in found and module._parameters.get("weight") is weight:
                 if type(module) not in (nn.Embedding, nn.Linear):
@@ -164,7 +173,9 @@ def wrap(model: nn.Module, wanted: Mapping[str, Sequence[int]], trains: bool, dt
     bases = {name: model.get_submodule(name) for name in owners(model, wanted)}
     places = places_of(model, bases.values())
     for name, owner in owners(model, wanted).items():
-        put(places[id(bases[name])], TrainedTokens(bases[name], wanted[owner], rows[owner]))
+        layer = TrainedTokens(bases[name], wanted[owner], rows[owner])
+        layer.owns = name == owner
+        put(places[id(bases[name])], layer)
     update_ties(model)
 
 
@@ -190,13 +201,11 @@ def update_ties(model: Any) -> None:
 
 
 def layers(model: nn.Module) -> dict[str, TrainedTokens]:
-    """The wrapped modules by name; of those that share rows only one, an embedding if there is one."""
+    """The wrapped modules by name; of those that share rows only the one that was named."""
     found: dict[int, tuple[str, TrainedTokens]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, TrainedTokens):
-            known = found.get(id(module.trained_rows))
-            if known is None or isinstance(module.base_layer, nn.Embedding):
-                found[id(module.trained_rows)] = name, module
+        if isinstance(module, TrainedTokens) and (module.owns or id(module.trained_rows) not in found):
+            found[id(module.trained_rows)] = name, module
     return dict(found.values())
 
 
@@ -211,6 +220,15 @@ def load(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
     for name, values in rows.items():
         layer: Any = model.get_submodule(name)
         sharded.fill(layer.trained_rows, values)
+
+
+def not_finite(model: nn.Module) -> str:
+    """The name of trained rows that the dtype of their weight cannot hold; "" without any."""
+    for name, layer in layers(model).items():
+        weight: Any = layer.base_layer.weight
+        if not torch.isfinite(layer.trained_rows.to(weight.dtype)).all():
+            return f"{name}.trained_rows"
+    return ""
 
 
 def fold(model: nn.Module) -> None:

@@ -151,6 +151,36 @@ def test_a_broken_adapter_is_seen_before_anything_is_changed(make):
     merge(model, safe_merge=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"modules_to_save": ["norm"]}, "model.norm.weight"), ({"trainable_token_indices": [3]}, "embed_tokens")],
+)
+def test_what_is_trained_beside_the_adapters_is_checked_too(options, name):
+    model = replace_linear(bf16(), r=4, target_modules=["q_proj"], **options)
+    next(p for key, p in model.named_parameters() if name in key and p.requires_grad).data[0] = 3.4e38  # inf in bf16
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"{name}\S* holds values that are not finite"):
+        merge(model)
+    assert snapshot(model) == before
+    merge(model, safe_merge=False)
+
+
+def test_a_layer_that_the_model_calls_base_layer():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.out(self.base_layer(x))
+
+    model = randomize(replace_linear(Odd(), r=4, target_modules=["base_layer", "out"]))
+    x = torch.randn(3, 16)
+    expected = model(x)
+    torch.testing.assert_close(merge(model)(x), expected)
+    assert type(model.base_layer) is type(model.out) is nn.Linear
+
+
 def test_an_update_too_large_for_fp16_is_seen():
     model = replace_linear(llama(), r=4, target_modules=["q_proj"])
     for parameter in model.parameters():

@@ -142,7 +142,7 @@ def test_after_merging_peft_may_come():
     fastlora.replace_linear(model)
     loss = model(input_ids=tokens(), labels=tokens()).loss.item()
     assert trained(model)(input_ids=tokens(), labels=tokens()).loss.item() < loss
-    assert vars(fastlora.merge(adapted())).keys() == vars(llama()).keys()
+    assert vars(fastlora.merge(adapted())).keys() - vars(llama()).keys() == {"fastlora_merged"}
 
 
 def test_a_model_of_pefts_that_is_sped_up_goes_on_taking_adapters():

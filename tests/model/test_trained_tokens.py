@@ -203,6 +203,45 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path):
         assert snapshot(model) == before
 
 
+def t5():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def test_rows_that_several_modules_share_are_saved_under_the_named_one(tmp_path):
+    model = t5()
+    with pytest.raises(ValueError, match=r"shares its weight with the input embedding: name shared"):
+        replace_linear(model, r=4, target_modules=["q"], trainable_token_indices={"lm_head": [3, 5]})
+    replace_linear(model, r=4, target_modules=["q"], trainable_token_indices={"shared": [3, 5]})
+    shared = model.shared.trained_rows
+    assert model.lm_head.trained_rows is model.encoder.embed_tokens.trained_rows is shared
+    shared.data.add_(1)
+    save_adapter(model, tmp_path)
+    assert [key for key in load_file(tmp_path / "adapter_model.safetensors") if "token_adapter" in key] == [
+        "base_model.model.shared.token_adapter.trainable_tokens_delta"
+    ]
+    assert torch.equal(load_adapter(t5(), tmp_path).shared.trained_rows, shared)
+
+
+@pytest.mark.parametrize("base", [llama, tied])
+def test_trained_rows_of_a_resized_vocabulary(base, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    model = base()
+    model.config._name_or_path = str(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    adapted(model, trainable_token_indices=[66, 3])
+    expected = logits(trained(model))
+    save_adapter(model, tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "base_model.model.model.embed_tokens.token_adapter.base_layer.weight" in keys
+    other = base()
+    other.resize_token_embeddings(70)
+    torch.testing.assert_close(logits(load_adapter(other, tmp_path)), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_trainer_saves_and_resumes_tied_rows(tmp_path):
     transformers = pytest.importorskip("transformers")
