@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters import by_peft, contents, stacks
-from fastlora.adapters.config import adapted_layers, adapter_config, resized_vocabulary, settings_of, trained_names
+from fastlora.adapters.config import (
+    adapted_layers,
+    adapter_config,
+    base_name,
+    resized_vocabulary,
+    settings_of,
+    trained_names,
+)
 from fastlora.adapters.contents import Contents, Pairs
 from fastlora.files.peft_files import PREFIX, load_with_peft, peft_adapter, read_adapter, write_adapter
 from fastlora.layers import sharded, starts
@@ -76,6 +83,7 @@ def adapter_of(
     with sharded.clean_names(model):
         if replace.carries_peft(model):
             config, tensors = peft_adapter(model, adapter_name)
+            config["base_model_name_or_path"] = config["base_model_name_or_path"] or base_name(model)
         else:
             config, tensors = _own_adapter(model, adapter_name, read)
         tensors = {key: read(value).detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
@@ -170,7 +178,7 @@ def _load(
     if config.get("init_lora_weights") in _HARMLESS_INITS:
         config = {**config, "init_lora_weights": True, "eva_config": None}
     settings = settings_from_config(config, strict=False)
-    found = contents.sort(model, settings, tensors)
+    found = contents.sort(model, settings, tensors, keep_tied)
     settings = dataclasses.replace(settings, modules_to_save=found.trained_owners)
     odd = [layer.active_adapter for layer in experts.values() if layer.active_adapter != adapter_name]
     if odd:
@@ -185,7 +193,8 @@ def _load(
         pairs = _over_own_starts(layers, found.pairs, adapter_name)
         _check_shapes(pairs, {name: _shapes(layer, adapter_name) for name, layer in layers.items()})
         trained = trained_names(model, settings_of(model)) or []
-        if sorted(found.trained_owners or []) != sorted(trained):
+        keys = {f"{name}.{key}" for name in trained for key in model.get_submodule(name).state_dict()}
+        if keys != found.trained.keys():
             raise ValueError(
                 f"modules_to_save: the file holds {found.trained_owners or 'none'}, "
                 f"the model trains {trained or 'none'}"
@@ -274,8 +283,11 @@ def _over_own_starts(layers: dict[str, LoRALinear], pairs: Pairs, adapter_name: 
             continue
         (a, b), r = (pairs[name]["lora_A"], pairs[name]["lora_B"]), layer.r[adapter_name]
         whole = a[:r], b[:, :r]
-        expected = starts.standalone(whole, layer.taken_out[adapter_name], layer.scaling[adapter_name])
-        if a.shape[0] != 2 * r or not all(map(torch.allclose, (a.float(), b.float()), expected)):
+        same = a.shape == (2 * r, layer.in_features) and b.shape == (layer.out_features, 2 * r)
+        if same:
+            expected = starts.standalone(whole, layer.taken_out[adapter_name], layer.scaling[adapter_name])
+            same = all(map(torch.allclose, (a.float(), b.float()), expected))
+        if not same:
             raise ValueError(
                 f"the base of {name} was changed by its start, and the file is for the original base, or for a base "
                 "that another start has changed: load it into a model without adapters, or make the same start again "
@@ -298,6 +310,12 @@ def _replace_and_load(
             raise ValueError(f"{PREFIX}{name}.lora_A.weight is in the file, but {name}: {sites[name].obstacle}")
         (n, k), rank = sites[name].shape, pair["lora_A"].shape[0]
         _check_shapes({name: pair}, {name: (torch.Size((rank, k)), torch.Size((n, rank)))})
+        meant = settings.rank_and_alpha(found.former(name))[0]
+        if meant != rank:
+            raise ValueError(
+                f"{PREFIX}{name}.lora_A.weight has rank {rank}, and the config means {meant} (r, rank_pattern): the "
+                "scaling is not known"
+            )
         sites[name].adapt, sites[name].r = True, rank
         sites[name].lora_alpha = settings.rank_and_alpha(found.former(name))[1]
     settings = dataclasses.replace(settings, inference_mode=False)

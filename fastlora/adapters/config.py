@@ -21,48 +21,61 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def settings_of(model: nn.Module) -> LoRASettings:
-    """The settings that a model was adapted with, or that a model inside it was; `modules_to_save` are whole names."""
+    """The settings that a model was adapted with, or the parts of it were; `modules_to_save` are whole names."""
+    found: LoRASettings | None = None
+    names: list[str] = []
     for name, module in model.named_modules():
         settings: LoRASettings | None = getattr(module, "fastlora_settings", None)
-        if settings is not None and not name:
-            return settings
         if settings is not None:
-            names = [f"{name}.{each}" for each in settings.modules_to_save or ()]
-            return dataclasses.replace(settings, modules_to_save=names or None)
-    return LoRASettings()
+            names += [f"{name}.{each}".lstrip(".") for each in settings.modules_to_save or ()]
+            found = found or settings
+    return dataclasses.replace(found or LoRASettings(), modules_to_save=names or None)
 
 
 def adapter_config(model: nn.Module, layers: dict[str, LoRALinear], adapter_name: str) -> dict[str, Any]:
     """What peft needs to put the same adapters on the same modules: the contents of `adapter_config.json`."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for name, layer in layers.items():
-        # what was taken out of the base doubles the saved rank; the scaling stays the same
-        widen = 2 if adapter_name in layer.taken_out else 1
-        ranks[name] = layer.r[adapter_name] * widen
-        alphas[name] = layer.lora_alpha[adapter_name] * (widen**0.5 if layer.use_rslora[adapter_name] else widen)
     first: Any = next(iter([*layers.values(), *adapted_experts(model).values()]))
+    use_rslora: bool = first.use_rslora[adapter_name] if layers else first.use_rslora
+
+    def add(name: str, r: int, alpha: float, rslora: bool, widen: int = 1) -> None:
+        """The scaling stays the same under the config's use_rslora, and at `widen` times the rank."""
+        ranks[name] = r * widen
+        alphas[name] = alpha if rslora == use_rslora else alpha * (r**0.5 if rslora else r**-0.5)
+        alphas[name] *= widen**0.5 if use_rslora else widen
+
+    for name, layer in layers.items():
+        # what was taken out of the base doubles the saved rank
+        widen = 2 if adapter_name in layer.taken_out else 1
+        add(name, layer.r[adapter_name], layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name], widen)
     for name, experts in adapted_experts(model).items():
-        ranks |= {f"{name}.{key}": r for key, r in experts.r.items()}
-        alphas |= {f"{name}.{key}": alpha for key, alpha in experts.lora_alpha.items()}
+        for key, r in experts.r.items():
+            add(f"{name}.{key}", r, experts.lora_alpha[key], experts.use_rslora)
     settings = settings_of(model)
     task = next((task for end, task in _TASKS if type(model).__name__.endswith(end)), None)
-    base = settings.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
     rows = {name: layer.indices.tolist() for name, layer in trained_tokens.layers(model).items()}
     return lora_config(
         ranks,
         alphas,
         task_type=settings.task_type or task,
-        base_model_name_or_path=base or None,
+        base_model_name_or_path=settings.base_model_name_or_path or base_name(model),
         revision=settings.revision,
         lora_dropout=getattr(first.lora_dropout[adapter_name], "p", 0.0) if layers else 0.0,
-        use_rslora=first.use_rslora[adapter_name] if layers else first.use_rslora,
+        use_rslora=use_rslora,
         target_modules=target_names([name for name, _ in model.named_modules()], layers),
         target_parameters=_target_parameters(model),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         modules_to_save=trained_names(model, settings),
         trainable_token_indices=rows or None,
     )
+
+
+def base_name(model: Any) -> str | None:
+    """The hub id or folder that a model came from; None where it has none, or was merged and is another model now."""
+    if getattr(model, "fastlora_merged", False):
+        return None
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def _target_parameters(model: nn.Module) -> list[str] | None:
@@ -90,7 +103,9 @@ def resized_vocabulary(model: Any, base: str | None) -> dict[str, Tensor]:
         name = next((name for name, each in model.named_modules() if each is module and name), None)
         base_layer = getattr(module, "base_layer", module)
         if name and isinstance(getattr(base_layer, "weight", None), Tensor):
-            found[f"{name}.base_layer.weight" if base_layer is not module else f"{name}.weight"] = base_layer.weight
+            inside = "token_adapter." if isinstance(module, trained_tokens.TrainedTokens) else ""
+            end = f"{inside}base_layer.weight" if base_layer is not module else "weight"
+            found[f"{name}.{end}"] = base_layer.weight
     return found
 
 

@@ -1,6 +1,6 @@
 """What a file of an adapter holds, sorted by what it is for in a model, and checked against it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastlora.model.settings import LoRASettings
 
 Pairs = dict[str, dict[str, Tensor]]
 _BASE = ".base_layer.weight"
+_BASE_OF_TOKENS = ".token_adapter.base_layer.weight"
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Contents:
 
     @property
     def trained_owners(self) -> list[str] | None:
-        """The modules that are trained in full."""
+        """The modules that hold what is trained in full."""
         return sorted({name.rpartition(".")[0] for name in self.trained}) or None
 
     def former(self, name: str) -> str:
@@ -52,17 +53,17 @@ class Contents:
         return found
 
 
-def sort(model: nn.Module, settings: LoRASettings, tensors: Mapping[str, Tensor]) -> Contents:
-    """The contents of a file.
+def sort(model: nn.Module, settings: LoRASettings, tensors: Mapping[str, Tensor], keeps_tied: bool = False) -> Contents:
+    """The contents of a file; keeps_tied: what the model ties to a module in the file need not be there.
 
     Raises:
         ValueError: a tensor that is not of an adapter, that the model has no place for, or of another shape.
     """
     tensors, formers = renamed(model, tensors)
-    trained = _of_trained_modules(model, settings, tensors)
+    trained = _of_trained_modules(model, settings, tensors, keeps_tied)
     rows = _of_trained_tokens(model, settings, tensors)
     taken = {PREFIX + name for name in trained} | {f"{PREFIX}{name}.{trained_tokens.KEY}" for name in rows}
-    base = _of_base(model, {key: value for key, value in tensors.items() if key not in taken})
+    base = _of_base(model, {key: value for key, value in tensors.items() if key not in taken}, tensors)
     rest = {key: value for key, value in tensors.items() if key not in taken and key not in base}
     by_module = {_owner(key): value for key, value in base.items()}
     return Contents(_pairs(rest), trained, rows, by_module, formers)
@@ -104,13 +105,15 @@ def renamed(model: Any, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
 def _owner(key: str) -> str:
     """The module that a tensor of a file belongs to."""
     name = key.removeprefix(PREFIX)
-    for end in (".lora_A.weight", ".lora_B.weight", _BASE, f".{trained_tokens.KEY}"):
+    for end in (".lora_A.weight", ".lora_B.weight", _BASE_OF_TOKENS, _BASE, f".{trained_tokens.KEY}"):
         if name.endswith(end):
             return name.removesuffix(end)
     return name.rpartition(".")[0]
 
 
-def _of_trained_modules(model: nn.Module, settings: LoRASettings, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of_trained_modules(
+    model: nn.Module, settings: LoRASettings, tensors: Mapping[str, Tensor], keeps_tied: bool
+) -> dict[str, Tensor]:
     """The tensors of a file that belong to its `modules_to_save`, by their names in the model.
 
     Raises:
@@ -124,7 +127,21 @@ def _of_trained_modules(model: nn.Module, settings: LoRASettings, tensors: Mappi
         if any(owner.endswith(entry) for owner in owners for entry in entries):
             found[name] = tensor
     trained_modules.check_fit(model, found, PREFIX)
+    _check_complete(model, entries, found, keeps_tied)
     return found
+
+
+def _check_complete(model: nn.Module, entries: Collection[str], found: Mapping[str, Tensor], keeps_tied: bool) -> None:
+    """Raise ValueError where a file lacks a module of its `modules_to_save`, or a part of one."""
+    own = model.state_dict(keep_vars=True)
+    there = {id(own[name]) for name in found} if keeps_tied else set()
+    for name, module in model.named_modules():
+        if not name or not any(name.endswith(entry) for entry in entries):
+            continue
+        for key in module.state_dict():
+            whole = f"{name}.{key}"
+            if "lora_" not in key and whole not in found and id(own.get(whole)) not in there:
+                raise ValueError(f"{PREFIX}{whole} is missing from the file, which saves {name} (modules_to_save)")
 
 
 def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,10 +182,10 @@ def _of_trained_tokens(model: nn.Module, settings: LoRASettings, tensors: Mappin
     return found
 
 
-def _of_base(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of_base(model: Any, tensors: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the base by their keys in the file: of adapted modules, and of the embedding and the output head.
 
-    peft saves them where an embedding or a head is adapted, or the vocabulary was resized.
+    peft saves them where an embedding or a head is adapted, or the vocabulary was resized. every: the whole file.
 
     Raises:
         ValueError: the model has no such weight, or one of another shape.
@@ -181,7 +198,8 @@ def _of_base(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in tensors.items():
         owner = _owner(key)
         of_adapted = key.endswith(_BASE) and f"{PREFIX}{owner}.lora_A.weight" in tensors
-        if of_adapted or (owner in ends and key.endswith((_BASE, f"{owner}.weight"))):
+        of_tokens = key.endswith(_BASE_OF_TOKENS) and f"{PREFIX}{owner}.{trained_tokens.KEY}" in every
+        if of_adapted or of_tokens or (owner in ends and key.endswith((_BASE, f"{owner}.weight"))):
             found[key] = value
     for key, value in found.items():
         owner = _owner(key)

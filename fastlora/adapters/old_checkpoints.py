@@ -54,6 +54,9 @@ def extract_adapter(
             pairs.setdefault(found["layer"], {})[found["part"]] = tensor
         elif found:
             started.setdefault(found["layer"], {})[found["start"]] = tensor
+    stacks = [key for key in tensors if ".lora_A." in key and not _PART.fullmatch(key)]
+    if stacks:
+        raise ValueError(f"{stacks[0]}: an adapter on a stack of experts, which extract_adapter does not read")
     broken = [name for name, pair in pairs.items() if len(pair) == 1]
     if not pairs or broken:
         what = f"only half an adapter on {broken[0]}" if broken else "no adapters of fastlora's"
@@ -81,6 +84,7 @@ def extract_adapter(
         target_modules=target_names(modules, pairs.keys()),
         modules_to_save=sorted({name.rpartition(".")[0] for name in trained}) or None,
         trainable_token_indices=rows or None,
+        ensure_weight_tying=bool(trained) and _is_tied(Path(checkpoint)),
     )
     write_adapter(Path(directory), written, {f"{PREFIX}{key}": value.contiguous() for key, value in saved.items()})
 
@@ -111,11 +115,26 @@ def _modules(tensors: Mapping[str, Tensor], settings: LoRASettings) -> dict[str,
     """The tensors of the modules that were trained in full."""
     found: dict[str, Tensor] = {}
     for entry in settings.modules_to_save or ():
-        mine = {key: value for key, value in tensors.items() if key.rpartition(".")[0].endswith(entry)}
+        mine = {
+            key: value
+            for key, value in tensors.items()
+            if not _PART.fullmatch(key) and any(key[:end].endswith(entry) for end in range(len(key)) if key[end] == ".")
+        }
         if not mine:
-            raise ValueError(f"modules_to_save: {entry!r} is not in the file, as of a weight tied to another's")
+            raise ValueError(
+                f"modules_to_save: {entry!r} is not in the file; if its weight was tied, name the other one"
+            )
         found |= mine
     return found
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether the model ties its embedding and its output head, by its config."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("tie_word_embeddings") or (config.get("text_config") or {}).get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _rows(tensors: Mapping[str, Tensor], settings: LoRASettings) -> dict[str, list[int]]:

@@ -43,11 +43,18 @@ def install() -> None:
     _when_imported("transformers.trainer", _extend_trainer)
 
 
-def adapter_name_of(model: nn.Module) -> str | None:
-    """The name of the adapter that `replace_linear` has put into a plain model; None without one."""
+def adapter_name_of(model: Any) -> str | None:
+    """The name of the adapter that fastlora has put into a plain model, or that peft has at `load_adapter`'s bidding.
+
+    None without one, and for models whose adapters transformers or a `PeftModel` takes care of.
+    """
+    if replace.carries_peft(model):
+        known = getattr(model, "peft_config", {})
+        ours = hasattr(model, "fastlora_report") and not getattr(model, "_hf_peft_config_loaded", False)
+        return next(iter(known)) if ours and len(known) == 1 and not hasattr(model, "get_base_model") else None
     found = {name for module in model.modules() if isinstance(module, LoRALinear) for name in module.lora_A}
     found |= {module.active_adapter for module in model.modules() if isinstance(module, LoRAExperts)}
-    return None if not found or replace.carries_peft(model) else min(found)
+    return min(found) if found else None
 
 
 def _extend_models(module: ModuleType) -> None:
@@ -71,6 +78,7 @@ def _saves_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         name = adapter_name_of(self)
         if name is None:
             original(self, *args, **kwargs)
+            _warn_of_both(signature.bind(self, *args, **kwargs).arguments["save_directory"], CONFIG_NAME)
             return
         given = signature.bind(self, *args, **kwargs).arguments
         for option, usual in (("distributed_checkpoint", False), ("save_peft_format", True)):
@@ -88,6 +96,18 @@ def _saves_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             self.push_to_hub(hub.pop("repo_id", directory.name), token=given.get("token"), **hub)
 
     return save_pretrained
+
+
+def _warn_of_both(directory: Any, other: str) -> None:
+    """Warn of a folder that holds a whole model and an adapter: `from_pretrained` puts the one over the other."""
+    if not Path(directory, other).is_file():
+        return
+    what, besides = ("model", "an adapter") if other == CONFIG_NAME else ("adapter", "a whole model")
+    warnings.warn(
+        f"{os.fspath(directory)} holds {besides} as well as this {what}: from_pretrained puts the adapter over the "
+        "model there; save to another folder unless that is what you mean",
+        stacklevel=4,
+    )
 
 
 def _save(model: Any, name: str, directory: Path, state_dict: Mapping[str, Tensor] | None, writes: bool) -> None:
@@ -111,6 +131,9 @@ def _save(model: Any, name: str, directory: Path, state_dict: Mapping[str, Tenso
             "fastlora.load_adapter puts the adapter into a base model that you have loaded",
             stacklevel=4,
         )
+
+    elif Path(config["base_model_name_or_path"]).resolve() != directory.resolve():
+        _warn_of_both(directory, "config.json")
 
     def write() -> None:
         write_adapter(directory, config, tensors)
@@ -148,7 +171,10 @@ def _loads_over_nf4(original: Callable[..., Any]) -> Callable[..., Any]:
         options = {**vars(given["load_config"])["download_kwargs"]} if given.get("load_config") else {}
         options |= given.get("adapter_kwargs") or {}
         load_adapter(self, _folder(given["peft_model_id"], options), given.get("adapter_name") or "default")
-        self.train(bool(given.get("is_trainable", False)))
+        trains = bool(given.get("is_trainable", False))
+        self.train(trains)
+        if not trains:
+            self.requires_grad_(False)
         from transformers.utils.loading_report import LoadStateDictInfo
 
         return LoadStateDictInfo(set(), set(), set(), [], {}, set())

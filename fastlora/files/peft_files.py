@@ -42,7 +42,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key, tensor in tensors.items():
         if len(key) > _LONGEST_KEY or not key.isprintable():
             raise ValueError(f"{weights_path}: {shown(key)} is no name of a tensor: the file is damaged")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
             raise ValueError(
                 f"{weights_path}: {key} holds NaN or inf, so the run that wrote it had diverged: take an earlier "
                 "checkpoint"

@@ -308,3 +308,77 @@ def test_nothing_is_said_of_an_ordinary_adapter(tmp_path):
         warnings.simplefilter("error")
         save_adapter(model, tmp_path)
         load_adapter(llama(), tmp_path)
+
+
+def test_modules_to_save_that_are_not_all_there(tmp_path):
+    model = replace_linear(llama(), r=4, target_modules=["q_proj"], modules_to_save=["norm", "lm_head"])
+    save_adapter(model, tmp_path)
+    good = tensors_of(tmp_path)
+    for key in ("model.norm.weight", "lm_head.weight"):
+        write(tmp_path, {name: value for name, value in good.items() if name != PREFIX + key})
+        for base in (llama(), model):
+            before, expected = snapshot(base), logits(base)
+            with pytest.raises(ValueError, match=rf"{PREFIX}{key} is missing from the file"):
+                load_adapter(base, tmp_path)
+            assert snapshot(base) == before
+            assert torch.equal(logits(base), expected)
+
+
+def test_a_rank_that_the_config_does_not_mean(tmp_path):
+    save_adapter(replace_linear(llama(), r=4, target_modules=["q_proj"]), tmp_path)
+    write(tmp_path, r=8)
+    with pytest.raises(ValueError, match=r"has rank 4, and the config means 8 \(r, rank_pattern\)"):
+        load_adapter(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
+def test_numbers_of_another_kind_than_the_models(dtype, tmp_path):
+    save_adapter(replace_linear(llama(), r=4, target_modules=["q_proj"], modules_to_save=["norm"]), tmp_path)
+    good = tensors_of(tmp_path)
+    for key in good:
+        write(tmp_path, {**good, key: good[key].to(dtype)})
+        model = llama()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=key):
+            load_adapter(model, tmp_path)
+        assert snapshot(model) == before
+
+
+def test_weights_in_8_bits_are_read(tmp_path):
+    model = randomize(replace_linear(llama(), r=4, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path)
+    eighths = {key: value.to(torch.float8_e4m3fn) for key, value in tensors_of(tmp_path).items()}
+    write(tmp_path, eighths)
+    layer = load_adapter(llama(), tmp_path).model.layers[0].self_attn.q_proj
+    key = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(layer.lora_A["default"].weight, eighths[key].float())
+
+
+class Pair(nn.Module):
+    """Two models in one, each adapted by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = llama(), llama()
+
+    def forward(self, ids):
+        return self.left(ids).logits + self.right(ids).logits
+
+
+def pair():
+    model = Pair()
+    replace_linear(model.left, r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["norm"])
+    replace_linear(model.right, r=9, lora_alpha=8, target_modules=["k_proj"], use_rslora=True)
+    return model
+
+
+def test_several_adapted_parts_of_one_model(tmp_path):
+    model = randomize(pair())
+    model.left.model.norm.weight.data.add_(1)
+    expected = model(tokens()).detach()
+    save_adapter(model, tmp_path)
+    assert f"{PREFIX}left.model.norm.weight" in tensors_of(tmp_path)
+    for other in (pair(), Pair()):
+        torch.testing.assert_close(load_adapter(other, tmp_path)(tokens()), expected)
+    theirs = peft.PeftModel.from_pretrained(Pair(), tmp_path)
+    torch.testing.assert_close(theirs(tokens()), expected)

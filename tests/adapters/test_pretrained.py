@@ -1,5 +1,6 @@
 """A model that `replace_linear` has adapted behaves for transformers as one that carries an adapter."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -227,6 +228,48 @@ def test_peft_reads_a_resized_vocabulary_and_we_read_its(saved_base, tmp_path):
     torch.testing.assert_close(logits(load_adapter(base, tmp_path / "theirs")), logits(model))
 
 
+def test_an_adapter_in_pefts_layers_is_saved_as_one(saved_base, tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(loaded(saved_base), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    randomize(theirs).save_pretrained(tmp_path / "theirs")
+    model = load_adapter(loaded(saved_base), tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    assert names(tmp_path / "ours") >= ADAPTER
+    assert "model.safetensors" not in names(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(loaded(saved_base), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=1e-6)
+    injected = loaded(saved_base)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), injected)
+    randomize(replace_linear(injected)).save_pretrained(tmp_path / "injected")
+    assert torch.equal(logits(loaded(tmp_path / "injected")), logits(injected))
+
+
+def test_a_folder_with_a_model_and_an_adapter_is_mentioned(saved_base, tmp_path):
+    model = replace_linear(loaded(saved_base), r=4, target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "out")
+        model.save_pretrained(tmp_path / "out")
+    with pytest.warns(UserWarning, match="holds an adapter as well as this model"):
+        llama().save_pretrained(tmp_path / "out")
+    with pytest.warns(UserWarning, match="holds a whole model as well as this adapter"):
+        model.save_pretrained(tmp_path / "out")
+
+
+def test_a_merged_model_is_no_longer_its_base(saved_base, tmp_path):
+    merged = merge(randomize(replace_linear(loaded(saved_base), r=4, target_modules=["q_proj"])))
+    model = replace_linear(merged, r=4, target_modules=["k_proj"])
+    with pytest.warns(UserWarning, match="base"):
+        model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_nothing_is_trainable_unless_asked_over_nf4(saved_base, tmp_path):
+    replace_linear(loaded(saved_base), r=4, target_modules=["q_proj"]).save_pretrained(tmp_path / "out")
+    options = {"quantization_config": fastlora.FastLoRANF4Config()}
+    assert not parameters(loaded(tmp_path / "out", **options))
+
+
 def test_a_model_around_the_adapted_one_saves_the_adapter_too(tmp_path):
     model = llama()
     randomize(replace_linear(model.model, r=4, target_modules=["q_proj"], modules_to_save=["norm"]))
@@ -243,6 +286,30 @@ def test_whole_models_of_the_old_kind_become_adapters(options, tmp_path):
     extract_adapter(tmp_path / "old", tmp_path / "new", **options)
     expected = {"rtol": 1e-5, "atol": 1e-5} if "init_lora_weights" in options else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "new").eval()), logits(model), **expected)
+
+
+def test_old_checkpoints_with_containers_and_ties(tmp_path):
+    options = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["mlp", "embed_tokens"]}
+    model = replace_linear(llama(tie_word_embeddings=True), **options)
+    trained(randomize(model)).eval()
+    transformers.PreTrainedModel.save_pretrained.__wrapped__(model, tmp_path / "old")
+    extract_adapter(tmp_path / "old", tmp_path / "new", **options)
+    other = load_adapter(llama(tie_word_embeddings=True), tmp_path / "new").eval()
+    assert torch.equal(logits(other), logits(model))
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"'lm_head' is not in the file; if its weight was tied, name the other one"):
+        extract_adapter(tmp_path / "old", tmp_path / "again", **{**options, "modules_to_save": ["lm_head"]})
+
+
+def test_trainer_resumes_with_a_container_trained_in_full(tmp_path):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}
+    torch.manual_seed(0)
+    undisturbed = parameters(run(tmp_path / "a", options, 6))
+    torch.manual_seed(0)
+    run(tmp_path / "b", options, 3)
+    torch.manual_seed(0)
+    resumed = parameters(run(tmp_path / "b", options, 6, tmp_path / "b" / "checkpoint-3"))
+    assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
 def test_what_is_no_old_checkpoint(tmp_path):
@@ -263,7 +330,6 @@ def test_other_models_pass_through(tmp_path):
     assert torch.equal(logits(loaded(tmp_path / "plain")), logits(model))
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["q_proj"]), model)
     assert model.resize_token_embeddings(66).num_embeddings == 66
-    replace_linear(model)
     assert pretrained.adapter_name_of(model) is None
 
 
