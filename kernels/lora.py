@@ -34,11 +34,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastlora.kernels import segments as by_segments
 from fastlora.kernels.choice import Tile
+from fastlora.kernels.launch import Launcher
 from fastlora.kernels.lora_plan import Dropout as Dropout
+from fastlora.kernels.lora_plan import Plan, interpreted, plan
 from fastlora.kernels.lora_plan import block_r as block_r
-from fastlora.kernels.lora_plan import interpreted, plan
 from fastlora.kernels.lora_plan import mode as mode
 from fastlora.kernels.lora_tile import dot, dot_bf16, keep_mask, top
 from fastlora.kernels.segments import BOTH, FACTS, KEEP, SCALING, THRESHOLD, Segments, bounds, owner_of, rows_of_tile
@@ -46,6 +46,9 @@ from torch import Tensor
 
 EXPAND_ROWS, EXPAND_COLUMNS, EXPAND_WARPS = 64, 128, 8
 MAX_EXPAND_BLOCK_R = 32
+SUM_BLOCK = 256
+_NO_DROPOUT = Dropout()
+_ALONE, _NO_TABLE = (0, False, -1), (0, 0, 0)  # all rows have the same adapter
 
 
 @triton.jit
@@ -61,10 +64,9 @@ def _stretch(ends_ptr, segments, split, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "threshold", "segments", "adapters"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptr, seed_ptr, h_ptr,
+    x_ptr, a_ptr, seed_ptr, h_ptr, ends_ptr, owner_ptr, facts_ptr,
     M, K, R, k_per_split, threshold, keep_scale,
-    stride_xm, stride_xk, stride_ar, stride_ak,
-    ends_ptr, owner_ptr, facts_ptr, segments, adapters, stride_adapter,
+    stride_xm, stride_xk, stride_ar, stride_ak, segments, adapters, stride_adapter,
     DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     SEGMENTS: tl.constexpr, OWNED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -99,10 +101,9 @@ def _lora_shrink_kernel(
 
 @triton.jit(do_not_specialize=["M", "threshold", "segments", "adapters"])
 def _lora_expand_kernel(
-    h_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr,
+    h_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr, ends_ptr, owner_ptr, facts_ptr,
     M, N, R, scaling, threshold,
-    stride_bn, stride_br,
-    ends_ptr, owner_ptr, facts_ptr, segments, adapters, stride_adapter,
+    stride_bn, stride_br, segments, adapters, stride_adapter,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     SEGMENTS: tl.constexpr, OWNED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -149,10 +150,9 @@ def _lora_expand_kernel(
 
 @triton.jit(do_not_specialize=["M", "segments", "adapters"])
 def _lora_dy_kernel(
-    dy_ptr, b_ptr, h_ptr, g_ptr, db_ptr,
+    dy_ptr, b_ptr, h_ptr, g_ptr, db_ptr, ends_ptr, owner_ptr, facts_ptr,
     M, N, R, m_per_split, scaling,
-    stride_dm, stride_dn, stride_bn, stride_br,
-    ends_ptr, owner_ptr, facts_ptr, segments, adapters, stride_adapter,
+    stride_dm, stride_dn, stride_bn, stride_br, segments, adapters, stride_adapter,
     NEED_G: tl.constexpr, NEED_DB: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     SEGMENTS: tl.constexpr, OWNED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -194,10 +194,9 @@ def _lora_dy_kernel(
 
 @triton.jit(do_not_specialize=["M", "threshold", "segments", "adapters"])
 def _lora_x_kernel(
-    x_ptr, g_ptr, seed_ptr, da_ptr,
+    x_ptr, g_ptr, seed_ptr, da_ptr, ends_ptr, owner_ptr, facts_ptr,
     M, K, R, m_per_split, threshold, keep_scale,
-    stride_xm, stride_xk, stride_dr, stride_dk,
-    ends_ptr, owner_ptr, facts_ptr, segments, adapters, stride_adapter,
+    stride_xm, stride_xk, stride_dr, stride_dk, segments, adapters, stride_adapter,
     DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
     SEGMENTS: tl.constexpr, OWNED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -229,27 +228,117 @@ def _lora_x_kernel(
     tl.store(da_ptrs, da * keep_scale, mask=(offs_r[None, :] < R) & (offs_k[:, None] < K))
 
 
-def _total(partials: Tensor) -> Tensor:
-    """Sum over the first axis, in order."""
-    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+@triton.jit
+def _add_up(parts_ptr, out_ptr, program, parts, size, BLOCK: tl.constexpr):
+    """out [size] = the sum of parts [parts, size], eight at a time, in order."""
+    offs = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, parts, 8):
+        part = start + tl.arange(0, 8)[:, None]
+        ptrs = parts_ptr + part.to(tl.int64) * size + offs[None, :]
+        total += tl.sum(tl.load(ptrs, mask=(part < parts) & (offs[None, :] < size), other=0.0), 0)
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
-def _summed(partials: Tensor, segments: Segments | None) -> Tensor:
+@triton.jit
+def _lora_sum_kernel(
+    p_ptr, q_ptr, p_out_ptr, q_out_ptr, p_parts, q_parts, p_size, q_size, p_programs, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Two sums over the first axis in one launch."""
+    program = tl.program_id(0)
+    if program < p_programs:
+        _add_up(p_ptr, p_out_ptr, program, p_parts, p_size, BLOCK)
+    else:
+        _add_up(q_ptr, q_out_ptr, program - p_programs, q_parts, q_size, BLOCK)
+
+
+def _shrink_constants(launch: Plan, how: str, drops: bool, rows: tuple[int, bool, int], *_: Any) -> dict[str, Any]:
+    return {"DROPOUT": drops, "BLOCK_K": launch.cut.columns, **_common(launch, how, rows)}
+
+
+def _dy_constants(
+    launch: Plan, how: str, need_g: bool, need_db: bool, rows: tuple[int, bool, int], *_: Any
+) -> dict[str, Any]:
+    return {"NEED_G": need_g, "NEED_DB": need_db, "BLOCK_N": launch.cut.columns, **_common(launch, how, rows)}
+
+
+def _common(launch: Plan, how: str, rows: tuple[int, bool, int]) -> dict[str, Any]:
+    by_segment = dict(zip(("SEGMENTS", "OWNED", "FACTOR"), rows, strict=True))
+    return {"MODE": how, "INTERPRETED": interpreted(), "BLOCK_M": launch.cut.rows, **by_segment, **launch.options}
+
+
+def _expand_constants(
+    r: int, how: str, has_bias: bool, drops: bool, rows: tuple[int, bool, int], *_: Any
+) -> dict[str, Any]:
+    return {
+        "HAS_BIAS": has_bias, "DROPOUT": drops, "MODE": how, "INTERPRETED": interpreted(), "num_warps": EXPAND_WARPS,
+        "BLOCK_M": EXPAND_ROWS, "BLOCK_N": EXPAND_COLUMNS, "BLOCK_R": min(MAX_EXPAND_BLOCK_R, block_r(r)),
+        **dict(zip(("SEGMENTS", "OWNED", "FACTOR"), rows, strict=True)),
+    }  # fmt: skip
+
+
+_shrink_launcher = Launcher(_lora_shrink_kernel, _shrink_constants)
+_expand_launcher = Launcher(_lora_expand_kernel, _expand_constants)
+_dy_launcher = Launcher(_lora_dy_kernel, _dy_constants)
+_x_launcher = Launcher(_lora_x_kernel, _shrink_constants)
+_sum_launcher = Launcher(_lora_sum_kernel, lambda *_: {"BLOCK": SUM_BLOCK})
+
+
+def _partial(parts: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """[parts, rows, columns], or [rows, columns] where there is one part, fp32, not initialised."""
+    shape = (rows, columns) if parts == 1 else (parts, rows, columns)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def total(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sum of what `_partial` made, in order, rounded once to `dtype`."""
+    if parts.dim() == 2 and dtype is torch.float32:
+        return parts
+    out = torch.empty(parts.shape[-2:], dtype=dtype, device=parts.device)
+    _add_up_both(parts, out, parts, out, True)
+    return out
+
+
+def totals(p: Tensor, p_dtype: torch.dtype, q: Tensor, q_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two such sums, in one launch if both have something to add or to round."""
+    if (p.dim() == 2 and p_dtype is torch.float32) or (q.dim() == 2 and q_dtype is torch.float32):
+        return total(p, p_dtype), total(q, q_dtype)
+    p_out = torch.empty(p.shape[-2:], dtype=p_dtype, device=p.device)
+    q_out = torch.empty(q.shape[-2:], dtype=q_dtype, device=p.device)
+    _add_up_both(p, p_out, q, q_out, False)
+    return p_out, q_out
+
+
+def _add_up_both(p: Tensor, p_out: Tensor, q: Tensor, q_out: Tensor, only_p: bool) -> None:
+    sizes = p_out.numel(), 0 if only_p else q_out.numel()
+    programs = [triton.cdiv(size, SUM_BLOCK) for size in sizes]
+    parts = [each.shape[0] if each.dim() == 3 else 1 for each in (p, q)]
+    if sum(programs):
+        key = (*parts, *sizes, p_out.dtype, q_out.dtype)
+        _sum_launcher(key, (sum(programs),), (p, q, p_out, q_out), (*parts, *sizes, programs[0]))
+
+
+def _summed(parts: Tensor, segments: Segments | None) -> Tensor:
     """The sum of what the programs along axis 1 of a reduction over rows have written: [...], or [adapters, ...]."""
     if segments is None:
-        return _total(partials)
-    return segments.sum_by_adapter(_total(partials.view(-1, segments.number, *partials.shape[1:])))
+        return total(parts)
+    parts = parts.view(-1, segments.number, *parts.shape[-2:])
+    return segments.sum_by_adapter(parts[0] if parts.shape[0] == 1 else parts.sum(0))
 
 
-def _last(adapter: Tensor, segments: Segments | None) -> tuple[tuple[int, ...], int]:
+def _last(adapter: Tensor, segments: Segments | None) -> tuple[torch.Size, int]:
     """(shape of one adapter, stride from one to the next)."""
+    shape = adapter.shape
+    return (shape, 0) if segments is None else (shape[1:], adapter.stride(0))
+
+
+def _by_row(
+    segments: Segments | None, stride: int, column: int, dummy: Tensor
+) -> tuple[tuple[int, bool, int], tuple[Tensor, ...], tuple[int, int, int]]:
+    """What the kernels need to find each row's adapter: constants, pointers and numbers; a dummy where all have one."""
     if segments is None:
-        return tuple(adapter.shape), 0
-    return tuple(adapter.shape[1:]), adapter.stride(0)
-
-
-def _table(segments: Segments | None, stride: int, column: int, dummy: Tensor) -> dict[str, Any]:
-    return by_segments.none(dummy) if segments is None else segments.launch(stride, column)
+        return _ALONE, (dummy, dummy, dummy), _NO_TABLE
+    return segments.constants(column), segments.tables, (segments.number, segments.adapters, stride)
 
 
 def shrink(
@@ -268,19 +357,18 @@ def shrink(
     """
     m, k = x.shape
     (r, _), stride = _last(lora_a, segments)
-    how = mode(x.dtype, lora_a.dtype)
-    launch = plan("shrink", m, k, r, how, dropout.active, x.device, cut, segments.number if segments else 0)
-    h = torch.empty(launch.splits, m, r, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _lora_shrink_kernel[launch.grid](
-            x, lora_a, dropout.seed if dropout.active else x, h,
-            m, k, r, launch.per_split, dropout.threshold, scaling * dropout.keep_scale,
-            *x.stride(), *lora_a.stride()[-2:],
-            DROPOUT=dropout.active, MODE=how, INTERPRETED=interpreted(),
-            BLOCK_M=launch.cut.rows, BLOCK_K=launch.cut.columns, **launch.options,
-            **_table(segments, stride, column, x),
-        )  # fmt: skip
-    return _total(h)
+    drops, how = dropout.active, mode(x.dtype, lora_a.dtype)
+    launch = plan("shrink", m, k, r, how, drops, x.device, cut, segments.number if segments else 0)
+    h = _partial(launch.splits, m, r, x)
+    strides = *x.stride(), *lora_a.stride()[-2:]
+    rows, tables, counts = _by_row(segments, stride, column, x)
+    _shrink_launcher(
+        (launch, how, drops, rows, x.dtype, lora_a.dtype, strides, stride),
+        launch.grid,
+        (x, lora_a, dropout.seed if drops else x, h, *tables),
+        (m, k, r, launch.per_split, dropout.threshold, scaling * dropout.keep_scale, *strides, *counts),
+    )
+    return total(h)
 
 
 def expand(
@@ -299,18 +387,20 @@ def expand(
     """
     m, r = h.shape
     (n, _), stride = _last(lora_b, segments)
-    out = torch.empty(m, n, dtype=dtype, device=h.device)
-    tiles = triton.cdiv(m, EXPAND_ROWS) + (segments.number if segments else 0)
-    with torch.cuda.device_of(h):
-        _lora_expand_kernel[(tiles, triton.cdiv(n, EXPAND_COLUMNS))](
-            h, lora_b, bias.contiguous() if bias is not None else h, dropout.seed if dropout.active else h, out,
-            m, n, r, scaling * dropout.keep_scale, dropout.threshold,
-            *lora_b.stride()[-2:],
-            HAS_BIAS=bias is not None, DROPOUT=dropout.active,
-            MODE=mode(dtype, lora_b.dtype), INTERPRETED=interpreted(), num_warps=EXPAND_WARPS,
-            BLOCK_M=EXPAND_ROWS, BLOCK_N=EXPAND_COLUMNS, BLOCK_R=min(MAX_EXPAND_BLOCK_R, block_r(r)),
-            **_table(segments, stride, column, h),
-        )  # fmt: skip
+    drops = dropout.active
+    out = torch.empty((m, n), dtype=dtype, device=h.device)
+    if bias is not None:
+        bias = bias.contiguous()
+    strides = lora_b.stride()[-2:]
+    rows, tables, counts = _by_row(segments, stride, column, h)
+    grid = triton.cdiv(m, EXPAND_ROWS) + (segments.number if segments else 0), triton.cdiv(n, EXPAND_COLUMNS)
+    how, bias_dtype = mode(dtype, lora_b.dtype), None if bias is None else bias.dtype
+    _expand_launcher(
+        (r, how, bias is not None, drops, rows, m, n, dtype, lora_b.dtype, bias_dtype, strides, stride, grid),
+        grid,
+        (h, lora_b, bias if bias is not None else h, dropout.seed if drops else h, out, *tables),
+        (m, n, r, scaling * dropout.keep_scale, dropout.threshold, *strides, *counts),
+    )
     return out
 
 
@@ -335,27 +425,33 @@ def dy_pass(
     segments: lora_b is [adapters, N, R]; the facts' scaling multiplies only g, since h has it already.
     Returns ([M, R], [N, R] or [adapters, N, R]) in fp32, None for what is not needed.
     """
+    g, db = dy_parts(dy, lora_b, h, scaling, need_g, need_db, cut, segments)
+    return g, None if db is None else _summed(db, segments)
+
+
+def dy_parts(
+    dy: Tensor, lora_b: Tensor, h: Tensor, scaling: float, need_g: bool, need_db: bool, cut: Tile | None = None,
+    segments: Segments | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """As `dy_pass`, with the parts of dB that are still to be added up."""
     m, n = dy.shape
     (_, r), stride = _last(lora_b, segments)
     how = mode(dy.dtype, lora_b.dtype)
     launch = plan("dy", m, n, r, how, False, dy.device, cut, segments.number if segments else 0)
     if need_g and reads_twice(n, r, dy.element_size(), launch.tiles):
-        g = shrink(dy, lora_b.mT, Dropout(), scaling, segments=segments, column=SCALING)
-        if not need_db:
-            return g, None
-        return g, x_pass(dy, h, Dropout(), lora_b.dtype, scaling, transposed=True, segments=segments, column=-1)
-    g = torch.empty(launch.tiles if need_g else 0, m, r, dtype=torch.float32, device=dy.device)
-    db = torch.empty(launch.splits if need_db else 0, n, r, dtype=torch.float32, device=dy.device)
-    with torch.cuda.device_of(dy):
-        _lora_dy_kernel[launch.grid](
-            dy, lora_b, h, g, db,
-            m, n, r, launch.per_split, scaling,
-            *dy.stride(), *lora_b.stride()[-2:],
-            NEED_G=need_g, NEED_DB=need_db, MODE=how, INTERPRETED=interpreted(),
-            BLOCK_M=launch.cut.rows, BLOCK_N=launch.cut.columns, **launch.options,
-            **_table(segments, stride, SCALING, dy),
-        )  # fmt: skip
-    return _total(g) if need_g else None, _summed(db, segments) if need_db else None
+        g = shrink(dy, lora_b.mT, _NO_DROPOUT, scaling, segments=segments, column=SCALING)
+        return g, x_parts(dy, h, _NO_DROPOUT, lora_b.dtype, scaling, True, None, segments, -1) if need_db else None
+    g = _partial(launch.tiles if need_g else 0, m, r, dy)
+    db = _partial(launch.splits if need_db else 0, n, r, dy)
+    strides = *dy.stride(), *lora_b.stride()[-2:]
+    rows, tables, counts = _by_row(segments, stride, SCALING, dy)
+    _dy_launcher(
+        (launch, how, need_g, need_db, rows, dy.dtype, lora_b.dtype, h.dtype, strides, stride),
+        launch.grid,
+        (dy, lora_b, h, g, db, *tables),
+        (m, n, r, launch.per_split, scaling, *strides, *counts),
+    )
+    return total(g) if need_g else None, db if need_db else None
 
 
 def x_pass(
@@ -374,19 +470,47 @@ def x_pass(
     adapter_dtype: the dtype of A, which sets the precision: with 16-bit adapters g is rounded to x's dtype.
     Returns [R, K], or [K, R] where `transposed`, fp32, contiguous; with segments, one for each adapter.
     """
+    return _summed(x_parts(x, g, dropout, adapter_dtype, scaling, transposed, cut, segments, column), segments)
+
+
+def x_parts(
+    x: Tensor, g: Tensor, dropout: Dropout, adapter_dtype: torch.dtype, scaling: float = 1.0, transposed: bool = False,
+    cut: Tile | None = None, segments: Segments | None = None, column: int = KEEP,
+) -> Tensor:  # fmt: skip
+    """As `x_pass`, in parts that are still to be added up."""
     m, k = x.shape
     r = g.shape[1]
-    how = mode(x.dtype, adapter_dtype)
-    launch = plan("x", m, k, r, how, dropout.active, x.device, cut, segments.number if segments else 0)
-    da = torch.empty(launch.splits, *((k, r) if transposed else (r, k)), dtype=torch.float32, device=x.device)
-    stride_dr, stride_dk = (1, r) if transposed else (k, 1)
-    with torch.cuda.device_of(x):
-        _lora_x_kernel[launch.grid](
-            x, g, dropout.seed if dropout.active else x, da,
-            m, k, r, launch.per_split, dropout.threshold, scaling * dropout.keep_scale,
-            *x.stride(), stride_dr, stride_dk,
-            DROPOUT=dropout.active, MODE=how, INTERPRETED=interpreted(),
-            BLOCK_M=launch.cut.rows, BLOCK_K=launch.cut.columns, **launch.options,
-            **_table(segments, 0, column, x),
-        )  # fmt: skip
-    return _summed(da, segments)
+    drops, how = dropout.active, mode(x.dtype, adapter_dtype)
+    launch = plan("x", m, k, r, how, drops, x.device, cut, segments.number if segments else 0)
+    da = _partial(launch.splits, *((k, r) if transposed else (r, k)), x)
+    strides = *x.stride(), *((1, r) if transposed else (k, 1))
+    rows, tables, counts = _by_row(segments, 0, column, x)
+    _x_launcher(
+        (launch, how, drops, rows, x.dtype, g.dtype, strides),
+        launch.grid,
+        (x, g, dropout.seed if drops else x, da, *tables),
+        (m, k, r, launch.per_split, dropout.threshold, scaling * dropout.keep_scale, *strides, *counts),
+    )
+    return da
+
+
+def gradients(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout: Dropout,
+    need_g: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """g = scaling · dy B [M, R] in fp32, dA = gᵀ (mask ∘ x) and dB = scaling · dyᵀ h in the adapters' dtypes.
+
+    dy: [M, N]; x: [M, K], or None where dA is not needed; h: [M, R], or None where dB is not needed; lora_a: [R, K];
+    lora_b: [N, R], in one dtype. None for what is not needed. At most four launches.
+    """
+    need_g = need_g or x is not None
+    if not (need_g or h is not None):
+        return None, None, None
+    g, db = dy_parts(dy, lora_b, dy if h is None else h, scaling, need_g, h is not None)
+    if x is None:
+        return g, None, None if db is None else total(db, lora_b.dtype)
+    assert g is not None
+    da = x_parts(x, g, dropout, lora_a.dtype)
+    if db is None:
+        return g, total(da, lora_a.dtype), None
+    return g, *totals(da, lora_a.dtype, db, lora_b.dtype)

@@ -4,7 +4,7 @@ The kernels are in `kernels.lora`, which also says what the modes mean.
 """
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -62,7 +62,9 @@ def tile(r: int, how: str) -> tuple[int, int, int]:
     return 64, 128, 4 if r < 32 else 8
 
 
+@functools.cache
 def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: settled when they were decorated."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -81,8 +83,9 @@ def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, devi
     return Tile(*(shrink_tile(block_r(r), how, dropout) if op == "shrink" else tile(block_r(r), how)), STAGES)
 
 
-class Plan(NamedTuple):
-    """A launch: its tile, its grid, and how much of the reduction each program takes."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A launch: its tile, its grid, and how much of the reduction each program takes. Equal to itself only."""
 
     cut: Tile
     tiles: int
@@ -91,7 +94,7 @@ class Plan(NamedTuple):
     block_r: int
     r_parts: int
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int, int]:
         return self.tiles, self.splits, self.r_parts
 

@@ -14,11 +14,12 @@ Thread instructions a weight (`python -m bench static`, bf16, nested): 4.0 plain
 Source: arXiv:2305.14314, section 3.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from fastlora.kernels.launch import Launcher
 from fastlora.kernels.lora_plan import interpreted
 from fastlora.kernels.lora_tile import dot_bf16, top
 from fastlora.kernels.nf4_tile import aligned, lookup, nf4_code, nf4_tile, operands
@@ -165,29 +166,50 @@ def dequantize(
     Raises:
         ValueError: shapes do not fit together, or only one adapter is given.
     """
-    n, k = weight.shape
     _check_dequantize(weight, out, lora_a, lora_b)
-    code = level_table(out.device)
-    merge = lora_a is not None and lora_b is not None
-    a, b, how = code.view(1, 16), code.view(1, 16), "none"
-    if lora_a is not None and lora_b is not None:
+    if lora_a is not None and lora_b is not None and lora_a.dtype != lora_b.dtype:
         adapters = torch.promote_types(lora_a.dtype, lora_b.dtype)
-        a, b, how = lora_a.to(adapters), lora_b.to(adapters), precision(out.dtype, adapters)
-    r = b.shape[1]
+        lora_a, lora_b = lora_a.to(adapters), lora_b.to(adapters)
+    fill(weight, out, lora_a, lora_b, scaling)
+
+
+def fill(weight: Packed, out: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> None:
+    """`dequantize` for operands that fit, adapters in one dtype."""
+    n, k = weight.shape
+    code = level_table(out.device)
+    merges = lora_a is not None and lora_b is not None
+    a, b, how = code, code, "none"
+    strides: tuple[int, ...] = (16, 1, 16, 1)
+    r = 16
+    if lora_a is not None and lora_b is not None:
+        a, b, how, r = lora_a, lora_b, precision(out.dtype, lora_a.dtype), lora_a.shape[0]
+        strides = *a.stride(), *b.stride()
     words = aligned(weight.codes, k, weight.blocksize)
-    cut = tile(how, r, words)
-    if not merge and out.is_contiguous() and aligned(weight.codes, n * k, WORD):
-        n, k, words, cut = 1, n * k, True, FLAT
-    columns = cut.steps * cut.block_k
-    with torch.cuda.device_of(out):
-        _nf4_dequantize_kernel[(triton.cdiv(k, columns), triton.cdiv(n, cut.block_n))](
-            *operands(weight), a, b, out,
-            float(scaling), n, k, r,
-            *a.stride(), *b.stride(), out.stride(0),
-            BLOCKSIZE=weight.blocksize, NESTED=weight.nested, ALIGNED=words,
-            EVEN=words and n % cut.block_n == 0 and k % columns == 0,
-            MERGE=merge, LOOKUP=lookup(out.device), PRECISION=how, INTERPRETED=interpreted(),
-            STEPS=cut.steps, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-            BLOCK_R=cut.block_r, WHOLE_R=not merge or r <= cut.block_r,
-            num_warps=cut.warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    if not merges and out.is_contiguous() and aligned(weight.codes, n * k, WORD):
+        n, k, words, flat = 1, n * k, True, True
+    else:
+        flat = False
+    cut = FLAT if flat else tile(how, r, words)
+    _launcher(
+        (n, k, r, how, words, flat, weight.blocksize, weight.nested, out.dtype, a.dtype, *strides, out.stride(0)),
+        (triton.cdiv(k, cut.steps * cut.block_k), triton.cdiv(n, cut.block_n)),
+        (*operands(weight), a, b, out),
+        (float(scaling), n, k, r, *strides, out.stride(0)),
+    )
+
+
+def _constants(
+    n: int, k: int, r: int, how: str, words: bool, flat: bool, blocksize: int, nested: bool, *_: Any
+) -> dict[str, Any]:
+    cut, merges = FLAT if flat else tile(how, r, words), how != "none"
+    return {
+        "BLOCKSIZE": blocksize, "NESTED": nested, "ALIGNED": words,
+        "EVEN": words and n % cut.block_n == 0 and k % (cut.steps * cut.block_k) == 0,
+        "MERGE": merges, "LOOKUP": lookup(), "PRECISION": how, "INTERPRETED": interpreted(),
+        "STEPS": cut.steps, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k,
+        "BLOCK_R": cut.block_r, "WHOLE_R": not merges or r <= cut.block_r,
+        "num_warps": cut.warps, "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
+_launcher = Launcher(_nf4_dequantize_kernel, _constants)

@@ -200,11 +200,12 @@ def lookup(device: torch.device | None = None) -> str:
     """The lookup for launches on `device` (default: the current one): "shfl" or "gather"."""
     if interpreted() or torch.version.cuda is None:
         return "gather"
-    return _compiled_lookup(device.index if device is not None else None)
+    index = device.index if device is not None else None
+    return _compiled_lookup(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache
-def _compiled_lookup(device_index: int | None) -> str:
+def _compiled_lookup(device_index: int) -> str:
     return "shfl" if torch.cuda.get_device_capability(device_index) >= MIN_CAPABILITY else "gather"
 
 

@@ -11,7 +11,7 @@ What differs from adapter to adapter besides A and B is in `facts`, [adapters, 4
 scaling, keep_scale, and dropout's threshold (an integer up to 65535, which fp32 holds).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,19 +73,16 @@ class Segments(NamedTuple):
         """How many segments there are, including empty ones."""
         return self.ends.numel()
 
-    def launch(self, stride: int, column: int = -1) -> dict[str, Any]:
-        """A kernel's arguments. stride: from adapter to adapter. column: of the facts, to multiply by; -1: none."""
-        return {
-            "ends_ptr": self.ends,
-            "owner_ptr": self.ends if self.owner is None else self.owner,
-            "facts_ptr": self.ends if self.facts is None else self.facts,
-            "segments": self.number,
-            "adapters": self.adapters,
-            "stride_adapter": stride,
-            "SEGMENTS": triton.next_power_of_2(self.number),
-            "OWNED": self.owner is not None,
-            "FACTOR": -1 if self.facts is None else column,
-        }
+    def constants(self, column: int) -> tuple[int, bool, int]:
+        """SEGMENTS, OWNED and FACTOR of a kernel. column: of the facts, to multiply by; -1: none."""
+        factor = -1 if self.facts is None else column
+        return triton.next_power_of_2(self.number), self.owner is not None, factor
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A kernel's pointers: ends, owner, facts; `ends` stands for what is not there."""
+        owner, facts = self.owner, self.facts
+        return self.ends, self.ends if owner is None else owner, self.ends if facts is None else facts
 
     def sum_by_adapter(self, parts: Tensor) -> Tensor:
         """[S, ...] summed over the segments of each adapter, in order: [adapters, ...]."""
@@ -100,11 +97,3 @@ class Segments(NamedTuple):
 def by_offsets(offsets: Tensor, rows: int) -> Segments:
     """Experts as segments. offsets: [E], int32, where each one's rows end; later rows, up to `rows`, have no expert."""
     return Segments(F.pad(offsets, (0, 1), value=rows), offsets.numel())
-
-
-def none(dummy: Tensor) -> dict[str, Any]:
-    """A kernel's arguments where all rows have the same adapter; `dummy` stands for the tables."""
-    return {
-        "ends_ptr": dummy, "owner_ptr": dummy, "facts_ptr": dummy, "segments": 0, "adapters": 0, "stride_adapter": 0,
-        "SEGMENTS": 0, "OWNED": False, "FACTOR": -1,
-    }  # fmt: skip

@@ -14,58 +14,34 @@ torch-function                 torch's products (three forward, five backward) i
 candidate by the thread's CPU clock, in a new random order; the median over rounds is reported, with the 20th and 80th
 percentile. A second table counts the functions of fastlora that are entered before the first product.
 
-The file needs fastlora's public names only, and runs as a script on its own: an older checkout can be measured with it.
+`--device cuda` measures the CUDA path, with a GPU or without one: see `bench.compare.host_cuda`.
 """
 
 import argparse
 import copy
 import ctypes
 import gc
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fastlora
+from bench.compare import host_cuda
+from bench.compare.call_cost import Candidate, EmptyFunction, ThreeProducts, measure, one_thread, record, table
+from bench.measure.record import RESULTS
 
-SUMMARY = "the CPU time of a call: LoRALinear and peft's layer at one token, and the way to the first product"
+SUMMARY = "the CPU time of a call: LoRALinear and peft's layer, and the way to the first product"
 M, K, N, RANK = 1, 64, 128, 8
 MODES = ("forward", "both")
 _PROVIDERS = ("fastlora-fp32", "fastlora-bf16", "peft", "peft-sped-up", "empty-function", "torch-function")
 _PRODUCTS = ("linear", "matmul", "mm", "addmm", "addmm_", "bmm", "__matmul__", "__rmatmul__")  # of torch
-_CUDA = "python -m bench host measures on a CPU only, so far: give --device cpu"
-
-
-class Candidate(NamedTuple):
-    """A layer to call. `leaves` are the tensors whose gradients are taken: x, A and B."""
-
-    kernel: str
-    provider: str
-    call: Callable[[Tensor], Tensor]
-    leaves: tuple[Tensor, Tensor, Tensor]
-    dy: Tensor
-
-
-class Cost(NamedTuple):
-    """Microseconds of CPU time a call."""
-
-    kernel: str
-    provider: str
-    mode: str
-    p50: float
-    p20: float
-    p80: float
-    dtype: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,40 +50,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=31, help="blocks timed of each candidate and mode (31)")
     parser.add_argument("--calls", type=int, default=200, help="calls in a block (200)")
     parser.add_argument("--steps", action="store_true", help="also list the functions entered before the first product")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV to append to (bench/results/DEVICE/host.csv)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV to append to (in bench/results)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and append to the CSV; returns the exit status.
 
     Raises:
-        ValueError: --device cuda, or fewer than one round or call.
+        ValueError: fewer than one round or call.
     """
-    if arguments.device == "cuda":
-        raise ValueError(_CUDA)
     if arguments.rounds < 1 or arguments.calls < 1:
         raise ValueError("--rounds and --calls must be at least 1")
+    if arguments.device == "cuda":
+        return host_cuda.run(arguments.rounds, arguments.calls, arguments.out)
     with one_thread():
         candidates = make_candidates()
-        costs = measure(candidates, arguments.rounds, arguments.calls)
+        work = [(c, mode, _forward(c) if mode == "forward" else _both(c)) for c in candidates for mode in MODES]
+        costs = measure(work, arguments.rounds, arguments.calls)
         ways = {
             f"{c.kernel} {c.provider}": way(c.call, c.leaves[0]) for c in candidates if "-function" not in c.provider
         }
-        print(_table(costs))
+        print(table(costs, MODES, _PROVIDERS))
         print(_ways(ways, arguments.steps))
-        print(_record(costs, arguments.out, arguments.device))
+        print(record(costs, arguments.out or RESULTS / "cpu" / "host.csv", torch.device("cpu"), (M, K, N, RANK)))
     return 0
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch, and fastlora with it, on the calling thread only: its clock sees no other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def make_candidates() -> list[Candidate]:
@@ -173,7 +139,7 @@ def _functions(kernel: str, weight: Tensor) -> list[Candidate]:
     """The two bare autograd Functions over a dense weight, adapters in its dtype."""
     dtype = weight.dtype
     found = []
-    for provider, function in (("empty-function", _Empty), ("torch-function", _ThreeProducts)):
+    for provider, function in (("empty-function", EmptyFunction), ("torch-function", ThreeProducts)):
         x, a, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((M, K), (RANK, K), (N, RANK)))
         grads = tuple(torch.zeros_like(leaf) for leaf in (x, a, b))
 
@@ -182,59 +148,6 @@ def _functions(kernel: str, weight: Tensor) -> list[Candidate]:
 
         found.append(Candidate(kernel, provider, call, (x, a, b), torch.randn(M, N, dtype=dtype)))
     return found
-
-
-class _Empty(torch.autograd.Function):
-    """Nothing but what autograd does around a Function: y is left as it was allocated, the gradients are given."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, grads: Any) -> Tensor:
-        ctx.grads = grads
-        return x.new_empty((M, N))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dx, da, db = ctx.grads
-        return dx, None, da, db, None
-
-
-class _ThreeProducts(torch.autograd.Function):
-    """y = x Wᵀ + scaling · (x Aᵀ) Bᵀ by torch's own products."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, grads: Any) -> Tensor:
-        h = F.linear(x, a)  # [M, R]
-        ctx.save_for_backward(x, weight, a, b, h)
-        return F.linear(x, weight).addmm_(h, b.t(), alpha=2.0)  # [M, N]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, a, b, h = ctx.saved_tensors
-        g = (dy @ b).mul_(2.0)  # [M, R]
-        dx = (dy @ weight).addmm_(g, a)  # [M, K]
-        return dx, None, g.t() @ x, (dy.t() @ h).mul_(2.0), None
-
-
-def measure(candidates: list[Candidate], rounds: int, calls: int) -> list[Cost]:
-    """CPU time of each candidate in each mode, the candidates in turn."""
-    work = [(c, mode, _forward(c) if mode == "forward" else _both(c)) for c in candidates for mode in MODES]
-    samples: dict[int, list[float]] = {place: [] for place in range(len(work))}
-    for _, _, action in work:
-        _block_us(action, max(calls // 4, 3))
-    order, places = random.Random(0), list(samples)
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            order.shuffle(places)
-            for place in places:
-                samples[place].append(_block_us(work[place][2], calls))
-    finally:
-        gc.enable()
-    return [
-        Cost(c.kernel, c.provider, mode, *_spread(samples[place]), str(c.dy.dtype).removeprefix("torch."))
-        for place, (c, mode, _) in enumerate(work)
-    ]
 
 
 def _forward(candidate: Candidate) -> Callable[[], object]:
@@ -246,22 +159,6 @@ def _both(candidate: Candidate) -> Callable[[], object]:
     call, leaves, dy = candidate.call, candidate.leaves, candidate.dy
     x, grad = leaves[0], torch.autograd.grad
     return lambda: grad(call(x), leaves, dy)
-
-
-def _block_us(action: Callable[[], object], calls: int) -> float:
-    """Microseconds of the thread's CPU time for one of so many calls."""
-    began = time.thread_time_ns()
-    for _ in range(calls):
-        action()
-    return (time.thread_time_ns() - began) / calls / 1e3
-
-
-def _spread(samples: list[float]) -> tuple[float, float, float]:
-    """p50, p20, p80."""
-    if len(samples) < 2:
-        return samples[0], samples[0], samples[0]
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return statistics.median(samples), fifths[0], fifths[3]
 
 
 def way(call: Callable[[Tensor], Tensor], x: Tensor) -> list[tuple[str, str]]:
@@ -339,21 +236,6 @@ def _watched_library(arrive: Callable[[], None]) -> Iterator[None]:
             setattr(library, name, function)
 
 
-def _table(costs: list[Cost]) -> str:
-    lines = [
-        f"microseconds of CPU time a call (median, [p20 p80]), one linear {K} x {N}, r = {RANK}, one token",
-        f"{'kernel':<13}{'provider':<16}" + "".join(f"{mode:>26}" for mode in MODES),
-    ]
-    by_layer: dict[tuple[str, str], dict[str, Cost]] = {}
-    for cost in costs:
-        by_layer.setdefault((cost.kernel, cost.provider), {})[cost.mode] = cost
-    ordered = sorted(by_layer.items(), key=lambda item: (item[0][0], _PROVIDERS.index(item[0][1])))
-    for (kernel, provider), found in ordered:
-        cells = (f"{found[mode].p50:8.1f} [{found[mode].p20:.1f} {found[mode].p80:.1f}]" for mode in MODES)
-        lines.append(f"{kernel:<13}{provider:<16}" + "".join(f"{cell:>26}" for cell in cells))
-    return "\n".join(lines)
-
-
 def _ways(ways: dict[str, list[tuple[str, str]]], in_full: bool) -> str:
     lines = ["", "Python of fastlora before the first product, one forward"]
     lines.append(f"{'layer':<29}{'files':>6}{'functions':>11}{'calls':>7}")
@@ -363,34 +245,3 @@ def _ways(ways: dict[str, list[tuple[str, str]]], in_full: bool) -> str:
         if in_full:
             lines += [f"    {file} {function}" for file, function in entered]
     return "\n".join(lines)
-
-
-def _record(costs: list[Cost], out: Path | None, device: str) -> str:
-    """Append to the CSV; where bench is not there, or is older than this file, say so."""
-    try:
-        from bench.measure.record import RESULTS, UNITS, Point, Recorder
-        from bench.measure.timing import device_name
-    except ImportError as error:
-        return f"not recorded: {error}"
-    if "host" not in UNITS:
-        return "not recorded: this checkout's CSV has no metric called host"
-    out = out or RESULTS / device / "host.csv"
-    sizes = (M, K, N, RANK)
-    Recorder(out, device_name(torch.device(device))).write(
-        Point(c.kernel, c.provider, c.mode, "host", *sizes, c.p50, c.p20, c.p80, dtype=c.dtype) for c in costs
-    )
-    return f"appended to {out}"
-
-
-def main(words: list[str] | None = None) -> int:
-    """The file run as a script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(words))
-    except ValueError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

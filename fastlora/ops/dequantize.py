@@ -79,7 +79,10 @@ def _dequantize(
     from fastlora.kernels import nf4 as kernel
 
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    kernel.dequantize(weight, out, lora_a, lora_b, scaling)
+    if lora_a is not None and lora_b is not None and lora_a.dtype is not lora_b.dtype:
+        kernel.dequantize(weight, out, lora_a, lora_b, scaling)
+    else:
+        kernel.fill(weight, out, lora_a, lora_b, scaling)
     return out
 
 

@@ -94,16 +94,16 @@ def backward_by(
     needs: Needs,
 ) -> Gradients:
     """As `backward`, with dx by a given kernel, which must support the operands."""
-    _, b, scaling, dropout = _parts(lora)
-    g, da, db = None, None, None
-    needs_g = needs.lora_a or (needs.x and not (chosen.kernel == "dequantize" and _merges(weight, lora)))
-    if lora is not None and b is not None and (needs_g or needs.lora_b):
-        g, db = kernel.dy_pass(dy, b, h if h is not None else dy, scaling, needs_g, needs.lora_b)  # [M, R], [N, R]
-        db = db.to(lora.b.dtype) if db is not None else None
-    if lora is not None and needs.lora_a:
-        assert g is not None
-        assert x is not None
-        da = kernel.x_pass(x, g, dropout, lora.dtype).to(lora.a.dtype)  # [R, K]
+    if lora is None:
+        return Gradients(dx_by(chosen, dy, None, weight, lora) if needs.x else None, None, None)
+    a, b, scaling, dropout = _parts(lora)
+    assert a is not None
+    assert b is not None
+    needs_g = needs.x and not (chosen.kernel == "dequantize" and _merges(weight, lora))
+    x, h = x if needs.lora_a else None, h if needs.lora_b else None
+    g, da, db = kernel.gradients(dy, x, h, a, b, scaling, dropout, needs_g)
+    if a.dtype is not lora.a.dtype or b.dtype is not lora.b.dtype:
+        da, db = None if da is None else da.to(lora.a.dtype), None if db is None else db.to(lora.b.dtype)
     return Gradients(dx_by(chosen, dy, g, weight, lora) if needs.x else None, da, db)
 
 

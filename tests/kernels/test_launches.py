@@ -1,5 +1,6 @@
 """Every launch of the CUDA path, bound and compiled for a GPU that is not there; see `launches.py`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from bench.machine_code.specimen import SHARED_LIMIT
 
 pytest.importorskip("triton")
-LOW_RANK = {"_lora_shrink_kernel", "_lora_expand_kernel", "_lora_dy_kernel", "_lora_x_kernel"}
+LOW_RANK = {"_lora_shrink_kernel", "_lora_expand_kernel", "_lora_dy_kernel", "_lora_x_kernel", "_lora_sum_kernel"}
 PRODUCTS = {"_decode_kernel", "_decode_sum_kernel", "_nf4_dequantize_kernel", "_nf4_fused_kernel", "_sum_splits_kernel"}
 STACKS = {"_grouped_dense_kernel", "_grouped_nf4_kernel", "_nf4_dequantize_kernel"}
 DORA = {"_refresh_kernel", "_row_norms_kernel", "_scaled_absmax_kernel", "_rescale_kernel", "_rescale_backward_kernel"}
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 def compiled(arch, *words):
     """(kernel, bytes of shared memory, bytes spilled) for each kernel that a process of `launches.py` compiles."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.launches", str(arch), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line.split() for line in done.stdout.splitlines()]
     for name, shared, _ in found:

@@ -68,7 +68,7 @@ def test_the_asm_of_the_shuffle_gives_the_bits_of_gather(shape, nested, monkeypa
     ran = []
     ptx.teach_ptx(monkeypatch)
     monkeypatch.setattr(ptx, "run", lambda *block, run=ptx.run: ran.append(block[0]) or run(*block))
-    monkeypatch.setattr(nf4_kernel, "lookup", lambda device: "shfl")
+    monkeypatch.setattr(nf4_kernel, "lookup", lambda *_: "shfl")
     for dtype in DTYPES:
         out, whole = padded(*shape, dtype)
         for target in (out, torch.empty(shape, device=DEVICE, dtype=dtype)):

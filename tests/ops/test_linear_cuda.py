@@ -85,7 +85,7 @@ def calls(monkeypatch) -> list[str]:
     """The names of the functions that reach a kernel, in the order of their calls."""
     made: list[str] = []
     watched = [(linear_cuda.fused, name) for name in ("linear", "linear_t")]
-    watched += [(linear_cuda.kernel, name) for name in ("shrink", "expand", "dy_pass", "x_pass")]
+    watched += [(linear_cuda.kernel, name) for name in ("shrink", "expand", "dy_parts", "x_parts")]
     watched += [(linear_cuda.decode, "decode"), (linear_cuda.cuda, "decode")]
     for module, name in watched:
         monkeypatch.setattr(module, name, spy(getattr(module, name), name, made))
@@ -198,10 +198,10 @@ def test_the_table_decides_and_h_is_computed_only_where_it_is_needed(monkeypatch
 @pytest.mark.parametrize(
     ("m", "p", "expected"),
     [
-        (16, 0.0, ["dy_pass", "x_pass", "linear_t"]),
-        (288, 0.25, ["dy_pass", "x_pass", "linear_t"]),
-        (289, 0.0, ["dy_pass", "x_pass", "dequantize"]),
-        (289, 0.25, ["dy_pass", "x_pass", "expand", "dequantize"]),
+        (16, 0.0, ["dy_parts", "x_parts", "linear_t"]),
+        (288, 0.25, ["dy_parts", "x_parts", "linear_t"]),
+        (289, 0.0, ["dy_parts", "x_parts", "dequantize"]),
+        (289, 0.25, ["dy_parts", "x_parts", "expand", "dequantize"]),
     ],
 )
 def test_backward_reads_each_activation_once(monkeypatch, calls, m, p, expected):
@@ -235,7 +235,7 @@ def test_a_dense_weight_goes_to_cublas(monkeypatch, calls):
     weight = layer.exact.half()
     linear_cuda.forward(layer.x, weight, layer.lora, None, False)
     linear_cuda.backward(layer.dy, layer.x, torch.randn(24, 8, device=DEVICE), weight, layer.lora, ALL)
-    assert calls == ["shrink", "expand", "dy_pass", "x_pass", "expand"]
+    assert calls == ["shrink", "expand", "dy_parts", "x_parts", "expand"]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])

@@ -2,64 +2,36 @@
 
 `python -m tests.support.launches 90` prints a line a compiled kernel: its name, bytes of shared memory, bytes of local
 memory a thread, the registers spilled; with `experts` after it, what stacks of experts launch. The launchers run as
-they are, on CPU tensors in bf16. Only Triton's driver is a stand-in, and launching ends where the machine code is made.
+they are, on CPU tensors in bf16. Only Triton's driver is a stand-in (`bench.measure.pretend`); TRITON_INTERPRET is 0.
 So a wrong argument, option or configuration shows here and not first on a GPU. Results are not looked at.
 """
 
-import os
 import re
 import sys
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"
-os.environ["FASTLORA_BACKEND"] = "triton"
-
 import torch
-import triton
-from fastlora.kernels import choice, decode, fused
-from fastlora.kernels import dora as dora_kernel
-from fastlora.kernels import nf4 as nf4_kernel
 from fastlora.kernels.choice import Choice
 from fastlora.kernels.operands import Lora
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.machine_code.sass import dump
-from fastlora.ops import backend, dora, grouped, linear_cuda, mixed_cuda, nf4
+from bench.measure.pretend import pretend as pretend_to_launch
+from fastlora.ops import dora, grouped, linear_cuda, mixed_cuda, nf4
 from fastlora.ops.operands import Needs
 from fastlora.peft_layers.kept_norms import KeptNorms
 
 ALL = Needs(True, True, True)
 
 
-class Driver:
-    """As much of Triton's driver as compiling needs."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 def pretend(arch: int) -> None:
-    """Make this process take the CPU for a GPU of an architecture, and make launches end with the machine code."""
-    capability = divmod(arch, 10)
-    triton.runtime.driver.set_active(Driver(arch))
+    """Make this process take the CPU for a GPU of an architecture, and print what is compiled."""
+    pretend_to_launch(arch)
     run = JITFunction.run
     seen = set()
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
+    def printing(self: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(self, *args, **options)
         if id(kernel) not in seen:
             seen.add(id(kernel))
             usage = dump(kernel.asm["cubin"], "-res-usage")
@@ -67,11 +39,7 @@ def pretend(arch: int) -> None:
             print(self.fn.__name__, kernel.metadata.shared, local, flush=True)
         return kernel
 
-    JITFunction.run = compile_only
-    backend._no_triton = lambda *_: ""
-    choice.gpu_of = lambda device: ("unknown", capability)
-    fused._device = lambda index: (capability, 132)
-    nf4_kernel.lookup = decode.lookup = dora_kernel.lookup = lambda *_: "shfl"
+    JITFunction.run = printing
 
 
 def step(
