@@ -10,6 +10,8 @@ first; others go through Triton, each time. Hooks on launches (a profiler's) and
 there are any, every call goes through Triton.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,23 +62,20 @@ class Launcher:
         if device is not None and device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self(key, grid, pointers, numbers)
-        key = (device, *key)
-        known = self._known.get(key)
+        known = self._known.get((device, key))
         if known is not None and not _has_hooks(self.kernel):
             addresses = tuple(map(_address, pointers))
-            joined = 0
-            for address in addresses:
-                joined |= address
-            if not joined & 15:
+            if not functools.reduce(operator.or_, addresses) & 15:
                 run, (x, y, z), stream, index, function, packed, constants = known
                 run(x, y, z, stream(index), function, packed, None, None, None, *addresses, *numbers, *constants)
                 return None
-        return self._through_triton(key, grid, pointers, numbers)
+        return self._through_triton(device, key, grid, pointers, numbers)
 
     def _through_triton(
-        self, key: tuple[Any, ...], grid: tuple[int, ...], pointers: tuple[Any, ...], numbers: tuple[int | float, ...]
-    ) -> None:
-        constants = self.constants(*key[1:])
+        self, device: int | None, key: tuple[Any, ...], grid: tuple[int, ...], pointers: tuple[Any, ...],
+        numbers: tuple[int | float, ...],
+    ) -> None:  # fmt: skip
+        constants = self.constants(*key)
         compiled = self.kernel[grid](*pointers, *numbers, **constants)
         if not isinstance(self.kernel, JITFunction) or any(pointer.data_ptr() & 15 for pointer in pointers):
             return  # interpreted, or specialized for this alignment
@@ -84,7 +83,7 @@ class Launcher:
             self._known.clear()
         driver = triton.runtime.driver.active
         rest = tuple(constants[name] for name in self.kernel.arg_names[len(pointers) + len(numbers) :])
-        self._known[key] = _Known(
+        self._known[device, key] = _Known(
             compiled.run, (*grid, 1, 1)[:3], driver.get_current_stream, driver.get_current_device(), compiled.function,
             compiled.packed_metadata, rest,
         )  # fmt: skip

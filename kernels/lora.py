@@ -294,8 +294,12 @@ def total(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The sum of what `_partial` made, in order, rounded once to `dtype`."""
     if parts.dim() == 2 and dtype is torch.float32:
         return parts
-    out = torch.empty(parts.shape[-2:], dtype=dtype, device=parts.device)
-    _add_up_both(parts, out, parts, out, True)
+    shape = parts.shape
+    out = torch.empty(shape[-2:], dtype=dtype, device=parts.device)
+    if size := shape[-2] * shape[-1]:
+        number, programs = shape[0] if len(shape) == 3 else 1, -(size // -SUM_BLOCK)
+        key = number, number, size, 0, dtype, dtype
+        _sum_launcher(key, (programs,), (parts, parts, out, out), (number, number, size, 0, programs))
     return out
 
 
@@ -305,17 +309,14 @@ def totals(p: Tensor, p_dtype: torch.dtype, q: Tensor, q_dtype: torch.dtype) -> 
         return total(p, p_dtype), total(q, q_dtype)
     p_out = torch.empty(p.shape[-2:], dtype=p_dtype, device=p.device)
     q_out = torch.empty(q.shape[-2:], dtype=q_dtype, device=p.device)
-    _add_up_both(p, p_out, q, q_out, False)
+    p_size, q_size = p_out.numel(), q_out.numel()
+    p_parts, q_parts = p.shape[0] if p.dim() == 3 else 1, q.shape[0] if q.dim() == 3 else 1
+    p_programs, q_programs = -(p_size // -SUM_BLOCK), -(q_size // -SUM_BLOCK)
+    if p_programs + q_programs:
+        key = p_parts, q_parts, p_size, q_size, p_dtype, q_dtype
+        numbers = p_parts, q_parts, p_size, q_size, p_programs
+        _sum_launcher(key, (p_programs + q_programs,), (p, q, p_out, q_out), numbers)
     return p_out, q_out
-
-
-def _add_up_both(p: Tensor, p_out: Tensor, q: Tensor, q_out: Tensor, only_p: bool) -> None:
-    sizes = p_out.numel(), 0 if only_p else q_out.numel()
-    programs = [triton.cdiv(size, SUM_BLOCK) for size in sizes]
-    parts = [each.shape[0] if each.dim() == 3 else 1 for each in (p, q)]
-    if sum(programs):
-        key = (*parts, *sizes, p_out.dtype, q_out.dtype)
-        _sum_launcher(key, (sum(programs),), (p, q, p_out, q_out), (*parts, *sizes, programs[0]))
 
 
 def _summed(parts: Tensor, segments: Segments | None) -> Tensor:

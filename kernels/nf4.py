@@ -23,7 +23,7 @@ from fastlora.kernels.launch import Launcher
 from fastlora.kernels.lora_plan import interpreted
 from fastlora.kernels.lora_tile import dot_bf16, top
 from fastlora.kernels.nf4_tile import aligned, lookup, nf4_code, nf4_tile, operands
-from fastlora.kernels.operands import Packed, level_table
+from fastlora.kernels.operands import Packed
 from torch import Tensor
 
 WORD = 8  # codes in 32 bits
@@ -176,25 +176,23 @@ def dequantize(
 def fill(weight: Packed, out: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> None:
     """`dequantize` for operands that fit, adapters in one dtype."""
     n, k = weight.shape
-    code = level_table(out.device)
-    merges = lora_a is not None and lora_b is not None
-    a, b, how = code, code, "none"
-    strides: tuple[int, ...] = (16, 1, 16, 1)
-    r = 16
+    pointers = operands(weight)
+    codes, out_dtype, row = weight.codes, out.dtype, out.stride(0)
+    words, flat = aligned(codes, k, weight.blocksize), False
     if lora_a is not None and lora_b is not None:
-        a, b, how, r = lora_a, lora_b, precision(out.dtype, lora_a.dtype), lora_a.shape[0]
+        a, b, how, r = lora_a, lora_b, precision(out_dtype, lora_a.dtype), lora_a.shape[0]
         strides = *a.stride(), *b.stride()
-    words = aligned(weight.codes, k, weight.blocksize)
-    if not merges and out.is_contiguous() and aligned(weight.codes, n * k, WORD):
-        n, k, words, flat = 1, n * k, True, True
     else:
-        flat = False
+        a = b = pointers[-1]
+        how, r, strides = "none", 16, (16, 1, 16, 1)
+        if out.is_contiguous() and aligned(codes, n * k, WORD):
+            n, k, words, flat = 1, n * k, True, True
     cut = FLAT if flat else tile(how, r, words)
     _launcher(
-        (n, k, r, how, words, flat, weight.blocksize, weight.nested, out.dtype, a.dtype, *strides, out.stride(0)),
-        (triton.cdiv(k, cut.steps * cut.block_k), triton.cdiv(n, cut.block_n)),
-        (*operands(weight), a, b, out),
-        (float(scaling), n, k, r, *strides, out.stride(0)),
+        (n, k, r, how, words, flat, weight.blocksize, weight.absmax2 is not None, out_dtype, a.dtype, strides, row),
+        (-(k // -(cut.steps * cut.block_k)), -(n // -cut.block_n)),
+        (*pointers, a, b, out),
+        (float(scaling), n, k, r, *strides, row),
     )
 
 

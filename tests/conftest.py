@@ -59,7 +59,7 @@ def fresh_choices() -> Iterator[None]:
 
 @pytest.fixture
 def monkeypatch(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """pytest's own, but a variable set within a test takes effect at once."""
+    """pytest's own, but a variable or a replaced function takes effect at once."""
     from fastlora.ops.backend import forget_choices
 
     def counting(change: Any) -> Any:
@@ -69,7 +69,8 @@ def monkeypatch(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
         return changed
 
-    monkeypatch.setenv, monkeypatch.delenv = counting(monkeypatch.setenv), counting(monkeypatch.delenv)  # type: ignore[method-assign]
+    for name in ("setenv", "delenv", "setattr"):
+        setattr(monkeypatch, name, counting(getattr(monkeypatch, name)))
     return monkeypatch
 
 

@@ -154,6 +154,8 @@ def _peft_candidates(dense: nn.Linear, device: torch.device, dropout: float) -> 
         peft.inject_adapter_in_model(
             peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=["linear"]), holder
         )
+        for adapter in (holder.linear.lora_A, holder.linear.lora_B):
+            adapter.float()
         if kernel == "bf16_linear":
             found.append(_candidate(kernel, "peft", copy.deepcopy(holder).linear))
         sped_up = _candidate(kernel, "peft-sped-up", fastlora.replace_linear(holder).linear)

@@ -8,7 +8,8 @@ kernels also run on CPU tensors.
 import functools
 import os
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -35,7 +36,18 @@ def backend(device: torch.device | str) -> Backend:
     return _backend(device if type(device) is torch.device else torch.device(device))
 
 
-@functools.cache
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_read_once: list[Any] = []
+
+
+def read_once(function: _Function) -> _Function:
+    """Keep the results of a function that depends on the environment, until `forget_choices`."""
+    kept = functools.lru_cache(maxsize=4096)(function)
+    _read_once.append(kept)
+    return kept  # type: ignore[return-value]
+
+
+@read_once
 def _backend(device: torch.device) -> Backend:
     forced, kind, index = os.environ.get("FASTLORA_BACKEND", ""), device.type, device.index
     if forced:
@@ -62,8 +74,9 @@ def _backend(device: torch.device) -> Backend:
 
 
 def forget_choices() -> None:
-    """Read FASTLORA_BACKEND and FASTLORA_CPU_ISA again at the next call; otherwise they are read once."""
-    _backend.cache_clear()
+    """Read FASTLORA_BACKEND, FASTLORA_AUTOTUNE and FASTLORA_CPU_ISA again at the next call; else they are read once."""
+    for kept in _read_once:
+        kept.cache_clear()
     linear.forget_choice()
 
 

@@ -28,7 +28,7 @@ from fastlora.kernels.choice import Choice
 from fastlora.kernels.lora_plan import Dropout
 from fastlora.kernels.operands import Lora
 from fastlora.native import cuda
-from fastlora.ops.backend import compiled_decode
+from fastlora.ops.backend import compiled_decode, read_once
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, affine, dense, merged
 
@@ -127,19 +127,36 @@ def _choose(
     """The kernel for a product with these operands; `run` does it by a given choice, for a search."""
     if not isinstance(weight, NF4Weight):
         return _DEQUANTIZE
-    (n, k), r = weight.shape, lora.r if lora is not None else 0
-    drops, compiled = lora is not None and lora.seed is not None, compiled_decode(rows.device)[0]
-    asked = (op, rows.shape[0], n, k, r, drops, rows.device, compiled)
+    r, drops = (0, False) if lora is None else (lora.a.shape[0], lora.seed is not None)
+    asked = op, rows.shape[0], weight.shape, weight.blocksize, r, drops, rows.dtype, rows.device
+    return _by_table(*asked) or _by_search(*asked, run)
 
-    def fits(other: Choice) -> bool:
-        return not refusal(other.kernel, rows.dtype, rows.shape[0], k, n, weight.blocksize, r)
 
+@read_once
+def _by_table(
+    op: str, m: int, shape: tuple[int, int], blocksize: int, r: int, drops: bool, dtype: torch.dtype,
+    device: torch.device,
+) -> Choice | None:  # fmt: skip
+    """The table's choice, or the next one down where that does not take the operands; None: it is to be searched."""
     if search.autotunes():
-        return search.search(*asked, run, fits)
-    chosen = choice.choose(*asked)
-    while not fits(chosen):
+        return None
+    n, k = shape
+    chosen = choice.choose(op, m, n, k, r, drops, device, compiled_decode(device)[0])
+    while refusal(chosen.kernel, dtype, m, k, n, blocksize, r):
         chosen = Choice(_NEXT[chosen.kernel])
     return chosen
+
+
+def _by_search(
+    op: str, m: int, shape: tuple[int, int], blocksize: int, r: int, drops: bool, dtype: torch.dtype,
+    device: torch.device, run: Callable[[Choice], object],
+) -> Choice:  # fmt: skip
+    n, k = shape
+
+    def fits(other: Choice) -> bool:
+        return not refusal(other.kernel, dtype, m, k, n, blocksize, r)
+
+    return search.search(op, m, n, k, r, drops, device, compiled_decode(device)[0], run, fits)
 
 
 def reads_packed(op: str, rows: Tensor, weight: Tensor | NF4Weight) -> bool:

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from fastlora.kernels import choice, search  # noqa: E402
 from fastlora.kernels.choice import Choice  # noqa: E402
 
+from fastlora.ops import backend as backends  # noqa: E402
 from fastlora.ops import linear_cuda  # noqa: E402
 from tests.support.kernel_cases import DEVICE, KERNELS  # noqa: E402
 
@@ -224,6 +225,7 @@ def test_what_a_kernel_refuses_goes_to_the_next(monkeypatch, calls):
     monkeypatch.setattr(linear_cuda.cuda, "decode", lambda *_: calls.append("cuda") or layer.dy)
     for refuses, expected in ((None, "cuda"), ("decode-cuda", "decode"), ("decode", "linear"), ("fused", "dequantize")):
         refused |= {refuses} if refuses else set()
+        backends.forget_choices()
         calls.clear()
         linear_cuda.forward(layer.x, layer.weight, layer.lora, None, False)
         assert calls[-1] == expected
