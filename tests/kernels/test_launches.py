@@ -18,13 +18,18 @@ ARCH = 90
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(arch, *words):
-    """(kernel, bytes of shared memory, bytes spilled) for each kernel that a process of `launches.py` compiles."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.launches", str(arch), *words]
+def printed(module, *words):
+    """The lines that a module of `tests.support` prints, each in words, with Triton's compiler at work."""
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.support.{module}", *map(str, words)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [line.split() for line in done.stdout.splitlines()]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def compiled(arch, *words):
+    """(kernel, bytes of shared memory, bytes spilled) for each kernel that a process of `launches.py` compiles."""
+    found = printed("launches", arch, *words)
     for name, shared, _ in found:
         assert int(shared) <= SHARED_LIMIT[arch] << 10, f"{name} on sm_{arch}: {shared} bytes of shared memory"
     return found
@@ -41,3 +46,11 @@ def test_what_experts_launch_compiles(arch):
     found = compiled(arch, "experts")
     assert {name for name, *_ in found} == STACKS | (LOW_RANK - {"_lora_expand_kernel"})
     assert {spilled for name, _, spilled in found if name in STACKS} == {"0"}
+
+
+@pytest.mark.slow
+def test_what_is_remembered_of_a_launch_is_what_triton_would_launch():
+    """The kernel, the grid and every argument, over kinds of calls that differ in one thing."""
+    ((compared, kinds),) = printed("remembered", 25)
+    assert int(compared) > 150
+    assert int(kinds) > 50

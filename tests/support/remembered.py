@@ -1,0 +1,125 @@
+"""Whether remembered launches are those that Triton would have made: `python -m tests.support.remembered CASES`.
+
+Random calls of the low-rank kernels and of the expansion of NF4: shapes, ranks, dtypes, strides, addresses, dropout,
+segments. Each is followed by calls that differ from it in one of these. Each is launched twice, once by what the calls
+before it have left and once through Triton, with the stand-in for a driver of `bench.measure.pretend`. Both must have
+the same kernel, grid and arguments.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fastlora.kernels import lora, nf4
+from fastlora.kernels.launch import Launcher
+from fastlora.kernels.segments import Segments
+from torch import Tensor
+
+from bench.measure.pretend import launches, pretend
+from fastlora.ops.nf4 import quantize
+
+ARCH = 90
+LAUNCHERS = [value for module in (lora, nf4) for value in vars(module).values() if isinstance(value, Launcher)]
+SIZES, RANKS = (1, 16, 130), (1, 16, 40)
+
+
+class Case:
+    """Named decisions at random; those of one name can be taken again, to see whether that alone is noticed."""
+
+    def __init__(self, seed: int, again: str = "") -> None:
+        self.seed, self.again = seed, again
+        self.names: list[str] = []
+
+    def pick(self, name: str, options: Sequence[Any]) -> Any:
+        """One of the options."""
+        self.names.append(name)
+        return random.Random(f"{self.seed} {name} {name == self.again}").choice(options)
+
+    def matrix(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Contiguous, a slice of a wider one, transposed, a column repeated, or at an odd address."""
+        kind = self.pick(name, ("plain", "odd", "slice", "transposed", "repeated"))
+        if kind == "slice":
+            return torch.zeros(rows, 2 * columns, dtype=dtype)[:, ::2]
+        if kind == "transposed":
+            return torch.zeros(columns, rows, dtype=dtype).t()
+        if kind == "repeated":
+            return torch.zeros(rows, 1, dtype=dtype).expand(rows, columns)
+        return torch.zeros(rows * columns + 1, dtype=dtype)[kind == "odd" :][: rows * columns].view(rows, columns)
+
+    def call(self) -> Callable[[], object]:
+        """A call, the same whenever it is repeated."""
+        m, k, n = self.pick("m", (*SIZES, 4096)), self.pick("k", SIZES), self.pick("n", SIZES)
+        r, dtype = self.pick("r", RANKS), self.pick("dtype", (torch.bfloat16, torch.float16, torch.float32))
+        adapter = self.pick("adapter", (torch.float32, dtype))
+        dropout = self.pick("dropout", (lora.Dropout(), lora.Dropout(0.25, torch.tensor([3]))))
+        x, dy, h = self.matrix("x", m, k, dtype), self.matrix("dy", m, n, dtype), torch.zeros(m, r)
+        a, b = self.matrix("a", r, k, adapter), self.matrix("b", n, r, adapter)
+        scaling = self.pick("scaling", (1.0, 2.0, 0.3))
+        kind = ("shrink", "expand", "gradients", "fill", "segments")[self.seed % 5]
+        if kind == "shrink":
+            return lambda: lora.shrink(x, a, dropout, scaling)
+        if kind == "expand":
+            bias = self.pick("bias", (None, torch.zeros(n, dtype=dtype), torch.zeros(n)))
+            return lambda: lora.expand(h, b, scaling, dtype, dropout, bias)
+        if kind == "gradients":
+            needs = self.pick("needs", ((x, h, True), (x, h, False), (None, h, True), (x, None, False)))
+            return lambda: lora.gradients(dy, *needs[:2], a, b, scaling, dropout, needs[2])
+        if kind == "fill":
+            blocks, nested = self.pick("blocks", (64, 128)), self.pick("nested", (True, False))
+            weight = quantize(torch.ones(n, k, dtype=dtype), blocks, nested)
+            out = torch.zeros(n, k + self.pick("row", (0, 8, 1)), dtype=dtype)[:, :k]
+            pair = self.pick("merge", ((a, b), (None, None)))
+            return lambda: nf4.fill(weight, out, *pair, scaling)
+        adapters = self.pick("adapters", (1, 2, 3))
+        ends, facts = torch.linspace(m / adapters, m, adapters).int(), torch.zeros(adapters, 4)
+        owner, facts = self.pick("owner", (None, torch.arange(adapters).int())), self.pick("facts", (None, facts))
+        segments = Segments(ends, adapters, owner, facts)
+        stack = torch.zeros(adapters, r, k, dtype=adapter)
+        return lambda: lora.shrink(x, stack, lora.Dropout(), scaling, segments=segments)
+
+
+def made(action: Callable[[], object]) -> list[tuple[Any, ...]]:
+    """What a call launches. Addresses of what it allocates differ from call to call: only their alignment is kept."""
+    launches.kept = []
+    action()
+    found = []
+    for function, grid, arguments in launches.kept:
+        plain = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+        found.append(
+            (function, grid, [each % 16 if isinstance(each, int) and each > 1 << 24 else each for each in plain])
+        )
+    launches.kept = None
+    return found
+
+
+def compare(action: Callable[[], object], what: str) -> int:
+    """Launch by memory and through Triton; the number of launches that were the same. Memory is as before."""
+    remembered = made(action)
+    kept = [dict(launcher._known) for launcher in LAUNCHERS]
+    for launcher in LAUNCHERS:
+        launcher.forget()
+    by_triton = made(action)
+    assert remembered == by_triton, f"{what}: {remembered}, but Triton launches {by_triton}"
+    for launcher, known in zip(LAUNCHERS, kept, strict=True):
+        launcher._known.update(known)
+    return len(by_triton)
+
+
+def main(cases: int) -> None:
+    """Print how many launches were compared, and the kinds remembered."""
+    pretend(ARCH)
+    compared = 0
+    for seed in range(cases):
+        first = Case(seed)
+        first.call()()
+        names = random.Random(seed).sample(sorted(set(first.names) - {"m", "k", "n", "r"}), 6)
+        for again in ("", *names):
+            action = Case(seed, again).call()
+            compared += compare(action, f"case {seed}, {again or 'repeated'}")
+    print(compared, sum(len(launcher._known) for launcher in LAUNCHERS))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
