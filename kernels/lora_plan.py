@@ -53,13 +53,19 @@ def block_r(r: int) -> int:
     return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(r)))
 
 
-def tile(r: int, how: str) -> tuple[int, int, int]:
-    """(rows, columns, warps) of an activation tile for a padded rank and a mode; no register is spilled."""
+def tile(op: str, r: int, how: str, dropout: bool) -> Tile:
+    """The built-in tile of an activation for a padded rank and a mode; no register is spilled.
+
+    A factor in three parts takes registers, and so do the mask and 32 ranks: then a tile is half as large.
+    """
     if how in ("ieee", "tf32x3"):
-        return 32, 64, 4
+        return Tile(32, 64, 4, STAGES)
     if r > 32:
-        return (32, 64, 8) if how == "split" else (64, 64, 8)
-    return 64, 128, 4 if r < 32 else 8
+        return Tile(32 if how == "split" else 64, 64, 8, STAGES)
+    warps = 8 if r == 32 and (op != "shrink" or how == "split") else 4
+    if how == "split" and op == "shrink" and (dropout or r == 32):
+        return Tile(64, 64, warps, STAGES)
+    return Tile(32 if how == "split" and op == "x" and dropout and r == 32 else 64, 128, warps, STAGES)
 
 
 @functools.cache
@@ -68,19 +74,9 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def shrink_tile(r: int, how: str, dropout: bool) -> tuple[int, int, int]:
-    """As `tile`; half the columns where a split factor comes with the mask or 32 ranks, which take registers too."""
-    rows, columns, warps = tile(r, how)
-    if how in ("narrow", "split") and r <= 32:
-        return rows, columns // 2 if how == "split" and (dropout or r == 32) else columns, 4
-    return rows, columns, warps
-
-
 def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device) -> Tile:
     """The tile for an activation [m, length]: the table's of `choice` where it has one, else the built-in one."""
-    if found := choice.tile(op, m, length, r, how, dropout, device):
-        return found
-    return Tile(*(shrink_tile(block_r(r), how, dropout) if op == "shrink" else tile(block_r(r), how)), STAGES)
+    return choice.tile(op, m, length, r, how, dropout, device) or tile(op, block_r(r), how, dropout)
 
 
 @dataclass(frozen=True, eq=False)

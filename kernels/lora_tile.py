@@ -39,16 +39,20 @@ def dot_bf16(left, right, acc, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def dot(left, v, acc, MODE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + left v, where `left` is an activation and `v` an adapter, h or g."""
+    """acc + left v, where `left` is an activation and `v` an adapter, h or g.
+
+    "split" adds a tile's products up by themselves, the smallest first, and rounds once where they join `acc`: tensor
+    cores cut off what they add to a sum, which over a long sum costs several bits.
+    """
     if MODE == "narrow":
         acc = tl.dot(left, v.to(left.dtype), acc)
     elif MODE == "split":
         v1 = top(v)
         v2 = top(v - v1)
         v3 = v - v1 - v2
-        acc = dot_bf16(left, v1, acc, INTERPRETED)
-        acc = dot_bf16(left, v2, acc, INTERPRETED)
-        acc = dot_bf16(left, v3, acc, INTERPRETED)
+        part = dot_bf16(left, v3, tl.zeros_like(acc), INTERPRETED)
+        part = dot_bf16(left, v2, part, INTERPRETED)
+        acc += dot_bf16(left, v1, part, INTERPRETED)
     else:
         acc = tl.dot(left.to(tl.float32), v.to(tl.float32), acc, input_precision=MODE)
     return acc

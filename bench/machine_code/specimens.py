@@ -76,8 +76,7 @@ def _low_rank(r: int, adapter: str, dropout: bool, segments: int = 0, owned: boo
 
     how = "split" if adapter == "fp32" else "narrow"
     block_r = lora.block_r(r)
-    rows, columns, warps = lora_plan.tile(block_r, how)
-    shrink_rows, shrink_columns, shrink_warps = lora_plan.shrink_tile(block_r, how, dropout)
+    shrink, dy, x = (lora_plan.tile(op, block_r, how, dropout) for op in ("shrink", "dy", "x"))
     suffix = f"_r{r}" + ("_fp32" if adapter == "fp32" else "") + ("_dropout" if dropout else "")
     suffix += "_segments" if segments else ""
     common: dict[str, Any] = {"MODE": how, "INTERPRETED": False, "SEGMENTS": segments, "OWNED": owned}
@@ -91,15 +90,15 @@ def _low_rank(r: int, adapter: str, dropout: bool, segments: int = 0, owned: boo
         "lora_shrink" + suffix,
         lora._lora_shrink_kernel,
         rows_of_x | {"a_ptr": f"*{adapter}", "h_ptr": "*fp32", "k_per_split": "i32", "stride_ar": "i32"},
-        masked | columns_last | {"stride_ak": 1, "BLOCK_M": shrink_rows, "BLOCK_K": shrink_columns},
-        shrink_warps,
+        masked | columns_last | {"stride_ak": 1, "BLOCK_M": shrink.rows, "BLOCK_K": shrink.columns},
+        shrink.warps,
     )
     yield Specimen(
         "lora_x" + suffix,
         lora._lora_x_kernel,
         rows_of_x | {"g_ptr": "*fp32", "da_ptr": "*fp32", "m_per_split": "i32", "stride_dr": "i32"},
-        masked | columns_last | {"stride_dk": 1, "BLOCK_M": rows, "BLOCK_K": columns},
-        warps,
+        masked | columns_last | {"stride_dk": 1, "BLOCK_M": x.rows, "BLOCK_K": x.columns},
+        x.warps,
     )
     expanded = {"BLOCK_M": lora.EXPAND_ROWS, "BLOCK_N": lora.EXPAND_COLUMNS, "stride_br": 1, "HAS_BIAS": True}
     yield Specimen(
@@ -120,8 +119,8 @@ def _low_rank(r: int, adapter: str, dropout: bool, segments: int = 0, owned: boo
         | {"dy_ptr": "*bf16", "b_ptr": f"*{adapter}", "h_ptr": "*fp32", "g_ptr": "*fp32", "db_ptr": "*fp32"}
         | {"N": "i32", "m_per_split": "i32", "scaling": "fp32", "stride_dm": "i32", "stride_bn": "i32"},
         common | {"stride_dn": 1, "stride_br": 1, "NEED_G": True, "NEED_DB": True}
-        | {"BLOCK_M": rows, "BLOCK_N": columns},
-        warps,
+        | {"BLOCK_M": dy.rows, "BLOCK_N": dy.columns},
+        dy.warps,
     )  # fmt: skip
 
 

@@ -71,7 +71,8 @@ def test_the_bits_of_bitsandbytes(kernel, shape, blocksize, nested):
     + [(shape, 64, True) for shape in ((256, 1024), (40, 72), (33, 70), (5, 7), (3, 4097))],
 )
 def test_both_lookups_give_the_bits_of_the_cpu(kernel, monkeypatch, shape, blocksize, nested, lookup):
-    monkeypatch.setattr(kernel, "lookup", lambda device: lookup)
+    monkeypatch.setattr(kernel, "lookup", lambda *_: lookup)
+    kernel._launcher.forget()
     weight = nf4.quantize(draw(*shape), blocksize, nested)
     exact = exact_values(weight)
     for dtype in DTYPES:
@@ -90,7 +91,8 @@ def test_both_lookups_give_the_bits_of_the_cpu(kernel, monkeypatch, shape, block
     + [(shape, 5, torch.float32, torch.bfloat16, "shfl") for shape in ((70, 192), (33, 70))],
 )
 def test_merging_rounds_once(kernel, monkeypatch, shape, r, adapter, dtype, lookup):
-    monkeypatch.setattr(kernel, "lookup", lambda device: lookup)
+    monkeypatch.setattr(kernel, "lookup", lambda *_: lookup)
+    kernel._launcher.forget()
     weight = nf4.quantize(draw(*shape))
     n, k = shape
     a, b = draw(k, r, dtype=adapter, seed=1).t() / k**0.5, draw(n, r, dtype=adapter, seed=2)

@@ -125,8 +125,8 @@ def test_the_asm_of_the_lookup_gives_the_bits_of_gather(m, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(17, 256)}, "17 tokens"),
-        ({"x": torch.zeros(1, 256, dtype=torch.float64)}, "float64"),
+        ({"x": torch.zeros(17, 256, device=DEVICE)}, "17 tokens"),
+        ({"x": torch.zeros(1, 256, dtype=torch.float64, device=DEVICE)}, "float64"),
         ({"x": torch.zeros(256)}, r"expected \[M, K\]"),
         ({"x": torch.zeros(1, 192)}, "the weight's K = 256"),
         ({"x": torch.zeros(1, 256, device="meta")}, "the weight is on"),

@@ -22,7 +22,8 @@ pytestmark = KERNELS
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
-    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("FASTLORA_BACKEND", "triton")
 
 
 def case(n, k, base, blocksize=64, nested=True, dtype=torch.bfloat16):
