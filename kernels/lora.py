@@ -1,12 +1,12 @@
 """The low-rank products around a linear layer, each reading its activations once.
 
     shrink:  h  = (mask ∘ x) Aᵀ                    [M, K] -> [M, R]
-    expand:  o  = mask ∘ (scaling · h Bᵀ) + bias   [M, R] -> [M, N]
+    expand:  y += mask ∘ (scaling · h Bᵀ) + bias   [M, R] -> [M, N], y the product with the base
     dy pass: g  = scaling · dy B  and  dB = scaling · dyᵀ h     in one read of dy
     x pass:  dA = gᵀ (mask ∘ x)                                 in one read of x
 
 Bytes, bf16: shrink 2MK; dy pass 2MN, and half as much again at R = 16 for partial sums of g; x pass 2MK;
-expand 2MN written. Where the partial sums would cost more than a second read of dy, it is read twice.
+expand 2MN read and written. Where the partial sums would cost more than a second read of dy, it is read twice.
 2·M·K·R FLOPs each (twice for the dy pass): bound by memory up to R of about 64. h and g: fp32, [M, R].
 
 Reductions over M, N or K that span programs go through fp32 partial sums, which are then added in order:
@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastlora.kernels import lora_plan
 from fastlora.kernels.choice import Tile
 from fastlora.kernels.launch import Launcher
 from fastlora.kernels.lora_plan import Dropout as Dropout
@@ -44,7 +45,8 @@ from fastlora.kernels.lora_tile import dot, dot_bf16, keep_mask, top
 from fastlora.kernels.segments import BOTH, FACTS, KEEP, SCALING, THRESHOLD, Segments, bounds, owner_of, rows_of_tile
 from torch import Tensor
 
-EXPAND_ROWS, EXPAND_COLUMNS, EXPAND_WARPS = 64, 128, 8
+EXPAND_ROWS, EXPAND_COLUMNS, EXPAND_WARPS = 128, 64, 8
+MAX_EXPAND_STEPS = 8
 MAX_EXPAND_BLOCK_R = 32
 SUM_BLOCK = 256
 _NO_DROPOUT = Dropout()
@@ -99,53 +101,81 @@ def _lora_shrink_kernel(
     tl.store(h_ptrs, acc * keep_scale, mask=(offs_m[:, None] < m_end) & (offs_r[None, :] < R))
 
 
+@triton.jit
+def _expand_b(b_ptr, offs_r, R, offs_n, N, stride_br, stride_bn):
+    """A tile of Bᵀ [BLOCK_R, BLOCK_N], zero outside."""
+    mask = (offs_r[:, None] < R) & (offs_n[None, :] < N)
+    return tl.load(b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn, mask=mask, other=0.0)
+
+
+@triton.jit
+def _expand_dot(h, b, acc, MODE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + h Bᵀ: [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]. "split" keeps two parts of each."""
+    if MODE == "narrow":
+        acc = tl.dot(h.to(b.dtype), b, acc)
+    elif MODE == "split":
+        h1, b1 = top(h), top(b)
+        acc = dot_bf16(h1, top(b - b1), acc, INTERPRETED)
+        acc = dot_bf16(top(h - h1), b1, acc, INTERPRETED)
+        acc = dot_bf16(h1, b1, acc, INTERPRETED)
+    else:
+        acc = tl.dot(h, b.to(tl.float32), acc, input_precision=MODE)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "threshold", "segments", "adapters"])
 def _lora_expand_kernel(
-    h_ptr, b_ptr, bias_ptr, seed_ptr, out_ptr, ends_ptr, owner_ptr, facts_ptr,
+    h_ptr, b_ptr, bias_ptr, base_ptr, rescale_ptr, seed_ptr, out_ptr, ends_ptr, owner_ptr, facts_ptr,
     M, N, R, scaling, threshold,
     stride_bn, stride_br, segments, adapters, stride_adapter,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, MODE: tl.constexpr, INTERPRETED: tl.constexpr,
-    SEGMENTS: tl.constexpr, OWNED: tl.constexpr, FACTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ADDS: tl.constexpr, RESCALES: tl.constexpr, DROPOUT: tl.constexpr,
+    MODE: tl.constexpr, INTERPRETED: tl.constexpr,
+    SEGMENTS: tl.constexpr, OWNED: tl.constexpr, FACTOR: tl.constexpr, WHOLE_R: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     n_start = tl.program_id(1).to(tl.int64) * BLOCK_N
     offs_n = n_start + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    m_start, m_end, r_end = tl.program_id(0).to(tl.int64) * BLOCK_M, M, R
-    if SEGMENTS:
-        segment, m_start, m_end = rows_of_tile(ends_ptr, segments, tl.program_id(0), SEGMENTS, BLOCK_M)
-        owner = owner_of(owner_ptr, segments, adapters, segment, OWNED)
-        r_end = tl.where((owner >= 0) & (m_start < m_end), R, 0)
-        if HAS_BIAS:
-            bias_ptr += tl.where(owner >= 0, owner, adapters) * N
-        owner = tl.maximum(owner, 0)
-        b_ptr += owner * stride_adapter
-        if FACTOR >= 0:
-            scaling *= tl.load(facts_ptr + owner * FACTS + FACTOR)
-            threshold = tl.load(facts_ptr + owner * FACTS + THRESHOLD).to(tl.int32)
-    offs_m = m_start + tl.arange(0, BLOCK_M)
-    for r_start in range(0, r_end, BLOCK_R):
-        offs_r = r_start + tl.arange(0, BLOCK_R)
-        h_mask = (offs_m[:, None] < m_end) & (offs_r[None, :] < R)
-        h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=h_mask, other=0.0)
-        b_mask = (offs_r[:, None] < R) & (offs_n[None, :] < N)
-        b = tl.load(b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn, mask=b_mask, other=0.0)
-        if MODE == "narrow":
-            acc = tl.dot(h.to(b.dtype), b, acc)  # [BLOCK_M, BLOCK_R] @ [BLOCK_R, BLOCK_N]
-        elif MODE == "split":
-            h1, b1 = top(h), top(b)
-            acc = dot_bf16(h1, b1, acc, INTERPRETED)
-            acc = dot_bf16(top(h - h1), b1, acc, INTERPRETED)
-            acc = dot_bf16(h1, top(b - b1), acc, INTERPRETED)
+    in_n = offs_n[None, :] < N
+    offs_r = tl.arange(0, BLOCK_R)
+    if WHOLE_R and not SEGMENTS:
+        b = _expand_b(b_ptr, offs_r, R, offs_n, N, stride_br, stride_bn)
+    for step in range(STEPS):  # with segments, one
+        tile = tl.program_id(0) * STEPS + step
+        m_start, m_end, r_end, factor = tile.to(tl.int64) * BLOCK_M, M, R, scaling
+        if SEGMENTS:
+            segment, m_start, m_end = rows_of_tile(ends_ptr, segments, tile, SEGMENTS, BLOCK_M)
+            owner = owner_of(owner_ptr, segments, adapters, segment, OWNED)
+            r_end = tl.where((owner >= 0) & (m_start < m_end), R, 0)
+            if HAS_BIAS:
+                bias_ptr += tl.where(owner >= 0, owner, adapters) * N
+            owner = tl.maximum(owner, 0)
+            b_ptr += owner * stride_adapter
+            if FACTOR >= 0:
+                factor *= tl.load(facts_ptr + owner * FACTS + FACTOR)
+                threshold = tl.load(facts_ptr + owner * FACTS + THRESHOLD).to(tl.int32)
+        offs_m = m_start + tl.arange(0, BLOCK_M)
+        in_m = offs_m[:, None] < m_end
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if WHOLE_R and not SEGMENTS:
+            h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=in_m & (offs_r[None, :] < R), other=0.0)
+            acc = _expand_dot(h, b, acc, MODE, INTERPRETED)
         else:
-            acc = tl.dot(h, b.to(tl.float32), acc, input_precision=MODE)
-    acc *= scaling
-    if DROPOUT:
-        acc = tl.where(keep_mask(seed_ptr, offs_m, n_start, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    out_mask = (offs_m[:, None] < m_end) & (offs_n[None, :] < N)
-    tl.store(out_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+            for r_start in range(0, r_end, BLOCK_R):
+                rank = r_start + offs_r
+                h = tl.load(h_ptr + offs_m[:, None] * R + rank[None, :], mask=in_m & (rank[None, :] < R), other=0.0)
+                b = _expand_b(b_ptr, rank, R, offs_n, N, stride_br, stride_bn)
+                acc = _expand_dot(h, b, acc, MODE, INTERPRETED)
+        acc *= factor
+        if DROPOUT:
+            acc = tl.where(keep_mask(seed_ptr, offs_m, n_start, N, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+        offs = offs_m[:, None] * N + offs_n[None, :]
+        if ADDS:
+            acc += tl.load(base_ptr + offs, mask=in_m & in_n, other=0.0).to(tl.float32)
+        if RESCALES:
+            acc *= tl.load(rescale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=in_m & in_n)
 
 
 @triton.jit(do_not_specialize=["M", "segments", "adapters"])
@@ -268,11 +298,15 @@ def _common(launch: Plan, how: str, rows: tuple[int, bool, int]) -> dict[str, An
 
 
 def _expand_constants(
-    r: int, how: str, has_bias: bool, drops: bool, rows: tuple[int, bool, int], *_: Any
-) -> dict[str, Any]:
+    r: int, how: str, has_bias: bool, adds: bool, rescales: bool, drops: bool, rows: tuple[int, bool, int], steps: int,
+    *_: Any,
+) -> dict[str, Any]:  # fmt: skip
+    block = min(MAX_EXPAND_BLOCK_R, block_r(r))
     return {
-        "HAS_BIAS": has_bias, "DROPOUT": drops, "MODE": how, "INTERPRETED": interpreted(), "num_warps": EXPAND_WARPS,
-        "BLOCK_M": EXPAND_ROWS, "BLOCK_N": EXPAND_COLUMNS, "BLOCK_R": min(MAX_EXPAND_BLOCK_R, block_r(r)),
+        "HAS_BIAS": has_bias, "ADDS": adds, "RESCALES": rescales, "DROPOUT": drops, "MODE": how,
+        "INTERPRETED": interpreted(),
+        "num_warps": EXPAND_WARPS, "WHOLE_R": r <= block, "STEPS": steps,
+        "BLOCK_M": EXPAND_ROWS, "BLOCK_N": EXPAND_COLUMNS, "BLOCK_R": block,
         **dict(zip(("SEGMENTS", "OWNED", "FACTOR"), rows, strict=True)),
     }  # fmt: skip
 
@@ -379,29 +413,43 @@ def expand(
     dtype: torch.dtype,
     dropout: Dropout,
     bias: Tensor | None = None,
+    base: Tensor | None = None,
     segments: Segments | None = None,
     column: int = -1,
+    rescale: Tensor | None = None,
 ) -> Tensor:
-    """mask ∘ (scaling · h Bᵀ) + bias. h: [M, R], fp32; lora_b: [N, R], any strides. Returns [M, N] in `dtype`.
+    """rescale ∘ (mask ∘ (scaling · h Bᵀ) + base) + bias. h: [M, R], fp32; lora_b: [N, R], any strides.
 
+    Returns [M, N] in `dtype`, rounded once.
+
+    base: [M, N], contiguous; if it is in `dtype`, the result takes its place. rescale: [N], fp32; base is then kept.
     segments: lora_b is [adapters, N, R]; bias is [adapters + 1, N], its last row for rows without an adapter.
     """
     m, r = h.shape
     (n, _), stride = _last(lora_b, segments)
     drops = dropout.active
-    out = torch.empty((m, n), dtype=dtype, device=h.device)
+    in_place = base is not None and base.dtype is dtype and rescale is None
+    out = base if base is not None and in_place else torch.empty((m, n), dtype=dtype, device=h.device)
     if bias is not None:
         bias = bias.contiguous()
     strides = lora_b.stride()[-2:]
     rows, tables, counts = _by_row(segments, stride, column, h)
-    grid = triton.cdiv(m, EXPAND_ROWS) + (segments.number if segments else 0), triton.cdiv(n, EXPAND_COLUMNS)
-    how, bias_dtype = mode(dtype, lora_b.dtype), None if bias is None else bias.dtype
+    row_tiles, column_tiles, steps = triton.cdiv(m, EXPAND_ROWS), triton.cdiv(n, EXPAND_COLUMNS), 1
+    if segments is None:  # as many tiles below one another as leave enough programs
+        steps = max(
+            1, min(MAX_EXPAND_STEPS, row_tiles * column_tiles // (2 * lora_plan.programs_wanted(h.device.index)))
+        )
+    grid = triton.cdiv(row_tiles, steps) if segments is None else row_tiles + segments.number, column_tiles
+    dtypes = dtype, lora_b.dtype, None if bias is None else bias.dtype, None if base is None else base.dtype
+    how, nothing = mode(dtype, lora_b.dtype), h
     _expand_launcher(
-        (r, how, bias is not None, drops, rows, m, n, dtype, lora_b.dtype, bias_dtype, strides, stride, grid),
+        (r, how, bias is not None, base is not None, rescale is not None, drops, rows, steps, m, n, dtypes, strides,
+         stride, grid),
         grid,
-        (h, lora_b, bias if bias is not None else h, dropout.seed if drops else h, out, *tables),
+        (h, lora_b, nothing if bias is None else bias, nothing if base is None else base,
+         nothing if rescale is None else rescale, dropout.seed if drops else h, out, *tables),
         (m, n, r, scaling * dropout.keep_scale, dropout.threshold, *strides, *counts),
-    )
+    )  # fmt: skip
     return out
 
 

@@ -100,14 +100,17 @@ def _low_rank(r: int, adapter: str, dropout: bool, segments: int = 0, owned: boo
         masked | columns_last | {"stride_dk": 1, "BLOCK_M": x.rows, "BLOCK_K": x.columns},
         x.warps,
     )
-    expanded = {"BLOCK_M": lora.EXPAND_ROWS, "BLOCK_N": lora.EXPAND_COLUMNS, "stride_br": 1, "HAS_BIAS": True}
+    block = min(lora.MAX_EXPAND_BLOCK_R, block_r)
+    expanded = {"BLOCK_M": lora.EXPAND_ROWS, "BLOCK_N": lora.EXPAND_COLUMNS, "BLOCK_R": block, "stride_br": 1}
+    expanded |= {"HAS_BIAS": True, "ADDS": True, "RESCALES": False, "WHOLE_R": r <= block}
+    expanded |= {"STEPS": 1 if segments else lora.MAX_EXPAND_STEPS}
     yield Specimen(
         "lora_expand" + suffix,
         lora._lora_expand_kernel,
         seeded
-        | {"h_ptr": "*fp32", "b_ptr": f"*{adapter}", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+        | {"h_ptr": "*fp32", "b_ptr": f"*{adapter}", "bias_ptr": "*bf16", "base_ptr": "*bf16", "out_ptr": "*bf16"}
         | {"N": "i32", "scaling": "fp32", "stride_bn": "i32"},
-        masked | expanded | {"BLOCK_R": min(lora.MAX_EXPAND_BLOCK_R, block_r)},
+        masked | expanded,
         lora.EXPAND_WARPS,
     )
     if dropout and not segments:

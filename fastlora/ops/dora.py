@@ -248,6 +248,9 @@ class _Over16Bits(torch.autograd.Function):
 
     `rescale` would pass on factor ∘ dy, rounded to 16 bits before the low-rank products read it. Here the factor goes
     into the rows of B and of dB, in fp32, and dy stays as it came.
+
+    Saved for dm: z = x Wᵀ + s · x Aᵀ Bᵀ. Where kernels add the update to the base product and rescale in one go, z
+    never exists, and x Wᵀ is saved: Σ dy ∘ z is then Σ dy ∘ x Wᵀ and the products of B's elements with dB's.
     """
 
     @staticmethod
@@ -256,13 +259,25 @@ class _Over16Bits(torch.autograd.Function):
         weight: Tensor | NF4Weight, inverse: Tensor, scaling: float, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
         _, need_a, need_b, need_magnitude, *_ = ctx.needs_input_grad
-        z, h = run(x, in_dtype(weight, x.dtype), Lora(lora_a, lora_b, scaling), None, need_b)  # [..., N], [M, R]
-        factor = magnitude.float() * inverse
-        kept = x if need_a else None, h if need_b else None, z if need_magnitude else None
+        factor, lora = magnitude.float() * inverse, Lora(lora_a, lora_b, scaling)
+        frozen = in_dtype(weight, x.dtype)
+        y: Tensor
+        h: Tensor | None
+        ctx.apart = isinstance(frozen, Tensor) and x.numel() > 0 and runs_kernels(x)
+        if ctx.apart:
+            from fastlora.ops import linear_cuda
+
+            assert isinstance(frozen, Tensor)
+            y, z, h = linear_cuda.rescaled(x, frozen, lora, factor, bias, result)  # [..., N], [M, N], [M, R]
+        else:
+            z, h = run(x, frozen, lora, None, need_b)  # [..., N], [M, R]
+            y = _rescaled(z, factor, bias, result)
+        need_h = need_b or (need_magnitude and ctx.apart)
+        kept = x if need_a else None, h if need_h else None, z if need_magnitude else None
         ctx.save_for_backward(*kept, lora_a, lora_b, factor, inverse)
         ctx.weight, ctx.scaling, ctx.dtype = weight, scaling, x.dtype
         ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
-        return _rescaled(z, factor, bias, result)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -280,11 +295,14 @@ class _Over16Bits(torch.autograd.Function):
         dz, dot, total = _sums(rows, z, factor if need_x else None, need_bias, ctx.dtype)  # [M, N], [N], [N]
         if dz is not None:
             dx = products(dz.view(dy.shape), lora_b, True, False, False).x  # [..., K]
-        if need_a or need_b:
-            _, da, db = products(dy.to(ctx.dtype), factor[:, None] * lora_b, False, need_a, need_b)  # [R, K], [N, R]
-            db = None if db is None else factor[:, None] * db
+        more = ctx.apart and need_magnitude
+        if need_a or need_b or more:
+            rescaled_b = factor[:, None] * lora_b
+            _, da, db = products(dy.to(ctx.dtype), rescaled_b, False, need_a, need_b or more)  # [R, K], [N, R]
         if dot is not None:
+            dot = dot + (db * lora_b).sum(1) if db is not None and more else dot
             dm = (dot * inverse).to(ctx.dtypes[0])
+        db = factor[:, None] * db if db is not None and need_b else None
         if total is not None:
             dbias = total.to(ctx.dtypes[1])
         return dx, da, db, dm, dbias, None, None, None, None

@@ -26,7 +26,7 @@ from fastlora.native import cpu, linear
 from fastlora.native.lora import dropout_mask, lora_outer, lora_shrink
 from fastlora.ops.backend import backend
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, affine, dense, merged, with_rows
+from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, added_product, affine, dense, merged, with_rows
 
 GEMV_UP_TO_M = 8  # above, expanding the weight and one product are faster than decoding it for every few rows
 SPLIT_FROM_M = 128
@@ -262,4 +262,4 @@ def _sum(update: Tensor, x: Tensor, weight: Tensor | NF4Weight, packed: bool, tr
     if packed:
         return update.add_(_packed_product(x, weight, transposed)).to(x.dtype)
     w = dense(weight, x.dtype)
-    return update.addmm_(x, w if transposed else w.t())
+    return added_product(update, x, w if transposed else w.t())

@@ -32,7 +32,7 @@ from fastlora.ops.autograd import computed_in, keep_if_captured, seen_by_others
 from fastlora.ops.backend import backend
 from fastlora.ops.linear import nf4_linear
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import in_dtype
+from fastlora.ops.operands import in_dtype, wide_product
 
 # Rows times adapters beyond the first. Above it, rows are computed in segments. A CPU has no launches to save.
 SIDE_BY_SIDE_UP_TO = {"cpu": 0, "cuda": 64}
@@ -142,8 +142,23 @@ def _added(rows: Tensor, weight: Tensor | NF4Weight, update: Tensor, wide: bool,
     weight = in_dtype(weight, rows.dtype)
     if wide:
         return (F.linear(rows, weight) + update).to(rows.dtype)
-    y = torch.addmm(update.to(rows.dtype).flatten(0, -2), rows.reshape(-1, rows.shape[-1]), weight.t())  # [M, N]
+    y: Tensor = _AddedProduct.apply(update.to(rows.dtype).flatten(0, -2), rows.reshape(-1, rows.shape[-1]), weight)
     return y.view(update.shape)
+
+
+class _AddedProduct(torch.autograd.Function):
+    """update + x Wᵀ, rounded once. update: [M, N]; x: [M, K]; weight: [N, K], in one dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+        return torch.add(wide_product(x, weight.t()), update).to(x.dtype) if x.is_cuda else update.addmm(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        need_update, need_x, need_weight = ctx.needs_input_grad
+        return dy if need_update else None, dy @ weight if need_x else None, dy.t() @ x if need_weight else None
 
 
 def _by_kernels(
@@ -176,7 +191,6 @@ def _by_kernels(
         lora_a,
         lora_b,
         biases,
-        wide,
         stretches,
         dtype,
         result,

@@ -5,9 +5,8 @@
 Neither samples nor updates are moved: neighbours with the same adapter are one stretch of rows, and four kernels do for
 stretches what they do for a plain linear (`kernels.lora`, `kernels.segments`), with each adapter's own dropout rate.
 The adapters of a call are stacked, padded to the largest rank: a copy of a few hundred kilobytes, so that the number of
-launches does not grow with the number of adapters. The update is written first, and cuBLAS adds the base product with
-beta = 1. There are two exceptions: an adapter with a bias, which may be larger than all else, and few rows over an NF4
-weight, which is then read packed (`linear_cuda`). There the base product comes first, and the sum is in fp32.
+launches does not grow with the number of adapters. The update is added to the base product in fp32. Few rows over an
+NF4 weight read it packed (`linear_cuda`).
 Saved for backward: x (where dA is wanted), h in fp32, the stacked adapters.
 
 Source: arXiv:2310.18547 (Punica) and arXiv:2311.03285 (S-LoRA), for the idea of one launch for all adapters.
@@ -28,7 +27,6 @@ from fastlora.kernels.segments import KEEP, Segments
 from fastlora.ops import linear_cuda
 from fastlora.ops.autograd import keep_if_captured, refuse_second_derivative
 from fastlora.ops.nf4 import NF4Weight
-from fastlora.ops.operands import Needs, dense
 
 
 class Rows(NamedTuple):
@@ -94,7 +92,7 @@ def stacked(adapters: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, wide: bool, rows: Rows,
+    x: Tensor, weight: Tensor | NF4Weight, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, rows: Rows,
     dtype: torch.dtype, result: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """y [M, N], each row with its own adapter; differentiable in x, the adapters, the biases and a dense weight.
@@ -103,12 +101,11 @@ def linear(
         x: [M, K], bf16, fp16 or fp32. weight: [N, K], dense in `dtype` or NF4.
         lora_a: [adapters, R, K]. lora_b: [adapters, N, R]. Both fp32 or both `dtype`.
         bias: [adapters + 1, N], the last row for rows without an adapter.
-        wide: whether a bias may be larger than all else, and must not be rounded before the sum.
         dtype: of the products; x is cast to it. result: dtype of y; a sum in fp32 is rounded only to it.
     """
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device) if rows.drops else None
     whole, packed = (None, weight) if isinstance(weight, NF4Weight) else (weight, None)
-    y: Tensor = _Linear.apply(x, whole, lora_a, lora_b, bias, packed, seed, wide, rows, dtype, result)
+    y: Tensor = _Linear.apply(x, whole, lora_a, lora_b, bias, packed, seed, rows, dtype, result)
     return y
 
 
@@ -116,24 +113,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, whole: Tensor | None, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
-        packed: NF4Weight | None, seed: Tensor | None, wide: bool, rows: Rows, dtype: torch.dtype, result: torch.dtype,
+        packed: NF4Weight | None, seed: Tensor | None, rows: Rows, dtype: torch.dtype, result: torch.dtype,
     ) -> Tensor:  # fmt: skip
         weight: Any = packed if whole is None else whole
         ctx.given, x = x.dtype, x.to(dtype)
         segments, dropout = rows.segments, _dropout(seed)
         h = kernel.shrink(x, lora_a, dropout, segments=segments)  # [M, R]
-        base_first = (bias is not None and wide) or linear_cuda.reads_packed("linear", x, weight)
-        update_dtype = torch.float32 if base_first else dtype
-        update = kernel.expand(h, lora_b, 1.0, update_dtype, Dropout(), bias, segments)  # [M, N]
-        if base_first:
-            y = torch.add(linear_cuda.forward(x, weight, None, None, False)[0], update)
-        else:
-            y = update.addmm_(x, dense(weight, dtype).t())
+        base = linear_cuda.base_product("linear", x, weight)
+        y = kernel.expand(h, lora_b, 1.0, result, Dropout(), bias, base, segments)  # [M, N]
         _, need_weight, need_a, need_b, *_ = ctx.needs_input_grad
         kept = x if need_weight or need_a else None, h if need_b else None
         ctx.save_for_backward(*kept, whole if packed is None else packed.codes, lora_a, lora_b, seed)
         ctx.packed, ctx.rows, ctx.dtype, ctx.bias_dtype = packed, rows, dtype, None if bias is None else bias.dtype
-        return y.to(result)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -150,26 +142,21 @@ class _Linear(torch.autograd.Function):
         if need_x:
             assert g is not None
             weight = frozen if ctx.packed is None else ctx.packed
-            dx = _dx(dy, g, lora_a, weight, segments, dropout).to(ctx.given)
+            dx = _dx(dy, g, lora_a, weight, segments, dropout, ctx.given)
         if need_weight:
             dw = dy.t() @ x  # [N, K]
         if need_bias:
             dbias = _bias_gradient(dy, ctx.rows).to(ctx.bias_dtype)
-        return dx, dw, da, None if db is None else db.to(lora_b.dtype), dbias, *(None,) * 6
+        return dx, dw, da, None if db is None else db.to(lora_b.dtype), dbias, *(None,) * 5
 
 
 def _dx(
-    dy: Tensor, g: Tensor, lora_a: Tensor, weight: Tensor | NF4Weight, segments: Segments, dropout: Dropout
-) -> Tensor:
-    """dx [M, K], in dy's dtype, or in fp32 where the base product comes first."""
-    base_first = linear_cuda.reads_packed("linear_t", dy, weight)
-    dtype = torch.float32 if base_first else dy.dtype
-    dx = kernel.expand(g, lora_a.mT, 1.0, dtype, dropout, segments=segments, column=KEEP)
-    if not base_first:
-        return dx.addmm_(dy, dense(weight, dy.dtype))
-    of_base = linear_cuda.backward(dy, None, None, weight, None, Needs(True, False, False)).x
-    assert of_base is not None
-    return torch.add(of_base, dx)
+    dy: Tensor, g: Tensor, lora_a: Tensor, weight: Tensor | NF4Weight, segments: Segments, dropout: Dropout,
+    result: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """dx [M, K], in dtype `result`."""
+    base = linear_cuda.base_product("linear_t", dy, weight)
+    return kernel.expand(g, lora_a.mT, 1.0, result, dropout, None, base, segments, KEEP)
 
 
 def _dropout(seed: Tensor | None) -> Dropout:

@@ -64,6 +64,20 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.add(y, bias, out=y)
 
 
+def wide_product(x: Tensor, w: Tensor) -> Tensor:
+    """x w in fp32, accumulated as usual and not rounded. x: [M, K]; w: [K, N], in one dtype."""
+    if x.dtype is torch.float32:
+        return x @ w
+    if x.is_cuda:
+        return torch.mm(x, w, out_dtype=torch.float32)
+    return x.float() @ w.float()  # a CPU in the place of a GPU
+
+
+def added_product(update: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """update + x w, rounded once to x's dtype; `update` is overwritten. cuBLAS's addmm rounds x w before it adds."""
+    return torch.add(wide_product(x, w), update).to(x.dtype) if x.is_cuda else update.addmm_(x, w)
+
+
 def with_rows(x: Tensor) -> Tensor:
     """x with contiguous rows."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -62,7 +62,9 @@ def test_steps_on_a_gpu_are_the_choices():
             "linear", torch.empty(m, k, dtype=torch.bfloat16), weight, lora, lambda other: None
         )
         assert linear_cuda._WORDS[chosen.kernel] == words, m
-    assert linear_cuda.steps(n, k, 0, r, torch.bfloat16, CPU) == [(ANY_M, "linear_cuda", "cuBLAS, update first")]
+    assert linear_cuda.steps(n, k, 0, r, torch.bfloat16, CPU) == [
+        (ANY_M, "linear_cuda", "cuBLAS in fp32, then the update")
+    ]
 
 
 def test_words(monkeypatch):

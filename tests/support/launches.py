@@ -91,7 +91,7 @@ def mixed(adapter: torch.dtype, p: float, k: int = 512, n: int = 768) -> None:
     a, b = torch.randn(2, 16, k).to(adapter).requires_grad_(), torch.randn(2, n, 16).to(adapter).requires_grad_()
     x = torch.randn(160, k).bfloat16().requires_grad_()
     bias = torch.randn(3, n).requires_grad_()
-    y = mixed_cuda.linear(x, weight, a, b, bias, True, rows, torch.bfloat16, torch.bfloat16)
+    y = mixed_cuda.linear(x, weight, a, b, bias, rows, torch.bfloat16, torch.bfloat16)
     y.backward(torch.ones_like(y))
 
 
