@@ -16,6 +16,7 @@ COMMANDS = {  # name -> module
     "experts": "bench.compare.experts",
     "options": "bench.compare.options",
     "host": "bench.compare.host",
+    "steps": "bench.compare.steps",
     "static": "bench.machine_code.static",
     "predict": "bench.compare.predict",
     "tune": "bench.tune.tune",

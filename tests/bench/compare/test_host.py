@@ -1,5 +1,9 @@
 """`python -m bench host`: every layer is timed in both modes, the way to the first product is counted."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -54,12 +58,20 @@ def test_threads_are_as_before(tmp_path):
     assert torch.get_num_threads() == before
 
 
-def test_cuda_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["host", "--device", "cuda"])
-    assert "measures on a CPU only" in capsys.readouterr().err
-
-
-def test_an_older_bench_is_no_reason_to_fail(monkeypatch, tmp_path):
-    monkeypatch.delitem(record.UNITS, "host")
-    assert "not recorded" in host._record([], tmp_path / "host.csv", "cpu")
+@pytest.mark.slow
+def test_the_cuda_path_is_measured_without_a_gpu(tmp_path):
+    """In a process of its own, which takes the CPU for a GPU: both bases, with and without dropout, every goal."""
+    pytest.importorskip("triton")
+    out = tmp_path / "host.csv"
+    command = [sys.executable, "-m", "bench", "host", "--device", "cuda", "--rounds", "2", "--calls", "2", "--out", out]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read([out])
+    assert {row.dropout for row in rows} == {0.0, 0.1}
+    modes = {row.mode for row in rows if (row.kernel, row.provider) == ("nf4_linear", "fastlora-fp32")}
+    assert modes >= {"forward", "both", "recompute", "reentrant", "non-reentrant"}
+    for goal in ("launches forward", "launches backward"):
+        (line,) = (line for line in done.stdout.splitlines() if goal in line)
+        assert line.startswith("met"), line
+    assert "recompute, us, in all" in done.stdout
