@@ -13,9 +13,10 @@
     block_m … tma   the kernel's configuration; empty: its built-in one
     us        median microseconds measured; source: measured, or default
 
-`python -m bench tune` writes the measured rows of the GPU it runs on. They replace the defaults between the smallest
-and the largest M measured; outside that range the defaults apply. Where dequantizing was best at the largest M
-measured, it is used for every larger M too.
+`python -m bench tune` writes the measured rows of the GPU it runs on. A measured row replaces the default at its own M,
+and between two measured M only where both found the same kernel the fastest; elsewhere the defaults apply, so that a
+table that is measured in part is never worse than none. Where dequantizing was best at the largest M measured, it is
+used for every larger M too. A tile of a low-rank kernel holds only for ranks that are padded alike.
 
 The defaults come from a model, not from a measurement. Dequantizing costs 2.516 bytes a weight at copy bandwidth B, and
 the fused kernel reaches a share e of cuBLAS's rate F, so the two cost the same at
@@ -239,15 +240,35 @@ def _tiles(
 def ladder(
     by_name: list[TableRow], by_arch: list[TableRow], op: str, k: int | None, n: int | None, r: int, dropout: bool
 ) -> list[TableRow]:
-    """The rows that apply to a shape, by rising M: those of the GPU's name, with its architecture's below and above."""
-    first, rest = (_nearest(rows, op, k, n, r, dropout) for rows in (by_name, by_arch))
-    if not first:
-        return rest
-    least, largest = _bound(first[0]), _bound(first[-1])
-    if first[-1].kernel == "dequantize":
-        first[-1], largest = first[-1]._replace(m=None), ANY_M
-    below, above = ([row for row in rest if keep(_bound(row))] for keep in (least.__gt__, largest.__lt__))
-    return [*below, *first, *above]
+    """The rows that apply to a shape, by rising M: measured ones where they decide, else the architecture's."""
+    if op in LOW_RANK:
+        by_name, by_arch = ([row for row in rows if padded(row.r or r) == padded(r)] for rows in (by_name, by_arch))
+    measured, defaults = (_nearest(rows, op, k, n, r, dropout) for rows in (by_name, by_arch))
+    found: list[TableRow] = []
+    below, before = 0, None
+    for row in measured:
+        if before is None or before.kernel != row.kernel:
+            found += _between(defaults, below, _bound(row) - 1)
+        found.append(row)
+        below, before = _bound(row), row
+    if before is not None and before.kernel == "dequantize":
+        found[-1], below = before._replace(m=None), ANY_M
+    return [*found, *_between(defaults, below, ANY_M)]
+
+
+def _between(rows: list[TableRow], below: int, largest: int) -> list[TableRow]:
+    """The rows, by rising M, for more than `below` and up to `largest` tokens."""
+    found = []
+    for row in rows:
+        if below < min(_bound(row), largest):
+            below = min(_bound(row), largest)
+            found.append(row if below == _bound(row) else row._replace(m=below))
+    return found
+
+
+def padded(r: int) -> int:
+    """The ranks that a low-rank kernel takes at a time: a power of two from 16 to 64."""
+    return min(64, max(16, 1 << max(r - 1, 0).bit_length()))
 
 
 def _nearest(rows: list[TableRow], op: str, k: int | None, n: int | None, r: int, dropout: bool) -> list[TableRow]:

@@ -10,11 +10,11 @@ import torch
 import triton
 from fastlora.kernels import choice
 from fastlora.kernels.choice import Tile
+from fastlora.kernels.choice import padded as block_r
 from torch import Tensor
 
 PROGRAMS_PER_SM = 2
 STAGES = 3
-MAX_BLOCK_R = 64
 LONGEST_SUM = 1 << 14  # terms that one program adds up, tile after tile; several programs share a longer sum
 
 
@@ -46,11 +46,6 @@ def mode(activation: torch.dtype, adapter: torch.dtype) -> str:
     if adapter != torch.float32:
         return "narrow"
     return "split" if activation == torch.bfloat16 else "tf32x3"
-
-
-def block_r(r: int) -> int:
-    """Ranks a program takes: a power of two from 16 to 64."""
-    return min(MAX_BLOCK_R, max(16, triton.next_power_of_2(r)))
 
 
 def tile(op: str, r: int, how: str, dropout: bool) -> Tile:

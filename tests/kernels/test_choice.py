@@ -67,14 +67,38 @@ def test_few_tokens_decode_unless_dropout_forbids_it():
     assert choice.choose("linear", 1, 4096, 4096, 16, True, CPU).kernel == "fused"
 
 
-def test_measured_rows_replace_the_defaults_between_the_least_and_the_largest_m():
+def test_measured_rows_replace_the_defaults_between_neighbours_that_agree():
     defaults = choice.rows_for("NVIDIA H200", (9, 0))[1]
     measured = [row(m=64, k=64, n=64, r=16), row(m=512, k=64, n=64, r=16, kernel="fused")]
     found = choice.ladder(measured, defaults, "linear", 64, 64, 16, False)
-    assert kernels(found) == [(16, "decode-cuda"), (64, "fused"), (512, "fused"), (None, "dequantize")]
+    expected = [(16, "decode-cuda"), (63, "fused"), (64, "fused"), (512, "fused"), (None, "dequantize")]
+    assert kernels(found) == expected
     measured[1] = row(m=256, k=64, n=64, r=16, kernel="dequantize")
     found = choice.ladder(measured, defaults, "linear", 64, 64, 16, False)
-    assert kernels(found) == [(16, "decode-cuda"), (64, "fused"), (None, "dequantize")]
+    assert kernels(found) == [(16, "decode-cuda"), (63, "fused"), (64, "fused"), (255, "fused"), (None, "dequantize")]
+
+
+def test_a_table_measured_in_part_changes_nothing_elsewhere():
+    """With rows for 1 and 256 tokens, 2 to 255 are computed as without a table."""
+    defaults = choice.rows_for("NVIDIA H200", (9, 0))[1]
+    measured = [row(m=1, k=64, n=64, r=16, kernel="decode"), row(m=256, k=64, n=64, r=16, kernel="dequantize")]
+    for shape in ((64, 64), (4096, 14336)):
+        found = choice.ladder(measured, defaults, "linear", *shape, 16, False)
+        without = choice.ladder([], defaults, "linear", *shape, 16, False)
+        for m in (2, 16, 17, 100, 255):
+            assert at(found, m).kernel == at(without, m).kernel, m
+        assert at(found, 1).kernel == "decode"
+        assert {at(found, m).kernel for m in (256, 257, 10**6)} == {"dequantize"}
+
+
+def at(rows: list[TableRow], m: int) -> TableRow:
+    return next(row for row in rows if m <= choice._bound(row))
+
+
+def test_a_tile_holds_for_ranks_that_are_padded_alike():
+    tile = row("x", m=64, k=128, r=20, kernel="split", config=(64, 256, 0, 0, 8, 3, 0))
+    for r, applies in ((16, False), (17, True), (32, True), (33, False), (64, False)):
+        assert bool(choice.ladder([tile], [], "x", 128, None, r, False)) == applies, r
 
 
 def test_the_nearest_shape_is_taken():
