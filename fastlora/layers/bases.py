@@ -41,22 +41,24 @@ class AdoptedWeight:
         Raises:
             ValueError: not quantized yet, fp4, or repacked by bitsandbytes for CPU inference.
         """
-        weight: Any = linear4bit.weight
+        weight: Any = parameter(linear4bit, "weight")
         if torch.compiler.is_compiling():  # keeping it would add a guard that fails at the second call
             return NF4Weight.from_bnb(weight)
-        state = getattr(weight, "quant_state", None)
-        view = self._view
-        if (
-            view is not None
-            and self._weight is weight
-            and state is not None
-            and view.absmax is state.absmax
-            and not getattr(state, "packing_format_for_cpu", False)
-        ):
+        if (view := self.known(weight)) is not None:
             return view
         with torch.inference_mode(False):  # training may need it later
             self._weight, self._view = weight, NF4Weight.from_bnb(weight)
         return self._view
+
+    def known(self, weight: Any) -> NF4Weight | None:
+        """The view, if it is of this weight in its present state."""
+        view = self._view
+        if view is None or self._weight is not weight:
+            return None
+        state = getattr(weight, "quant_state", None)
+        if state is None or view.absmax is not state.absmax or getattr(state, "packing_format_for_cpu", False):
+            return None
+        return view
 
     def forget(self) -> None:
         """Release the memory, for instance when the layer moves to another device."""
@@ -65,8 +67,17 @@ class AdoptedWeight:
 
 def is_linear4bit(module: nn.Module) -> bool:
     """Whether a module is bitsandbytes' `Linear4bit` itself, `LinearNF4` or `LinearFP4`."""
-    bnb = sys.modules.get("bitsandbytes")
-    return bnb is not None and type(module) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
+    return type(module) in _linear4bit_types()
+
+
+def _linear4bit_types() -> tuple[type, ...]:
+    global _known_types
+    if not _known_types and (bnb := sys.modules.get("bitsandbytes")) is not None:
+        _known_types = bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4
+    return _known_types
+
+
+_known_types: tuple[type, ...] = ()  # of bitsandbytes, once it has been imported
 
 
 def compute_dtype(linear4bit: Any, x: Tensor) -> torch.dtype:
@@ -97,7 +108,7 @@ def frozen(
     weight, dtype, bias = adopted.of(base), compute_dtype(base, x), parameter(base, "bias")
     if bias is not None and bias.dtype not in (dtype, torch.float32):
         bias = bias.to(dtype)
-    return x.to(dtype), weight, bias, x.dtype
+    return x if x.dtype is dtype else x.to(dtype), weight, bias, x.dtype
 
 
 def base_weight(base: Any, adopted: AdoptedWeight | None = None) -> Tensor | NF4Weight:

@@ -167,7 +167,7 @@ class LoRALinear(nn.Module):
         lora_a, lora_b, scaling = self.adapter()
         x, weight, bias, given = frozen(self._modules["base_layer"], x, self._adopted)
         y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, self._dropout_p(), self.training)
-        return y if given is None else y.to(given)
+        return y if given is None or y.dtype is given else y.to(given)
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -206,8 +206,11 @@ def _forward(
         return x.new_zeros((*x.shape[:-1], n)), h
     device = x.device.type
     if torch.is_autocast_enabled(device):  # the low-rank products keep their own dtype
-        with torch.autocast(device, enabled=False):
+        torch.set_autocast_enabled(device, False)  # `torch.autocast` does the same in 7 us
+        try:
             return _forward(x, weight, lora, bias, save_h, path)
+        finally:
+            torch.set_autocast_enabled(device, True)
     path = path or _path(x, weight, lora)
     if x.dim() == 2:
         return path.forward(x, weight, lora, bias, save_h)  # type: ignore[no-any-return]
@@ -232,8 +235,11 @@ def _backward(
         return Gradients(dx, da if needs.lora_a else None, db if needs.lora_b else None)
     device = dy.device.type
     if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+        torch.set_autocast_enabled(device, False)
+        try:
             return _backward(dy, x, h, weight, lora, needs, path)
+        finally:
+            torch.set_autocast_enabled(device, True)
     rows = dy if dy.dim() == 2 else dy.reshape(-1, n)
     x = x if x is None or x.dim() == 2 else x.reshape(-1, k)
     path = path or _path(dy, weight, lora)

@@ -12,7 +12,6 @@ from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.utils import parametrize
 
 from fastlora.kernels.operands import FLOAT_DTYPES, Lora
 from fastlora.layers.bases import compute_dtype, is_linear4bit, is_plain
@@ -31,6 +30,7 @@ EXPECTED = (
     "peft's DoraCaching keeps B A and the norms",
 )
 _PLAIN = (nn.Parameter, Tensor)
+_LINEARS, _DROPOUTS, _NUMBERS = (nn.Linear, nn.Linear), (nn.Identity, nn.Dropout), (float, int)
 _CPU = torch.device("cpu")
 _TRANSPOSED = "fan_in_fan_out: the weight is transposed"
 
@@ -81,6 +81,60 @@ def at_a_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     if dora and _peft_keeps(layer.lora_magnitude_vector._modules[active[0]]):
         return EXPECTED[3], active
     return _dtype_reason(x, base, dtypes, dora, dora and _dropped(layer, active[0]) > 0), active
+
+
+def only_adapter(layer: Any, x: Tensor) -> Lora | None:
+    """The adapter of a call without further arguments, where one plain adapter is active and nothing is in the way.
+
+    In a quarter of the time of `at_a_call`, which finds the same there. None: `at_a_call` is to decide.
+    """
+    active = layer._active_adapter
+    if type(active) is not str:
+        if len(active) != 1:
+            return None
+        active = active[0]
+    modules = layer._modules
+    base, lora_a = modules["base_layer"], modules["lora_A"]._modules.get(active)
+    if (
+        lora_a is None or layer._disable_adapters or layer.merged_adapters or active in layer.lora_variant
+        or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    ):  # fmt: skip
+        return None
+    lora_b, dropout = modules["lora_B"]._modules[active], modules["lora_dropout"]._modules[active]
+    kinds, scaling = (type(lora_a), type(lora_b)), layer.scaling[active]
+    if kinds != _LINEARS or type(scaling) not in _NUMBERS or type(dropout) not in _DROPOUTS:
+        return None
+    if not (is_plain(base) and is_plain(lora_a) and is_plain(lora_b) and is_plain(dropout)):
+        return None
+    of_a, of_b, dtype = lora_a._parameters, lora_b._parameters, x.dtype
+    if of_a.get("bias", 0) is not None or of_b.get("bias", 0) is not None:
+        return None
+    a: Any = of_a.get("weight")
+    b: Any = of_b.get("weight")
+    if type(a) not in _PLAIN or type(b) not in _PLAIN or a.dtype is not b.dtype:
+        return None
+    weight: Any = base._parameters.get("weight")
+    if dtype not in FLOAT_DTYPES or base._modules:
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        if base_reason(base) or is_conv1d(base) or _dtype_reason(x, base, {a.dtype}, False, False):
+            return None
+    elif type(base) is nn.Linear:
+        if type(weight) not in _PLAIN or weight.dtype is not dtype:
+            return None
+        if a.dtype is not torch.float32 and a.dtype is not dtype:
+            return None
+    elif is_linear4bit(base):
+        if layer.fastlora_adopted.known(weight) is None:
+            return None
+        if a.dtype is not torch.float32 and a.dtype is not compute_dtype(base, x):
+            return None
+    else:
+        return None
+    if not layer.cast_input_dtype_enabled or layer.__dict__.get("fan_in_fan_out"):
+        return None
+    p = dropout.__dict__.get("p", 0.0) if dropout.training else 0.0
+    return Lora(a, b, scaling, p) if p < 1.0 - 2**-17 else None
 
 
 def _peft_keeps(magnitude: Any) -> bool:
@@ -145,11 +199,11 @@ def base_reason(base: Any) -> str:
         if type(weight) not in _PLAIN:
             return f"the base weight is a {type(weight).__name__}"
         return "" if weight.dtype in FLOAT_DTYPES else f"the base weight is {weight.dtype}"
-    if parametrize.is_parametrized(base):
+    if "parametrizations" in base._modules:
         return "the base layer is parametrized"
     if not is_linear4bit(base):
         return f"the base layer is a {type(base).__name__}"
-    state = getattr(base.weight, "quant_state", None)
+    state = getattr(parameter(base, "weight"), "quant_state", None)
     if state is None:
         return "bitsandbytes has not quantized the base weight yet"
     if state.quant_type != "nf4":

@@ -62,6 +62,13 @@ class _SpedUpLinear(SpedUp):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, by our forward where the conditions hold, else by peft's."""
+        if not args and not kwargs and not compiler.is_compiling():
+            only = conditions.only_adapter(self, x)
+            if only is not None:
+                self.fastlora_calls.sped_up += 1
+                x, weight, bias, given = frozen(self._modules["base_layer"], x, self.fastlora_adopted)
+                y = lora_linear(x, weight, only.a, only.b, only.scaling, bias, only.dropout_p, True)
+                return y if given is None or y.dtype is given else y.to(given)
         reason, active = at_a_call(self, x, args, kwargs)
         if not compiler.is_compiling():
             count(self.fastlora_calls, reason)
@@ -81,7 +88,7 @@ class _SpedUpLinear(SpedUp):
             else:
                 bias = total_bias(bias, lora)
                 y = lora_linear(x, weight, lora.a, lora.b, lora.scaling, bias, lora.dropout_p, True)
-        return y if given is None else y.to(given)
+        return y if given is None or y.dtype is given else y.to(given)
 
     def _dora(self: Any, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora: Lora, name: str) -> Tensor:
         magnitude = self.lora_magnitude_vector._modules[name]

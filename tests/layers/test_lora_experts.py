@@ -81,7 +81,7 @@ def test_saved_by_peft_it_opens_here(name, tmp_path):
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
-def test_the_start_is_pefts(init):
+def test_the_start_is_pefts(init, one_thread):
     torch.manual_seed(7)
     config = {"r": 3, "target_parameters": list(BOTH), "target_modules": ["q_proj"], "init_lora_weights": init}
     base = moe()
