@@ -1,32 +1,39 @@
 """Everything to be done on a CUDA machine, in one command: `make gpu`, or `python -m bench gpu`.
 
-    install   peers that are absent, where pip has a network and a virtual environment; else says which are absent
-    build     the compiled libraries, CPU and CUDA
-    tests     pytest -m gpu
-    kernels   bench kernels: training shapes, decode and M = 256, dropout, a dense base
-    tune      bench tune: the table of choices for this GPU, in kernels/choice.csv; a copy is kept with the results
-    tuned     bench kernels again for small M, now that the table has rows for this GPU
-    static    registers, spills, shared memory, instructions a weight, for this architecture
-    report    plots and the page
-    profile   hardware counters by ncu; only where asked for by name
-    experts   stacks of experts against peft; only where asked for by name
-    options   peft's options against peft; only where asked for by name
+    install      peers that are absent, where pip has a network and a virtual environment; else says which are absent
+    build        the compiled libraries, CPU and CUDA, for this GPU
+    checks       linears of every kind against fp64
+    steps        bench steps: whole training steps beside peft, and the kernels that take most of them
+    tests        pytest -m gpu
+    many         bench kernels at 4,096 and 16,384 tokens
+    tune         bench tune: the table of choices for this GPU, in kernels/choice.csv; a copy is kept with the results
+    tuned        bench kernels again for small M, now that the table has rows for this GPU
+    kernels      bench kernels: training shapes, decode and M = 256, dropout, a dense base
+    host         bench host: what a call costs the CPU
+    sanitizers   one linear of each kind under compute-sanitizer: memcheck, racecheck, initcheck
 
-A phase is one or a few processes, with a log and a time limit: its share of what is left of --seconds, so that what one
-leaves over goes to the others. What it wrote before its time ran out is kept. A phase that fails does not stop the
-next. One that has succeeded is not run again unless --again says so. The last thing printed is a table of phases; the
-exit status is 1 where one failed. `--dry-run` goes through them without a GPU: kernels in Triton's interpreter, tiny
-shapes.
+and, only where asked for by name: static (registers, spills, instructions a weight), report (plots and the page), both
+without a GPU; profile (hardware counters by ncu), experts and options (against peft).
+
+The order is that of value, so that a run that is cut short at any minute leaves the most. A phase is one or a few
+processes, with a log and a time limit: its share of what is left of --seconds, so that what one leaves over goes to the
+others. What it wrote before its time ran out is kept; each test that fails is in failures.log when it fails. A phase
+that fails does not stop the next. One that has succeeded is not run again unless --again says so. The last thing
+printed is a table of phases; the exit status is 1 where one failed. phases.json names the phase at work, and with
+--archive DIR everything is packed into DIR/NAME.tar.gz after each phase. `--dry-run` goes through them without a GPU:
+kernels in Triton's interpreter, tiny shapes.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -42,15 +49,16 @@ from bench.measure.record import RESULTS, ROOT
 from bench.measure.timing import device_name
 
 SUMMARY = "everything to be done on a CUDA machine: build, test, measure, tune, plot; bounded and resumable"
-WHOLE_S = 530.0
+WHOLE_S = 1500.0
 _GRACE_S = 5.0
 _STATE = "phases.json"
 _NOTE_WIDTH = 90
+_ARCHIVE_BYTES = 15_000_000
 
 
 @dataclass
 class Outcome:
-    """How a phase ended; `status` is one of ok, failed, out of time, skipped."""
+    """How a phase ended; `status` is one of ok, failed, out of time, skipped, and running before that."""
 
     phase: str
     status: str
@@ -71,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phases", nargs="+", metavar="NAME", help="only these, in their usual order")
     parser.add_argument("--again", action="store_true", help="also run phases that have succeeded before")
     parser.add_argument("--seconds", type=float, default=WHOLE_S, help=f"for all phases together ({WHOLE_S:g})")
+    parser.add_argument("--archive", type=Path, metavar="DIR", help="pack results and logs into one file there")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: the interpreter and tiny shapes")
 
 
@@ -103,8 +112,12 @@ def run(arguments: argparse.Namespace) -> int:
         for outcome in walk(chosen, out, arguments.seconds, arguments.again):
             outcomes.append(outcome)
             print(line(outcome), flush=True)
+            if arguments.archive is not None:
+                archive(out, arguments.archive)
     finally:
         signal.signal(signal.SIGTERM, before)
+        if arguments.archive is not None:
+            archive(out, arguments.archive)
     print("\n".join(["", "phase      status           s  last words", *map(line, outcomes)]))
     return 1 if any(outcome.is_failure for outcome in outcomes) else 0
 
@@ -138,7 +151,10 @@ def walk(phases: list[Phase], out: Path, seconds: float, again: bool) -> Iterato
             yield replace(score[phase.name], note="done before; --again repeats it")
             continue
         shares = sum(other.share for other in to_do[to_do.index(phase) :])
-        score[phase.name] = perform(phase, out, (deadline - time.monotonic()) * phase.share / shares)
+        left = deadline - time.monotonic()
+        score[phase.name] = Outcome(phase.name, "running")
+        _write_outcomes(out, score)
+        score[phase.name] = perform(phase, out, max(left * phase.share / shares, min(phase.least_s, left)))
         for kept in phase.keep:
             if kept.is_file():
                 shutil.copy2(kept, out / kept.name)
@@ -172,7 +188,8 @@ def _execute(step: Step, log: IO[str], limit_s: float) -> str:
     command = step.command(limit_s)
     log.write(f"$ {shlex.join(command)}\n")
     log.flush()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **step.env}
+    failures = Path(log.name).with_name("failures.log")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FASTLORA_FAILURES": str(failures), **step.env}
     try:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -195,6 +212,30 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_S)
+
+
+def archive(out: Path, folder: Path) -> Path:
+    """Pack what is in `out` into one file of at most 15 MB, the smallest first; what does not fit is named in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{out.name}.tar.gz"
+    staged = path.with_name(f".{path.name}")
+    files = sorted((file for file in out.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    left_out, total = [], 0
+    with tarfile.open(staged, "w:gz") as packed:
+        for file in files:
+            size = file.stat().st_size
+            if total + size > _ARCHIVE_BYTES:
+                left_out.append(f"{file.relative_to(out)}, {size} bytes")
+                continue
+            packed.add(file, Path(out.name) / file.relative_to(out))
+            total += size
+        if left_out:
+            note = "\n".join(["not in this archive, for its size:", *left_out, ""]).encode()
+            entry = tarfile.TarInfo(f"{out.name}/left-out.txt")
+            entry.size = len(note)
+            packed.addfile(entry, io.BytesIO(note))
+    staged.replace(path)
+    return path
 
 
 def _last_words(log: Path) -> str:

@@ -1,6 +1,7 @@
 """What `python -m bench gpu` runs: the processes of each phase on a CUDA machine, and toy versions without a GPU."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +19,10 @@ _COUNTERS = (
     "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
-_TESTS = ("pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+_TESTS = ("pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.failures",
+          "--continue-on-collection-errors")  # fmt: skip
+_MOST_WORKERS = 12
+_SANITIZERS = ("memcheck", "racecheck", "initcheck")
 _MARGIN_S = 12.0  # a process that has its own limit may take so much longer
 SECONDS = "{seconds}"  # replaced in a command line by the time it has
 
@@ -44,6 +48,7 @@ class Phase:
 
     Args:
         share: how much of the time it may take, relative to the other phases.
+        least_s: seconds it may take even where its share of what is left is less.
         skip: says why it cannot run; "" where it can.
         keep: files copied to the results when it ends, even if it fails.
         optional: runs only where asked for by name.
@@ -55,6 +60,7 @@ class Phase:
     skip: Callable[[], str] = lambda: ""
     keep: tuple[Path, ...] = ()
     optional: bool = False
+    least_s: float = 0.0
 
 
 _STATUS = Step(
@@ -64,23 +70,36 @@ _STATUS = Step(
 
 
 def on_gpu(out: Path, arch: int) -> list[Phase]:
-    """What runs on a CUDA machine of an architecture such as 90, the most important first."""
+    """What runs on a CUDA machine of an architecture such as 90, the most important first.
+
+    What needs no GPU (static, report) and what is long (profile, experts, options) runs only where asked for by name.
+    """
     known = [other for other in ARCHITECTURES if other <= arch]
+    build = Step(("fastlora.native",), {"FASTLORA_CUDA_ARCHS": str(max(known))})
     tests = Step((*_TESTS, *_in_parallel()))
+    measured = ("--out", str(out / "steps.csv"), "--profile", str(out / "step-kernels.csv"), "--limit", SECONDS)
+    steps = Step(("bench", "steps", "--device", "cuda", *measured))
+    host = Step(("bench", "host", "--device", "cuda", "--rounds", "9", "--calls", "40", "--out", str(out / "host.csv")))
+    many = ("--shapes", "4096x4096", "4096x12288", "12288x4096", "--m", "4096", "16384", "--dropout", "0")
     small_m = ("--shapes", "4096x14336", "--m", "1", "16", "64", "256", "--kernels", "nf4_linear", "--dropout", "0")
     tune = Step(("bench", "tune", "--out", str(TABLE), "--budget", SECONDS))
     static = Step(("bench", "static", "--arch", str(max(known)), "--out", str(out / "static.csv")))
     experts = Step(("bench", "experts", "--device", "cuda", "--out", str(out / "experts.csv")))
     options = Step(("bench", "options", "--device", "cuda", "--out", str(out / "options.csv")))
     return [
-        Phase("install", 0.5, (Step(("bench.compare.peers", "--install")),)),
-        Phase("build", 1.5, (Step(("fastlora.native",), {"FASTLORA_CUDA_ARCHS": str(max(known))}), _STATUS)),
-        Phase("tests", 3.0, (tests,), _no_pytest),
-        Phase("kernels", 3.0, (_kernels(out, "cuda", "--limit", SECONDS),)),
-        Phase("tune", 2.0, (tune,), keep=(TABLE,)),
+        Phase("install", 0.3, (Step(("bench.compare.peers", "--install")),)),
+        Phase("build", 0.5, (build, _STATUS), least_s=60),
+        Phase("checks", 0.5, (Step(("bench.gpu.each_kind",)),), least_s=60),
+        Phase("steps", 2.0, (steps,), _no_transformers, least_s=75),
+        Phase("tests", 2.5, (tests,), _no_pytest),
+        Phase("many", 1.5, (_kernels(out, "cuda", *many, "--no-launches", "--limit", SECONDS),)),
+        Phase("tune", 4.0, (tune,), keep=(TABLE,)),
         Phase("tuned", 1.0, (_kernels(out, "cuda", *small_m, "--no-memory", "--limit", SECONDS),)),
-        Phase("static", 1.5, (static,)),
-        Phase("report", 0.5, _report_steps(out)),
+        Phase("kernels", 3.0, (_kernels(out, "cuda", "--limit", SECONDS),)),
+        Phase("host", 1.0, (host,)),
+        Phase("sanitizers", 2.0, tuple(map(_sanitized, _SANITIZERS)), _no_sanitizer),
+        Phase("static", 1.5, (static,), optional=True),
+        Phase("report", 0.5, _report_steps(out), optional=True),
         Phase("profile", 2.0, (_profile(out),), _no_ncu, optional=True),
         Phase("experts", 1.0, (experts,), optional=True),
         Phase("options", 1.0, (options,), optional=True),
@@ -91,6 +110,10 @@ def rehearsed(out: Path) -> list[Phase]:
     """The same phases without a GPU: the interpreter, one architecture, tiny shapes; nothing is installed."""
     interpreted, compiled = {"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}
     tests = Step((*_TESTS, str(ROOT / "tests" / "gpu")), interpreted)
+    steps = Step(("bench", "steps", "--device", "cpu", "--quick", "--models", "qwen3-8b-4", "--tokens", "24", "--limit",
+                  SECONDS, "--out", str(out / "steps.csv")))  # fmt: skip
+    few = ("--rounds", "2", "--calls", "2", "--out", str(out / "host.csv"))
+    host = Step(("bench", "host", "--device", "cuda", *few), compiled)
     tiny: tuple[str, ...] = ("--shapes", "256x192", "--m", "1", "5", "--r", "4", "--kernels", "nf4_linear")
     tiny += ("--repeats", "2", "--budget", "0.01", "--no-memory")
     tiny += ("--providers", "torch", "fastlora-fp32", "fastlora-bf16")
@@ -99,10 +122,15 @@ def rehearsed(out: Path) -> list[Phase]:
     return [
         Phase("install", 0.5, (Step(("bench.compare.peers",)),)),
         Phase("build", 0.5, (_STATUS,)),
+        Phase("checks", 0.5, (Step(("bench.gpu.each_kind",), interpreted),)),
+        Phase("steps", 1.0, (steps,), _no_transformers),
         Phase("tests", 1.0, (tests,), _no_pytest),
-        Phase("kernels", 1.0, (_kernels(out, "cpu", *tiny),)),
+        Phase("many", 1.0, (_kernels(out, "cpu", *tiny),)),
         Phase("tune", 2.0, (tune,)),
         Phase("tuned", 1.0, (_kernels(out, "cpu", *tiny),)),
+        Phase("kernels", 1.0, (_kernels(out, "cpu", *tiny),)),
+        Phase("host", 1.0, (host,)),
+        Phase("sanitizers", 0.5, (Step(("bench.gpu.each_kind",), interpreted),)),
         Phase("static", 1.0, (Step(static, compiled),)),
         Phase("report", 1.0, _report_steps(out)),
     ]
@@ -131,12 +159,35 @@ def _profile(out: Path) -> Step:
     return Step((*counters, *only, sys.executable, "-m", *bench), program="ncu")
 
 
+def _sanitized(tool: str) -> Step:
+    """One linear of each kind under one of compute-sanitizer's tools."""
+    options = ("--tool", tool, "--error-exitcode", "1", "--print-limit", "20")
+    program = [sys.executable, "-m", "bench.gpu.each_kind"]
+    return Step((*options, *program), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, _sanitizer() or "compute-sanitizer")
+
+
+def _sanitizer() -> str | None:
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(folder))
+
+
 def _in_parallel() -> tuple[str, ...]:
-    return ("-n", "4") if importlib.util.find_spec("xdist") else ()
+    """As many workers as there are cores, two less, for Triton compiles on the CPU what the tests run."""
+    workers = max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 2))
+    return ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
 
 
 def _no_pytest() -> str:
     return "" if importlib.util.find_spec("pytest") else "pytest is not installed here"
+
+
+def _no_transformers() -> str:
+    absent = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
+    return f"not installed here: {', '.join(absent)}" if absent else ""
+
+
+def _no_sanitizer() -> str:
+    return "" if _sanitizer() else "compute-sanitizer is neither on the PATH nor with CUDA"
 
 
 def _no_ncu() -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -113,6 +114,63 @@ def test_what_a_phase_leaves_of_its_time_goes_to_the_others(tmp_path, monkeypatc
     assert limits == pytest.approx({"a": 100, "b": 400 * 2 / 3, "c": 400}, rel=0.01)
 
 
+def test_an_early_phase_gets_what_it_needs_of_a_short_time(tmp_path, monkeypatch):
+    limits = {}
+    monkeypatch.setattr(gpu, "perform", lambda p, out, s: limits.update({p.name: s}) or gpu.Outcome(p.name, "ok"))
+    walk(tmp_path, phase("a", least_s=60), phase("b", share=3, least_s=300), seconds=100)
+    assert limits == pytest.approx({"a": 60, "b": 100}, rel=0.01)
+
+
+def test_a_kill_at_any_moment_leaves_the_phase_at_work_and_an_archive(tmp_path):
+    """The state and the archive have what is done, and what was running."""
+    out, packed = tmp_path / "run", tmp_path / "packed"
+    code = (
+        "import sys\nfrom bench.gpu import gpu\nfrom bench.cli import main\nfrom tests.bench.test_gpu import phase\n"
+        "naps = [phase(n, 'import time; print(1, flush=True); time.sleep(0.7)') for n in ('one', 'two', 'three')]\n"
+        "gpu.rehearsed = lambda out: naps\n"
+        f"sys.exit(main(['gpu', '--dry-run', '--out', {str(out)!r}, '--again', '--archive', {str(packed)!r}]))"
+    )
+    for wait in (0.0, 1.1):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+        state = out / "phases.json"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not state.exists():
+            time.sleep(0.05)
+        time.sleep(wait)
+        process.terminate()
+        process.wait(30)
+        found = json.loads(state.read_text())
+        assert [o["status"] for o in found.values()].count("running") == 1
+        with tarfile.open(packed / "run.tar.gz") as archive:
+            assert "run/phases.json" in archive.getnames()
+            assert "run/one.log" in archive.getnames()
+        state.unlink()
+
+
+def test_an_archive_names_what_is_too_large_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_ARCHIVE_BYTES", 100)
+    out = tmp_path / "h100"
+    (out / "deep").mkdir(parents=True)
+    (out / "small.csv").write_text("a,b\n")
+    (out / "deep" / "large.log").write_text("x" * 200)
+    with tarfile.open(gpu.archive(out, tmp_path / "to")) as packed:
+        assert set(packed.getnames()) == {"h100/small.csv", "h100/left-out.txt"}
+        assert b"deep/large.log, 200 bytes" in packed.extractfile("h100/left-out.txt").read()
+
+
+def test_a_test_that_fails_is_written_when_it_fails(tmp_path):
+    (tmp_path / "test_some.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2, 'two'\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.failures", "-p", "no:cacheprovider", "--rootdir"]
+    environment = {**os.environ, "FASTLORA_FAILURES": str(tmp_path / "failures.log"), "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run([*command, tmp_path, tmp_path], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 1
+    written = (tmp_path / "failures.log").read_text()
+    assert "test_bad (call)" in written
+    assert "AssertionError: two" in written
+    assert "test_good" not in written
+
+
 def test_a_phase_that_cannot_run_says_why_and_is_no_failure(tmp_path, capsys):
     assert walk(tmp_path, phase("tests", "1/0", skip=lambda: "pytest is not installed here")) == {
         "tests": ("skipped", "pytest is not installed here")
@@ -144,7 +202,8 @@ def test_on_a_gpu_every_phase_and_every_option_is_known(tmp_path, arch):
     from bench.machine_code.specimen import ARCHITECTURES
 
     known = phases.on_gpu(tmp_path, arch)
-    assert [p.name for p in known if not p.optional] == [p.name for p in phases.rehearsed(tmp_path)]
+    names = [p.name for p in known if not p.optional]
+    assert [p.name for p in phases.rehearsed(tmp_path)] == [*names, "static", "report"]
     assert sum(p.share for p in known) > 0
     for step in (step for p in known for step in p.steps if step.words[0] == "bench"):
         words = step.command(60.0)[3:]
@@ -167,7 +226,7 @@ def parse(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--dry-run", "--phases", "teste"], "no phase called 'teste'; there are install, build, tests"),
+        (["--dry-run", "--phases", "teste"], "no phase called 'teste'; there are install, build, checks, steps, tests"),
         (["--dry-run", "--seconds", "0"], "--seconds must be above 0"),
         pytest.param(
             [], "finds no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -194,7 +253,7 @@ def test_the_whole_is_rehearsed_without_a_gpu(tmp_path, capsys):
     shown = capsys.readouterr().out
     logs = "\n".join(log.read_text()[-1500:] for log in tmp_path.glob("*.log"))
     assert status == 0, shown + logs
-    for name in ("kernels.csv", "static.csv", "choice.csv", "report.html"):
+    for name in ("kernels.csv", "static.csv", "choice.csv", "steps.csv", "host.csv", "report.html"):
         assert (tmp_path / name).stat().st_size > 0, logs
     assert list((tmp_path / "plots").iterdir())
     for known in phases.rehearsed(tmp_path):
