@@ -48,13 +48,18 @@ def mode(activation: torch.dtype, adapter: torch.dtype) -> str:
     return "split" if activation == torch.bfloat16 else "tf32x3"
 
 
-def tile(op: str, r: int, how: str, dropout: bool) -> Tile:
+def tile(op: str, r: int, how: str, dropout: bool, major: int) -> Tile:
     """The built-in tile of an activation for a padded rank and a mode; no register is spilled.
 
-    A factor in three parts takes registers, and so do the mask and 32 ranks: then a tile is half as large.
+    A factor in three parts takes registers, and so do the mask and 32 ranks: then a tile is half as large. On sm_90 and
+    sm_100 tensor cores read operands from shared memory, which leaves registers for 64 ranks.
+    major: of the compute capability.
     """
     if how in ("ieee", "tf32x3"):
         return Tile(32, 64, 4, STAGES)
+    if r > 32 and how == "split" and major in (9, 10) and not dropout:
+        rows, columns, warps = {"shrink": (128, 64, 4), "x": (64, 128, 4), "dy": (32, 256, 8)}[op]
+        return Tile(rows, columns, warps, STAGES)
     if r > 32:
         return Tile(32 if how == "split" else 64, 64, 8, STAGES)
     warps = 8 if r == 32 and (op != "shrink" or how == "split") else 4
@@ -71,7 +76,9 @@ def interpreted() -> bool:
 
 def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device) -> Tile:
     """The tile for an activation [m, length]: the table's of `choice` where it has one, else the built-in one."""
-    return choice.tile(op, m, length, r, how, dropout, device) or tile(op, block_r(r), how, dropout)
+    if found := choice.tile(op, m, length, r, how, dropout, device):
+        return found
+    return tile(op, block_r(r), how, dropout, choice.gpu_of(device)[1][0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from bench.machine_code import grouped_specimens
-from bench.machine_code.specimen import NF4_TYPES, Specimen
+from bench.machine_code.specimen import ARCHITECTURES, NF4_TYPES, Specimen
 
 RANKS = (16, 32, 64)
 
@@ -71,12 +71,18 @@ def _lora_specimens() -> Iterator[Specimen]:
 
 
 def _low_rank(r: int, adapter: str, dropout: bool, segments: int = 0, owned: bool = False) -> Iterator[Specimen]:
-    """The four kernels for one rank; with `segments`, for rows that have adapters of their own."""
+    """The four kernels for one rank, on every architecture; with `segments`, for rows with adapters of their own."""
+    for major, archs in ((8, tuple(arch for arch in ARCHITECTURES if arch // 10 not in (9, 10))), (9, (90, 100))):
+        for specimen in _low_rank_on(major, r, adapter, dropout, segments, owned):
+            yield replace(specimen, archs=archs)
+
+
+def _low_rank_on(major: int, r: int, adapter: str, dropout: bool, segments: int, owned: bool) -> Iterator[Specimen]:
     from fastlora.kernels import lora, lora_plan
 
     how = "split" if adapter == "fp32" else "narrow"
     block_r = lora.block_r(r)
-    shrink, dy, x = (lora_plan.tile(op, block_r, how, dropout) for op in ("shrink", "dy", "x"))
+    shrink, dy, x = (lora_plan.tile(op, block_r, how, dropout, major) for op in ("shrink", "dy", "x"))
     suffix = f"_r{r}" + ("_fp32" if adapter == "fp32" else "") + ("_dropout" if dropout else "")
     suffix += "_segments" if segments else ""
     common: dict[str, Any] = {"MODE": how, "INTERPRETED": False, "SEGMENTS": segments, "OWNED": owned}
