@@ -92,10 +92,12 @@ def mixed_linear(
             return _affine(rows, in_dtype(weight, dtype), bias)
         wide = any(adapter.bias is not None for adapter in present.values())
         side_by_side = not any(adapter.dropout_p for adapter in present.values())
-        if side_by_side and x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0):
-            update = _side_by_side(x, bias, present, names)
-        elif x.numel() and not seen_by_others(x, None) and backend(x.device).name == "triton":
+        few = x.numel() // x.shape[-1] * (len(present) - 1) <= SIDE_BY_SIDE_UP_TO.get(device, 0)
+        kernels = x.numel() > 0 and not seen_by_others(x, None) and backend(x.device).name == "triton"
+        if kernels and (torch.is_grad_enabled() or not (side_by_side and few)):  # autograd would add dx in 16 bits
             return _by_kernels(x, dtype, weight, bias, present, names, wide)
+        if side_by_side and few:
+            update = _side_by_side(x, bias, present, names)
         else:
             update = _in_segments(x, bias, present, names, dtype if isinstance(weight, Tensor) else x.dtype)
         return _added(rows, weight, update, wide, x.dtype)
