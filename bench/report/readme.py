@@ -1,7 +1,8 @@
-"""Write the README's measured table and its picture from a benchmark CSV: no figure there is typed by hand.
+"""Write the README's measured tables and its picture from benchmark CSVs: no figure there is typed by hand.
 
-Takes the newest row of each case. The table goes between the markers `<!-- measured -->` and `<!-- /measured -->`; the
-picture shows forward + backward of peft, fastlora and the bare product.
+Takes the newest row of each case. The table of linears goes between the markers `<!-- measured -->` and
+`<!-- /measured -->`, that of whole steps between `<!-- steps -->` and `<!-- /steps -->`; the picture shows forward +
+backward of peft, fastlora and the bare product.
 """
 
 import argparse
@@ -14,12 +15,14 @@ from bench.report.figures import training_bars
 
 SUMMARY = "write the README's table and picture from the CSV"
 START, END = "<!-- measured -->", "<!-- /measured -->"
+STEPS_START, STEPS_END = "<!-- steps -->", "<!-- /steps -->"
 NAMES = {"peft-fp32": "peft + bitsandbytes", "fastlora-fp32": "fastlora", "torch": "bare bf16 product"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench readme`."""
     parser.add_argument("--csv", type=Path, default=Path("bench/results/cpu/kernels.csv"))
+    parser.add_argument("--steps", type=Path, default=Path("bench/results/nvidia-h100-80gb-hbm3/steps.csv"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/cpu_linear.png"))
     parser.add_argument("--shape", default="4096x4096", metavar="KxN")
@@ -38,16 +41,41 @@ def run(arguments: argparse.Namespace) -> int:
     if not times:
         raise ValueError(f"{arguments.csv} has no times for {arguments.shape}: measure that shape first")
     text = arguments.readme.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        raise ValueError(f"{arguments.readme} lacks the markers {START} and {END}")
-    before, rest = text.split(START)
-    table = "\n".join(markdown(times))
-    arguments.readme.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    for marker in (START, END, STEPS_START, STEPS_END):
+        if marker not in text:
+            raise ValueError(f"{arguments.readme} lacks the marker {marker}")
+    text = _between(text, START, END, markdown(times))
+    text = _between(text, STEPS_START, STEPS_END, steps_markdown(read([arguments.steps])))
+    arguments.readme.write_text(text, encoding="utf-8")
     training = {case: found for case, found in times.items() if (case.kernel, case.mode) == ("nf4_linear", "both")}
     title = f"LoRA linear over NF4, {k} to {n}, r={last.R}, forward + backward, {last.device}"
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
     training_bars(training, NAMES, title).savefig(arguments.picture, dpi=110)
     return 0
+
+
+def _between(text: str, start: str, end: str, lines: list[str]) -> str:
+    before, rest = text.split(start)
+    table = "\n".join(lines)
+    return f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def steps_markdown(rows: list[Row]) -> list[str]:
+    """The table of `bench steps`, one line a case: wall time and the device's own, of every provider."""
+    found: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        if row.metric == "time":
+            found.setdefault((row.kernel, row.M), {})[row.provider, row.mode] = row.p50
+    lines = ["| model | base | tokens | peft, ms (device) | fastlora, ms (device) | peft sped up, ms (device) |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for (kernel, tokens), times in found.items():
+        _, model, base = kernel.split("_")
+        cells = (
+            f"{times[name, 'step']:.1f} ({times[name, 'kernels']:.1f})" if (name, "step") in times else "–"
+            for name in ("peft", "fastlora", "peft-sped-up")
+        )
+        lines.append(f"| {model} | {base.upper().replace('BF16', 'bf16')} | {tokens} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def case_times(rows: list[Row], k: int, n: int, r: int) -> dict[Case, dict[str, float]]:
