@@ -52,6 +52,8 @@ class Packed:
 
     def __post_init__(self) -> None:
         self.check()
+        if self.codes.is_cuda and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+            level_table(self.codes.device)  # a copy from the host, which a CUDA graph that is being captured forbids
 
     def check(self) -> None:
         """Raise ValueError where the parts do not fit together."""
@@ -152,5 +154,5 @@ def check_product(x: Tensor, weight: Packed, lora_a: Tensor | None, lora_b: Tens
 
 @functools.cache
 def level_table(device: torch.device) -> Tensor:
-    """The sixteen levels on a device: [16], fp32. One small copy for each device, made at first use."""
+    """The sixteen levels on a device: [16], fp32. One small copy for each device, made with the first weight there."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)

@@ -77,8 +77,10 @@ def _rows_of(
 
 
 def _moved(table: Tensor, device: torch.device) -> Tensor:
-    """A table on the device, without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    """A table on the device, without waiting for it. A graph that is being captured reads the pinned one at replays."""
+    if device.type != "cuda":
+        return table
+    return keep_if_captured(table.pin_memory(), device).to(device, non_blocking=True)
 
 
 def stacked(adapters: Sequence[Tensor], dim: int) -> Tensor:

@@ -1,5 +1,8 @@
 """On a CUDA device: bf16 through the Triton kernels, streams, graphs, and what only a GPU shows."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -158,6 +161,25 @@ def test_a_side_stream_and_a_captured_graph(base):
         x.mul_(2)
         graph.replay()
         assert torch.equal(captured, lora_linear(x, weight, a, b, SCALING))
+
+
+def test_a_graph_captured_with_the_first_call(tmp_path):
+    """In a process whose first call of fastlora on the device is captured, but for what must be compiled and loaded."""
+    code = (
+        "import torch\nfrom fastlora.ops import nf4\nfrom fastlora.ops.linear import lora_linear\n"
+        "from fastlora.kernels.operands import level_table\n"
+        "w = nf4.quantize(torch.randn(256, 256)).to('cuda'); x = torch.randn(400, 256, device='cuda').bfloat16()\n"
+        "assert level_table.cache_info().currsize\n"
+        "a, b = torch.randn(8, 256, device='cuda'), torch.randn(256, 8, device='cuda')\n"
+        "with torch.no_grad():\n"
+        "    expected = lora_linear(x, w, a, b, 1.0)\n"
+        "    graph = torch.cuda.CUDAGraph()\n"
+        "    with torch.cuda.graph(graph):\n"
+        "        y = lora_linear(x, w, a, b, 1.0)\n"
+        "    y.zero_(); graph.replay(); assert torch.equal(y, expected)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_no_call_waits_for_the_device():
