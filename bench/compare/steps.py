@@ -8,23 +8,29 @@
     qwen3-8b-4     four decoder layers of Qwen3-8B, without a head
     qwen3-0.6b     Qwen3-0.6B whole, with its loss
 
-Random weights, the same for all; LoRA of rank 16 on all seven linears of a layer, B not zero; gradient checkpointing.
-Each case is first run once by every provider and compared with peft: outputs and gradients of adapters. Then they are
-timed in turn. Rows of the CSV, kernel `step_MODEL_BASE`, K and N the sizes of its MLP:
+Random weights and NF4 codes, the same for all; LoRA of rank 16 on all seven linears of a layer, B not zero; gradient
+checkpointing. Outputs and gradients of adapters are first compared with peft's in fp32 over the same weights. The first
+provider may be `BROKEN` off, the others `CLOSE` times as far as it; "off" is that of the worst tensor. Then they are
+timed in turn. Rows of the CSV, kernel `step_MODEL_BASE` (MODEL-kept without checkpointing), K and N the sizes of its
+MLP:
 
-    time, mode step       milliseconds from the call to the device being done
-    host, mode step       microseconds until everything is queued; where the step takes no longer, the host is the limit
-    time, mode kernels    milliseconds of the device's kernels, added up by torch's profiler
-    launches              kernels, copies and fills
-    peak_memory           most memory held in a step, above the model's own
-    tokens_per_s          tokens of a step over its time
+    time, mode step           milliseconds from the call to the device being done
+    host, mode step           microseconds of wall time until everything is queued. Where the step takes no longer, the
+                              host is the limit; where it does, waiting for room in the device's queue is part of it
+    time, mode kernels        milliseconds of the device's kernels, added up by torch's profiler
+    launches                  kernels, copies and fills
+    peak_memory, mode step    most memory held in a step, above the model's own
+    peak_memory, mode model   the model's own
+    tokens_per_s              tokens of a step over its time
 
-Rows are written as they are measured. After --limit seconds the rest is left out, and named.
+NF4 comes before bf16. Rows are written as they are measured. After --limit seconds no case begins, and the one left out
+is named.
 """
 
 import argparse
 import csv
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +48,7 @@ import fastlora
 from bench.measure.operands import error_line, missing
 from bench.measure.record import RESULTS, Point, Recorder
 from bench.measure.timing import device_name, spread
+from fastlora import reference
 
 SUMMARY = "whole training steps of Qwen3: fastlora against peft, wall time, host, device, memory"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,9 +56,21 @@ RANK = 16
 PROVIDERS = ("peft", "fastlora", "peft-sped-up")
 TOKENS = (4096, 2048, 1024)
 SEQUENCE = 2048  # tokens of a sample at most
-ROUNDS, WARM_UP = 7, 2
-CLOSE = 0.08  # of the norm: two ways to round in bf16 differ by 2% to 4%
+ROUNDS, LEAST_ROUNDS, WARM_UP = 7, 3, 2
+ROUNDS_S = 4.0  # after so long a case has its least rounds only
+CLOSE = 1.5  # times the first provider's distance from fp32; over 28 layers right ones are at most 1.15 times as far
+BROKEN = 0.15  # of the norm: rounding to bf16 costs the worst gradient 3% over two layers, 6% over 28
 KERNELS_LISTED = 40
+CELLS = (  # of a line printed: heading, mode, metric, units of the CSV in one of the line's
+    ("wall", "step", "time", 1),
+    ("host", "step", "host", 1e3),
+    ("device", "kernels", "time", 1),
+    ("launches", "step", "launches", 1),
+    ("tokens/s", "step", "tokens_per_s", 1),
+    ("peak MB", "step", "peak_memory", 1),
+    ("model MB", "model", "peak_memory", 1),
+)
+HEADING = f"{'case, ms':<42}" + "".join(f"{cell[0]:>10}" for cell in CELLS) + f"{'of peft':>9}{'off':>8}"
 
 
 class Model(NamedTuple):
@@ -89,6 +108,7 @@ class Runner(NamedTuple):
     """A provider's model, and one step of it: the loss or the hidden states, and the adapters' gradients by name."""
 
     step: Callable[[], tuple[Tensor, dict[str, Tensor]]]
+    model: Any
     held: int  # bytes of the model
 
 
@@ -110,18 +130,30 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write; 1 where a provider is wrong or fails.
 
     Raises:
-        ValueError: a number of tokens below 1, or no CUDA device where one is asked for.
+        ValueError: tokens that are no whole samples, or no CUDA device where one is asked for.
     """
-    if min(arguments.tokens) < 1:
-        raise ValueError("--tokens must be at least 1")
+    if any(tokens < 1 or (tokens > SEQUENCE and tokens % SEQUENCE) for tokens in arguments.tokens):
+        raise ValueError(f"--tokens must be at least 1, and above {SEQUENCE} a multiple of it")
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     place = "cpu" if device.type == "cpu" else device_name(device).lower().replace(" ", "-")
     recorder = Recorder(arguments.out or RESULTS / place / "steps.csv", device_name(device))
-    cases = [Case(m, b, t) for m in arguments.models for b in arguments.bases for t in arguments.tokens]
-    print(f"{'ms a step: wall, queued by the host, device':<60}{'tokens/s':>10}{'of peft':>9}{'peak MB':>9}")
-    began, failed = time.monotonic(), False
+    gc.collect()
+    gc.freeze()  # of all that was imported: to free a model then takes milliseconds
+    try:
+        right = _measure(arguments, device, recorder)
+    finally:
+        gc.unfreeze()
+    print(f"rows appended to {recorder.path}")
+    return 0 if right else 1
+
+
+def _measure(arguments: argparse.Namespace, device: torch.device, recorder: Recorder) -> bool:
+    """All cases, the most telling first; False where a provider is wrong or fails."""
+    cases = [Case(m, b, t) for b in arguments.bases for m in arguments.models for t in arguments.tokens]
+    began, right, shown = time.monotonic(), True, [HEADING]
+    print(HEADING, flush=True)
     for case in cases:
         if time.monotonic() - began > arguments.limit:
             print(f"stopped at the limit before {case}")
@@ -131,15 +163,17 @@ def run(arguments: argparse.Namespace) -> int:
             if reason := _absent(provider, case.base):
                 print(f"{case} {provider}: {reason}")
             else:
-                failed |= not bench.admit(provider)
-        rows = bench.measure()
-        recorder.write(rows)
+                bench.admit(provider)
+        for rows in bench.measure():
+            recorder.write(rows)
         if arguments.profile is not None:
             bench.write_kernels(arguments.profile)
+        right &= not bench.failed
+        shown += bench.shown
         del bench
         gc.collect()
-    print(f"rows appended to {recorder.path}")
-    return 1 if failed else 0
+    print("\n".join(["", *shown]))
+    return right
 
 
 def _absent(provider: str, base: str) -> str:
@@ -147,7 +181,7 @@ def _absent(provider: str, base: str) -> str:
 
 
 class Bench:
-    """The providers of one case: built, compared with the first of them, timed."""
+    """The providers of one case: built, compared with fp32, timed."""
 
     def __init__(self, case: Case, device: torch.device, quick: bool, checkpointing: bool) -> None:
         self.case, self.device, self.checkpointing = case, device, checkpointing
@@ -165,27 +199,48 @@ class Bench:
         self.runners: dict[str, Runner] = {}
         self.peaks: dict[str, int] = {}
         self.kernels: dict[str, dict[str, tuple[int, float]]] = {}
-        self._first: tuple[str, Tensor, dict[str, Tensor]] | None = None
+        self.off: dict[str, float] = {}
+        self.shown: list[str] = []
+        self.failed = False
+        self._exact: tuple[Tensor, dict[str, Tensor]] | None = None
 
-    def admit(self, provider: str) -> bool:
-        """Build a provider and compare its step with the first one's; a line says why where it is left out."""
+    def admit(self, provider: str) -> None:
+        """Build a provider and compare its step with fp32; a line says why where it is left out."""
         try:
+            if self._exact is None:
+                self._exact = self._runner("exact").step()
             runner = self._runner(provider)
             found, gradients = self._peak(provider, runner)
+            wrong = self._wrong(provider, runner.model, found, gradients)
         except Exception as error:  # out of memory, or a package's own: the others go on
-            print(f"{self.case} {provider} left out: {error_line(error)}", flush=True)
-            return False
-        if self._first is None:
-            self._first = provider, found, gradients
-        other, expected, theirs = self._first
-        names = sorted(theirs)
-        worst = max((_off(gradients[n], theirs[n]) for n in names if n in gradients), default=float("inf"))
-        off = max(_off(found, expected), worst)
-        if sorted(gradients) != names or not off < CLOSE:
-            print(f"WRONG, not timed: {self.case} {provider} is {off:.2%} off {other}, {len(gradients)} gradients")
-            return False
-        self.runners[provider] = runner
-        return True
+            self._leave_out(provider, error)
+            return
+        if wrong:
+            self.failed = True
+            print(f"WRONG, not timed: {self.case} {provider} {wrong}", flush=True)
+        else:
+            self.runners[provider] = runner
+
+    def _leave_out(self, provider: str, error: Exception) -> None:
+        self.failed = True
+        self.runners.pop(provider, None)
+        print(f"{self.case} {provider} left out: {error_line(error)}", flush=True)
+
+    def _wrong(self, provider: str, model: Any, found: Tensor, gradients: dict[str, Tensor]) -> str:
+        """Why a provider is not to be timed; "" where it is."""
+        assert self._exact is not None
+        expected, exact = self._exact
+        if gradients.keys() != exact.keys():
+            return f"is wrong: {len(gradients)} gradients, {len(exact)} expected"
+        calls = [part.fastlora_calls for part in model.modules() if hasattr(part, "fastlora_calls")]
+        if back := [each.last_reason for each in calls if each.stepped_back]:
+            return f"is peft itself: {len(back)} layers step back, {back[0]}"
+        bound = CLOSE * next(iter(self.off.values())) if self.off else BROKEN
+        off = max(_off(found, expected), *(_off(gradients[name], exact[name]) for name in exact))
+        if not off <= bound:
+            return f"is {off:.2%} off fp32; {bound:.2%} are allowed"
+        self.off[provider] = off
+        return ""
 
     def _peak(self, provider: str, runner: Runner) -> tuple[Tensor, dict[str, Tensor]]:
         if self.device.type != "cuda":
@@ -200,6 +255,7 @@ class Bench:
         return found
 
     def _runner(self, provider: str) -> Runner:
+        gc.collect()
         before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         model = self._model(provider)
         gc.collect()
@@ -219,7 +275,7 @@ class Bench:
                 p.grad = None
             return found.detach(), gradients
 
-        return Runner(step, held)
+        return Runner(step, model, held)
 
     def _model(self, provider: str) -> Any:
         with _default_dtype(torch.bfloat16), self.device:
@@ -240,7 +296,9 @@ class Bench:
             fastlora.replace_linear(model, **options, quantize="nf4" if packed else None)
         else:
             if packed:
-                _to_4_bits(model, self.device)
+                _to_nf4(model, expand=provider == "exact")
+            if provider == "exact":
+                model.float()
             model = peft.get_peft_model(model, peft.LoraConfig(**options))
             if provider == "peft-sped-up":
                 fastlora.replace_linear(model)
@@ -251,20 +309,43 @@ class Bench:
                     p.normal_(std=p.shape[1] ** -0.5 * (0.1 if "lora_B" in name else 1.0), generator=generator)
         return model
 
-    def measure(self) -> list[Point]:
-        """Rows of the providers admitted; a line for each is printed."""
+    def measure(self) -> Iterator[list[Point]]:
+        """Rows of the providers admitted, those of the times first; a line for each provider is printed."""
         walls: dict[str, list[float]] = {name: [] for name in self.runners}
         hosts: dict[str, list[float]] = {name: [] for name in self.runners}
+        order, began = random.Random(0), time.monotonic()
         for turn in range(WARM_UP + ROUNDS):
-            for name, runner in self.runners.items():
-                host, wall = self._time(runner)
+            if turn >= WARM_UP + LEAST_ROUNDS and time.monotonic() - began > ROUNDS_S:
+                break
+            for name in order.sample(list(self.runners), len(self.runners)):
+                try:
+                    host, wall = self._time(self.runners[name])
+                except Exception as error:
+                    self._leave_out(name, error)
+                    continue
                 if turn >= WARM_UP:
                     hosts[name].append(host)
                     walls[name].append(wall)
-        rows = []
-        for name in self.runners:
-            rows += self._rows(name, walls[name], hosts[name], walls.get("peft"))
-        return rows
+        rows = {name: self._times(name, walls[name], hosts[name]) for name in self.runners}
+        yield [point for points in rows.values() for point in points]
+        for name in rows:
+            try:
+                rows[name] += (found := self._on_device(name))
+                yield found
+            except Exception as error:  # its times are kept
+                self._leave_out(f"{name}'s device time", error)
+            line = self._line(name, rows[name], rows.get("peft"))
+            self.shown.append(line)
+            print(line, flush=True)
+
+    def _line(self, name: str, rows: list[Point], theirs: list[Point] | None) -> str:
+        found = {(point.mode, point.metric): point.p50 for point in rows}
+        line = f"{f'{self.case} {name}':<42}"
+        for _, mode, metric, unit in CELLS:
+            cell = f"{found[mode, metric] / unit:.{metric in ('time', 'host'):d}f}" if (mode, metric) in found else "-"
+            line += f"{cell:>10}"
+        share = f"{theirs[0].p50 / rows[0].p50:.2f}" if theirs else "-"
+        return line + f"{share:>9}{self.off[name]:>8.2%}"
 
     def _time(self, runner: Runner) -> tuple[float, float]:
         """(seconds until everything is queued, seconds until it is done) of one step."""
@@ -279,31 +360,31 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _rows(self, name: str, walls: list[float], hosts: list[float], theirs: list[float] | None) -> list[Point]:
-        sizes = (self.case.tokens, self.config.hidden_size, self.config.intermediate_size, RANK)
-
-        def point(mode: str, metric: str, p50: float, p20: float | None = None, p80: float | None = None) -> Point:
-            return Point(f"step_{self.case.model}_{self.case.base}", name, mode, metric, *sizes, p50, p20, p80)
-
-        wall = statistics.median(walls)
-        rows = [
-            point("step", "time", *spread([each * 1e3 for each in walls])),
-            point("step", "host", *spread([each * 1e6 for each in hosts])),
-            point("step", "tokens_per_s", self.case.tokens / wall),
+    def _times(self, name: str, walls: list[float], hosts: list[float]) -> list[Point]:
+        return [
+            self._point(name, "step", "time", *spread([each * 1e3 for each in walls])),
+            self._point(name, "step", "host", *spread([each * 1e6 for each in hosts])),
+            self._point(name, "step", "tokens_per_s", self.case.tokens / statistics.median(walls)),
         ]
-        device = ""
-        if self.device.type == "cuda":
-            self.kernels[name] = kernels = self._profile(self.runners[name])
-            ms = sum(us for _, us in kernels.values()) / 1e3
-            rows.append(point("kernels", "time", ms))
-            rows.append(point("step", "launches", sum(calls for calls, _ in kernels.values())))
-            rows.append(point("step", "peak_memory", self.peaks[name] / 1e6))
-            device = f"{ms:.1f}"
-        shown = f"{self.case} {name}: {wall * 1e3:.1f}, {statistics.median(hosts) * 1e3:.1f}, {device}"
-        share = f"{statistics.median(theirs) / wall:.2f}" if theirs else ""
-        peak = f"{self.peaks[name] / 1e6:.0f}" if name in self.peaks else ""
-        print(f"{shown:<60}{self.case.tokens / wall:>10.0f}{share:>9}{peak:>9}", flush=True)
-        return rows
+
+    def _on_device(self, name: str) -> list[Point]:
+        """The kernels' time, launches, the step's memory and the model's own; nothing on a CPU."""
+        if self.device.type != "cuda":
+            return []
+        self.kernels[name] = kernels = self._profile(self.runners[name])
+        return [
+            self._point(name, "kernels", "time", sum(us for _, us in kernels.values()) / 1e3),
+            self._point(name, "step", "launches", sum(calls for calls, _ in kernels.values())),
+            self._point(name, "step", "peak_memory", self.peaks[name] / 1e6),
+            self._point(name, "model", "peak_memory", self.runners[name].held / 1e6),
+        ]
+
+    def _point(
+        self, name: str, mode: str, metric: str, p50: float, p20: float | None = None, p80: float | None = None
+    ) -> Point:
+        kernel = f"step_{self.case.model}{'' if self.checkpointing else '-kept'}_{self.case.base}"
+        sizes = (self.case.tokens, self.config.hidden_size, self.config.intermediate_size, RANK)
+        return Point(kernel, name, mode, metric, *sizes, p50, p20, p80)
 
     def _profile(self, runner: Runner) -> dict[str, tuple[int, float]]:
         """Calls and microseconds of each kernel in one step."""
@@ -350,19 +431,21 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _to_4_bits(model: Any, device: torch.device) -> None:
-    """bitsandbytes' layers in the place of the linears that get adapters, with nested scales."""
-    import bitsandbytes as bnb
-
+def _to_nf4(model: Any, expand: bool) -> None:
+    """The linears that get adapters over fastlora's NF4 codes: bitsandbytes' layers, or the same ones made dense."""
     for name, module in list(model.named_modules()):
         parent, _, last = name.rpartition(".")
-        if last in TARGETS:
-            options: dict[str, Any] = {
-                "bias": False,
-                "compute_dtype": torch.bfloat16,
-                "quant_type": "nf4",
-                "device": "meta",
-            }
-            layer: nn.Module = bnb.nn.Linear4bit(module.in_features, module.out_features, **options)
-            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-            setattr(model.get_submodule(parent), last, layer.to(device))
+        if last not in TARGETS:
+            continue
+        packed = fastlora.quantize(module.weight.data)
+        if expand:  # by plain torch, in fp32
+            scales = reference.nf4_scales(*packed.tensors()[1:])
+            module.weight.data = reference.nf4_dequantize(packed.codes, scales, packed.shape, packed.blocksize)
+            continue
+        import bitsandbytes as bnb
+
+        options: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+        layer: nn.Module = bnb.nn.Linear4bit(module.in_features, module.out_features, **options, device="meta")
+        layer.weight = packed.to_bnb()
+        setattr(model.get_submodule(parent), last, layer)
+    model.is_loaded_in_4bit = not expand  # else peft takes its layer for dense weights, which also casts x to fp32

@@ -8,7 +8,8 @@
     error         limit      worst error of the result and the gradients, in units of the error allowed; above 1 is
                              wrong, and such a provider has no other row
     launches      launches   kernels, copies and fills that one call puts on a CUDA device
-    host          us         CPU time of one call by the calling thread's clock, at a size with next to no arithmetic
+    host          us         CPU time of one call by the calling thread's clock, at a size with next to no arithmetic;
+                             in mode `step`, wall time until a whole step is queued
     tokens_per_s  tokens/s   tokens of a whole training step
 
 A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: only the kernels, in order. One called

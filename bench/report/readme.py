@@ -70,12 +70,15 @@ def steps_markdown(rows: list[Row]) -> list[str]:
     lines.append("|---|---|---:|---:|---:|---:|")
     for (kernel, tokens), times in found.items():
         _, model, base = kernel.split("_")
-        cells = (
-            f"{times[name, 'step']:.1f} ({times[name, 'kernels']:.1f})" if (name, "step") in times else "–"
-            for name in ("peft", "fastlora", "peft-sped-up")
-        )
+        cells = (" ".join(_milliseconds(times, name)) or "–" for name in ("peft", "fastlora", "peft-sped-up"))
         lines.append(f"| {model} | {base.upper().replace('BF16', 'bf16')} | {tokens} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _milliseconds(times: dict[tuple[str, str], float], name: str) -> list[str]:
+    """The wall time, and the device's own in parentheses; what was not measured is left out."""
+    found = [(times.get((name, "step")), "{:.1f}"), (times.get((name, "kernels")), "({:.1f})")]
+    return [form.format(ms) for ms, form in found if ms is not None]
 
 
 def case_times(rows: list[Row], k: int, n: int, r: int) -> dict[Case, dict[str, float]]:
