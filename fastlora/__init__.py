@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastlora.model.replace import replace_linear, report, restore
     from fastlora.ops.backend import backend
     from fastlora.ops.grouped import grouped_lora_linear
+    from fastlora.ops.keeping import keep_linears
     from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear
     from fastlora.ops.nf4 import NF4Weight, quantize
     from fastlora.peft_layers.packing import quantize_experts
@@ -47,6 +48,7 @@ __all__ = [
     "backend",
     "extract_adapter",
     "grouped_lora_linear",
+    "keep_linears",
     "load_adapter",
     "lora_linear",
     "merge",
@@ -71,6 +73,7 @@ _HOMES = {
     "fastlora.model.merging": ("merge",),
     "fastlora.ops.backend": ("backend",),
     "fastlora.ops.grouped": ("grouped_lora_linear",),
+    "fastlora.ops.keeping": ("keep_linears",),
     "fastlora.ops.linear": ("lora_linear", "nf4_dequantize", "nf4_linear"),
     "fastlora.ops.nf4": ("NF4Weight", "quantize"),
     "fastlora.peft_layers.packing": ("quantize_experts",),

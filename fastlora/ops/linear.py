@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.operands import Lora
-from fastlora.ops import dequantize, linear_cpu, linear_cpu_bf16
+from fastlora.ops import dequantize, keeping, linear_cpu, linear_cpu_bf16
 from fastlora.ops.autograd import refuse_func_gradients, refuse_second_derivative, seen_by_others
 from fastlora.ops.backend import backend
 from fastlora.ops.checks import as_autocast, check_adapter_shapes, check_adapters, check_linear
@@ -199,7 +199,22 @@ def _forward(
     save_h: bool,
     path: ModuleType | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [..., N] and h [M, R] or None by `path`; None: by the path chosen here."""
+    """y [..., N] and h [M, R] or None, perhaps kept ones, by `path`; None: by the path chosen here."""
+    keeper = keeping.keeper()
+    if keeper is None:
+        return _computed(x, weight, lora, bias, save_h, path)
+    key = x.shape, x.dtype, weight.shape, save_h, lora is None
+    return keeper.call(key, lambda: _computed(x, weight, lora, bias, save_h, path))
+
+
+def _computed(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora: Lora | None,
+    bias: Tensor | None,
+    save_h: bool,
+    path: ModuleType | None,
+) -> tuple[Tensor, Tensor | None]:
     n, k = weight.shape
     if x.numel() == 0:
         h = x.new_zeros((x.numel() // k if k else 0, lora.r), dtype=torch.float32) if lora and save_h else None
@@ -208,7 +223,7 @@ def _forward(
     if torch.is_autocast_enabled(device):  # the low-rank products keep their own dtype
         torch.set_autocast_enabled(device, False)  # `torch.autocast` does the same in 7 us
         try:
-            return _forward(x, weight, lora, bias, save_h, path)
+            return _computed(x, weight, lora, bias, save_h, path)
         finally:
             torch.set_autocast_enabled(device, True)
     path = path or _path(x, weight, lora)
