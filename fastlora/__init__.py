@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastlora.model.merging import merge
     from fastlora.model.quantizer import FastLoRANF4Config
     from fastlora.model.replace import replace_linear, report, restore
+    from fastlora.model.speed_up import speed_up
     from fastlora.ops.backend import backend
     from fastlora.ops.grouped import grouped_lora_linear
     from fastlora.ops.keeping import keep_linears
@@ -60,6 +61,7 @@ __all__ = [
     "report",
     "restore",
     "save_adapter",
+    "speed_up",
 ]
 
 # Imported at first use: the command line answers without waiting for torch.
@@ -79,9 +81,10 @@ _HOMES = {
     "fastlora.peft_layers.packing": ("quantize_experts",),
     "fastlora.model.quantizer": ("FastLoRANF4Config",),
     "fastlora.model.replace": ("replace_linear", "report", "restore"),
+    "fastlora.model.speed_up": ("speed_up",),
 }
 # Those that adapt models: transformers' saving and loading is made right for such models along with them.
-_FOR_MODELS = ("load_adapter", "replace_linear", "save_adapter")
+_FOR_MODELS = ("load_adapter", "replace_linear", "save_adapter", "speed_up")
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@
                    Trainer with bf16=True runs them
     peft-sped-up   the same model after `fastlora.replace_linear`
     fastlora       the plain model after `fastlora.replace_linear`, its weights in NF4 or in bf16
+    speed-up       the same after `fastlora.speed_up`: norms, rotary embedding and SwiGLU too
+    speed-up-kept  the same, whose checkpoints keep the linears' outputs (`fastlora.keep_linears`)
 
     qwen3-8b-4     four decoder layers of Qwen3-8B, without a head
     qwen3-0.6b     Qwen3-0.6B whole, with its loss
@@ -53,7 +55,7 @@ from fastlora import reference
 SUMMARY = "whole training steps of Qwen3: fastlora against peft, wall time, host, device, memory"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
-PROVIDERS = ("peft", "fastlora", "peft-sped-up")
+PROVIDERS = ("peft", "fastlora", "peft-sped-up", "speed-up", "speed-up-kept")
 TOKENS = (4096, 2048, 1024)
 SEQUENCE = 2048  # tokens of a sample at most
 ROUNDS, LEAST_ROUNDS, WARM_UP = 7, 3, 2
@@ -287,13 +289,16 @@ class Bench:
                     p.normal_(std=p.shape[1] ** -0.5, generator=generator)
         model.requires_grad_(False)
         if self.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            context = {"context_fn": fastlora.keep_linears} if provider.endswith("kept") else {}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **context})
         model.train()
         model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
         options: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS}
         packed = self.case.base == "nf4"
-        if provider == "fastlora":
+        if provider in ("fastlora", "speed-up", "speed-up-kept"):
             fastlora.replace_linear(model, **options, quantize="nf4" if packed else None)
+            if provider != "fastlora":
+                fastlora.speed_up(model)
         else:
             if packed:
                 _to_nf4(model, expand=provider == "exact")

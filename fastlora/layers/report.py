@@ -62,6 +62,22 @@ class LayerRow:
 
 
 @dataclass
+class PartRow:
+    """One module between the linears.
+
+    Args:
+        name: its path in the model. part: "norm", "rotary" or "mlp". kind: its class.
+        sped_up: whether fastlora computes it. reason: where, or why not.
+    """
+
+    name: str
+    part: str
+    kind: str
+    sped_up: bool
+    reason: str
+
+
+@dataclass
 class Report:
     """Rows for all linear layers of a model, in its order, and what the kernels run on.
 
@@ -71,6 +87,7 @@ class Report:
         backend_reason: why that backend.
         notes: what else the user should know.
         left_out: names of weights of experts and routers without adapters; they are no linear layers and have no row.
+        parts: what `speed_up` found between the linears; empty where it has not been called.
     """
 
     rows: list[LayerRow]
@@ -78,6 +95,7 @@ class Report:
     backend_reason: str = ""
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    parts: list[PartRow] = field(default_factory=list)
 
     @property
     def replaced(self) -> list[LayerRow]:
@@ -101,6 +119,9 @@ class Report:
         if counted:
             ours, back = sum(c.sped_up for c in counted), sum(c.stepped_back for c in counted)
             text += f"; {ours} calls sped up, {back} stepped back to peft"
+        for part in dict.fromkeys(row.part for row in self.parts):
+            done = [row.sped_up for row in self.parts if row.part == part]
+            text += f"; {part} sped up in {sum(done)} of {len(done)} modules"
         return text
 
     def _left_out(self) -> str:
@@ -111,7 +132,7 @@ class Report:
         return f"; left without adapters: {named} (not linear layers; experts are adapted by target_parameters)"
 
     def to_json(self) -> str:
-        """The whole report as JSON: `backend`, `backend_reason`, `notes`, `left_out`, `rows`."""
+        """The whole report as JSON: `backend`, `backend_reason`, `notes`, `left_out`, `parts`, `rows`."""
         return json.dumps(asdict(self), indent=2)
 
     def print(self, console: Any = None, every_layer: bool = False) -> None:
@@ -141,11 +162,24 @@ class Report:
             short = f"…{name.removeprefix(prefix)}" if prefix and name.startswith(prefix) else name
             table.add_row(*map(escape, _cells(short, count, row)), style=None if row.replaced else "dim")
         console.print(table)
-        for note in [*self._kernels(), *self.notes]:
+        for note in [*self._kernels(), *self._parts(), *self.notes]:
             console.print(escape(note))
 
     def _plain(self, lines: Iterable[tuple[str, int, LayerRow]]) -> str:
-        return "\n".join([self.summary(), *("  ".join(_cells(*line)) for line in lines), *self._kernels(), *self.notes])
+        return "\n".join(
+            [
+                self.summary(),
+                *("  ".join(_cells(*line)) for line in lines),
+                *self._kernels(),
+                *self._parts(),
+                *self.notes,
+            ]
+        )
+
+    def _parts(self) -> list[str]:
+        """A line for each part and class, and for each reason why it is not sped up."""
+        counted = Counter((row.part, row.kind, row.reason) for row in self.parts)
+        return [f"{part}: {count} x {kind}: {reason}" for (part, kind, reason), count in counted.items()]
 
     def _kernels(self) -> list[str]:
         """A line for each way in which replaced layers are computed, with the shapes that are computed so."""

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.layers import between
 from fastlora.layers.bases import check_adapter_dtype, computed_over, is_linear4bit
 from fastlora.layers.lora_experts import adapted_experts
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.layers.report import Report
+from fastlora.layers.report import PartRow, Report
 from fastlora.layers.sharded import clean_names
 from fastlora.model import new_layers, nf4_layers, on_top, stacks, trained_modules, trained_tokens
 from fastlora.model.names import ALL_LINEAR, means, within
@@ -134,14 +135,17 @@ def report(model: nn.Module) -> Report:
     """What computes each linear layer of a model now, and why.
 
     Args:
-        model: one that `replace_linear` was called on; it may have been moved, merged or given more adapters since.
+        model: one that `replace_linear` or `speed_up` was called on; it may have been moved, merged or given more
+            adapters since.
     Returns:
-        a new report: `.rows`, `.summary()`, `.print()`, `.to_json()`.
+        a new report: `.rows`, `.parts`, `.summary()`, `.print()`, `.to_json()`.
     Raises:
-        ValueError: `replace_linear` has not been called on this model.
+        ValueError: neither has been called on this model.
     """
     with clean_names(model):
-        return _report(model)
+        found = _report(model)
+        found.parts = _parts(model)
+        return found
 
 
 def _report(model: nn.Module) -> Report:
@@ -150,6 +154,8 @@ def _report(model: nn.Module) -> Report:
 
         return swap.peft_report(model)
     known: Report | None = getattr(model, "fastlora_report", None)
+    if known is None and hasattr(model, "fastlora_parts"):
+        return Report([])
     if known is None:
         raise ValueError("nothing to report on: call fastlora.replace_linear(model) on this model first")
     rows, used, experts, modules = [], [], adapted_experts(model), dict(model.named_modules())
@@ -171,6 +177,19 @@ def _report(model: nn.Module) -> Report:
     return Report(rows, name, reason, [*known.notes, *_weight_reads(modules)], known.left_out)
 
 
+def _parts(model: nn.Module) -> list[PartRow]:
+    """What `speed_up` found, in its present state."""
+    modules, rows = dict(model.named_modules()), []
+    for row in getattr(model, "fastlora_parts", []):
+        module: Any = modules.get(row.name)
+        if row.sped_up and (module is None or between.part_of(module) != row.part):
+            row = dataclasses.replace(row, sped_up=False, reason="taken back since")
+        elif row.sped_up and (reason := between.standing_reason(module)):
+            row = dataclasses.replace(row, sped_up=False, reason=reason)
+        rows.append(row)
+    return rows
+
+
 def _weight_reads(modules: dict[str, Any]) -> list[str]:
     """A note on layers whose weight was read by code that does not call them, or that only asks for its dtype."""
     read = {name: module.weight_reads for name, module in modules.items() if isinstance(module, LoRALinear)}
@@ -184,21 +203,30 @@ def _weight_reads(modules: dict[str, Any]) -> list[str]:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `replace_linear` on a peft model: peft's own forward again, same parameters, same adapters.
+    """Undo `speed_up`, and `replace_linear` on a peft model: its own code again, same parameters, same adapters.
 
     Returns:
         the same model.
     Raises:
-        ValueError: the model has none of peft's layers that `replace_linear` sped up. Nothing is changed.
+        ValueError: nothing to undo: the model has no parts that `speed_up` sped up, and none of peft's layers that
+            `replace_linear` did. Nothing is changed.
     """
-    if not carries_peft(model):
-        raise ValueError(
-            "restore(model) undoes replace_linear(model) on peft's models, and this one has no layer of peft's; to "
-            "fold in fastlora's adapters, call merge(model)"
-        )
-    from fastlora.peft_layers import swap
+    parts = [module for module in model.modules() if between.part_of(module)]
+    if carries_peft(model):
+        from fastlora.peft_layers import swap
 
-    return swap.restore(model)
+        if swap.sped_up(model) or not parts:
+            swap.restore(model)
+    elif not parts:
+        raise ValueError(
+            "restore(model) undoes speed_up(model), and replace_linear(model) on peft's models; this one has no part that "
+            "was sped up, and no layer of peft's. To fold in fastlora's adapters, call merge(model)"
+        )
+    for module in parts:
+        between.restore(module)
+    if hasattr(model, "fastlora_parts"):
+        del model.fastlora_parts
+    return model
 
 
 def mark_targets(model: nn.Module, sites: dict[str, Site], settings: LoRASettings, strict: bool = True) -> set[str]:

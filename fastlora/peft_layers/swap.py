@@ -56,6 +56,11 @@ def speed_up(model: nn.Module) -> Report:
     return _report(model, found, reasons)
 
 
+def sped_up(model: nn.Module) -> list[Any]:
+    """The layers of peft's that were sped up in place."""
+    return [module for module in model.modules() if isinstance(module, SpedUp)]
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Give peft's layers their own class back, so that the model is plain peft again.
 
@@ -64,7 +69,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no layer of the model is one of peft's that was sped up in place. Nothing is changed.
     """
-    found: list[Any] = [module for module in model.modules() if isinstance(module, SpedUp)]
+    found = sped_up(model)
     if any(type(layer) is not SPED_UP[plain_class(layer)][0] for layer in found):
         raise ValueError("a LoRA layer has become an FSDP unit of its own: call restore before the model is sharded")
     if any(experts.is_wrapper(layer) and experts.is_packed(layer) for layer in found):

@@ -1,0 +1,73 @@
+"""`speed_up`: the linears, and what stands between them."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from fastlora.layers import between
+from fastlora.layers.lora_linear import LoRALinear
+from fastlora.layers.report import PartRow
+from fastlora.layers.sharded import clean_names
+from fastlora.model.replace import carries_peft, replace_linear, report
+
+_HOW = "by fastlora's kernels"
+
+
+def speed_up(model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: bool = True) -> nn.Module:
+    """Let fastlora compute what stands between a model's linears, and its LoRA layers where peft still does.
+
+    Norms, rotary embedding and gated activations are computed in fp32, rounded once to the dtype that they had, and
+    save little for backward. Parameters, names, checkpoints and the rest of each module's code stay as they are.
+    `restore` takes it back.
+
+    Args:
+        model: any module, such as a causal model of transformers that `replace_linear` or peft has adapted, or a plain
+            one; changed in place. A call may be repeated.
+        norm: RMSNorms, those of queries and keys included, with weights or with 1 + weights.
+        rotary: the rotary embedding in the model's attention.
+        mlp: SwiGLU and GEGLU in its MLPs; experts that are no modules of their own keep their code.
+    Returns:
+        The same model. `model.fastlora_report.parts`, and `fastlora.report(model)`, say of each part whether it is
+        sped up, and why not.
+    Raises:
+        ValueError: the model has neither adapters nor parts that can be sped up. It is unchanged.
+    """
+    wanted = [part for part, asked in (("norm", norm), ("rotary", rotary), ("mlp", mlp)) if asked]
+    with clean_names(model):
+        found = _look(model, wanted)
+        adapted, able = carries_peft(model), any(not isinstance(facts, str) for *_, facts in found)
+        if not (adapted or able or any(isinstance(module, LoRALinear) for module in model.modules())):
+            reasons = sorted({facts for *_, facts in found}) or ["it has no norms, rotary embedding or gated MLPs"]
+            raise ValueError(f"nothing in this model can be sped up: {'; '.join(reasons)}")
+        if adapted:
+            replace_linear(model)
+        model.fastlora_parts = [_speed_up(*each) for each in found]  # type: ignore[assignment]
+        model.fastlora_report = report(model)  # type: ignore[assignment]
+    return model
+
+
+def _speed_up(name: str, module: nn.Module, part: str, facts: Any) -> PartRow:
+    row = PartRow(name, part, type(module).__name__, not isinstance(facts, str), _HOW)
+    if isinstance(facts, str):
+        return replace(row, reason=facts)
+    if facts is not None:
+        between.speed_up(module, part, facts)
+    return row
+
+
+def _look(model: nn.Module, wanted: list[str]) -> list[tuple[str, nn.Module, str, Any]]:
+    """(name, module, part, what its faster class must know or why it has none; None if it has one already)."""
+    found: list[tuple[str, nn.Module, str, Any]] = []
+    for name, module in model.named_modules():
+        if done := between.part_of(module):
+            found.append((name, module, done, None))
+            continue
+        part = between.find_part(module)
+        if not part:
+            continue
+        if part not in wanted:
+            found.append((name, module, part, "not asked for"))
+            continue
+        found.append((name, module, part, between.facts_of(module, part)))
+    return found

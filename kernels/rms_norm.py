@@ -1,0 +1,102 @@
+"""RMSNorm over rows: y = x / sqrt(mean(x²) + eps) · (weight + offset), summed in fp32 and rounded once.
+
+Few columns, as in the norms of a head, share a program; a row of up to `MOST_COLUMNS` is held in registers, so that
+each value is read once. Backward reads x and dy, and takes 1 / sqrt(...) from forward:
+
+    dx = rstd · (g - x̂ · mean(g · x̂)),      g = dy · (weight + offset),      x̂ = x · rstd
+
+Source: arXiv:1910.07467.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastlora.kernels.launch import Launcher
+from torch import Tensor
+
+MOST_COLUMNS = 16384
+_VALUES = 4096  # of a program, at least; up to so many a warp has 512
+
+
+@triton.jit
+def _rows(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, M, N, stride_xm, eps, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    rows, columns = _rows(BLOCK_M, BLOCK_N)
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32) + offset
+    rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / N + eps)
+    y = x * rstd[:, None] * weight[None, :]
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rms_norm_backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, M, N, stride_dym, stride_xm, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows, columns = _rows(BLOCK_M, BLOCK_N)
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    dy = tl.load(dy_ptr + rows[:, None] * stride_dym + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32) + offset
+    rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
+    x *= rstd
+    g = dy * weight[None, :]
+    dx = rstd * (g - x * (tl.sum(g * x, 1) / N)[:, None])
+    tl.store(dx_ptr + rows[:, None] * N + columns[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def tile(n: int) -> dict[str, int]:
+    """Rows and columns of a program's tile, and its warps, for rows of n values."""
+    columns = triton.next_power_of_2(n)
+    rows = max(1, _VALUES // columns)
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": min(16, max(4, rows * columns // 512))}
+
+
+def _constants(n: int, *_: Any) -> dict[str, Any]:
+    return tile(n)
+
+
+_launcher = Launcher(_rms_norm_kernel, _constants)
+_backward_launcher = Launcher(_rms_norm_backward_kernel, _constants)
+
+
+def forward(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(y [..., N] in `dtype`, 1 / sqrt(mean(x²) + eps) [M] in fp32). x: [..., N]; weight: [N]."""
+    rows = _as_rows(x)
+    m, n = rows.shape
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rstd = torch.empty(m, dtype=torch.float32, device=x.device)
+    if m:
+        cut, stride = tile(n), rows.stride(0)
+        grid, key = (triton.cdiv(m, cut["BLOCK_M"]),), (n, m, stride, x.dtype, weight.dtype, dtype)
+        _launcher(key, grid, (rows, weight, y, rstd), (m, n, stride, eps, offset))
+    return y, rstd
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
+    """dx [..., N] in x's dtype. dy, x: [..., N]; rstd: [M], of `forward`."""
+    dy, rows = _as_rows(dy), _as_rows(x)
+    m, n = rows.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if m:
+        cut, strides = tile(n), (dy.stride(0), rows.stride(0))
+        grid, key = (triton.cdiv(m, cut["BLOCK_M"]),), (n, m, strides, dy.dtype, x.dtype, weight.dtype)
+        _backward_launcher(key, grid, (dy, rows, weight, rstd, dx), (m, n, *strides, offset))
+    return dx
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[M, N] with contiguous rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
