@@ -219,8 +219,8 @@ def restore(model: nn.Module) -> nn.Module:
             swap.restore(model)
     elif not parts:
         raise ValueError(
-            "restore(model) undoes speed_up(model), and replace_linear(model) on peft's models; this one has no part that "
-            "was sped up, and no layer of peft's. To fold in fastlora's adapters, call merge(model)"
+            "restore(model) undoes speed_up(model), and replace_linear(model) on peft's models; this one has no part "
+            "that was sped up, and no layer of peft's. To fold in fastlora's adapters, call merge(model)"
         )
     for module in parts:
         between.restore(module)
