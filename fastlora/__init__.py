@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear
     from fastlora.ops.nf4 import NF4Weight, quantize
     from fastlora.peft_layers.packing import quantize_experts
+    from fastlora.training.graphed_step import GraphedStep
 
 distribution.warn_of_rivals()
 
 __version__ = "0.1.0"
 __all__ = [
     "FastLoRANF4Config",
+    "GraphedStep",
     "LoRAExperts",
     "LoRALinear",
     "NF4Linear",
@@ -80,6 +82,7 @@ _HOMES = {
     "fastlora.ops.nf4": ("NF4Weight", "quantize"),
     "fastlora.peft_layers.packing": ("quantize_experts",),
     "fastlora.model.quantizer": ("FastLoRANF4Config",),
+    "fastlora.training.graphed_step": ("GraphedStep",),
     "fastlora.model.replace": ("replace_linear", "report", "restore"),
     "fastlora.model.speed_up": ("speed_up",),
 }

@@ -6,6 +6,7 @@
     fastlora       the plain model after `fastlora.replace_linear`, its weights in NF4 or in bf16
     speed-up       the same after `fastlora.speed_up`: norms, rotary embedding and SwiGLU too
     speed-up-kept  the same, whose checkpoints keep the linears' outputs (`fastlora.keep_linears`)
+    graphed        the same again, replayed by `fastlora.GraphedStep`; on CUDA only
 
     qwen3-8b-4     four decoder layers of Qwen3-8B, without a head
     qwen3-0.6b     Qwen3-0.6B whole, with its loss
@@ -55,7 +56,7 @@ from fastlora import reference
 SUMMARY = "whole training steps of Qwen3: fastlora against peft, wall time, host, device, memory"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
-PROVIDERS = ("peft", "fastlora", "peft-sped-up", "speed-up", "speed-up-kept")
+PROVIDERS = ("peft", "fastlora", "peft-sped-up", "speed-up", "speed-up-kept", "graphed")
 TOKENS = (4096, 2048, 1024)
 SEQUENCE = 2048  # tokens of a sample at most
 ROUNDS, LEAST_ROUNDS, WARM_UP = 7, 3, 2
@@ -162,7 +163,7 @@ def _measure(arguments: argparse.Namespace, device: torch.device, recorder: Reco
             break
         bench = Bench(case, device, arguments.quick, not arguments.no_checkpointing)
         for provider in arguments.providers:
-            if reason := _absent(provider, case.base):
+            if reason := _absent(provider, case.base, device):
                 print(f"{case} {provider}: {reason}")
             else:
                 bench.admit(provider)
@@ -178,7 +179,9 @@ def _measure(arguments: argparse.Namespace, device: torch.device, recorder: Reco
     return right
 
 
-def _absent(provider: str, base: str) -> str:
+def _absent(provider: str, base: str, device: torch.device) -> str:
+    if provider == "graphed" and device.type != "cuda":
+        return "no CUDA device"
     return missing("bitsandbytes") or "" if provider.startswith("peft") and base == "nf4" else ""
 
 
@@ -277,7 +280,32 @@ class Bench:
                 p.grad = None
             return found.detach(), gradients
 
-        return Runner(step, model, held)
+        return Runner(self._graphed(model, parameters) if provider == "graphed" else step, model, held)
+
+    def _graphed(self, model: Any, parameters: list[tuple[str, nn.Parameter]]) -> Callable[[], Any]:
+        """As `step` in `_runner`; what it returns is overwritten by the next one."""
+        found: list[Tensor] = []
+
+        def loss(model: Any, batch: dict[str, Any]) -> Tensor:
+            if self.whole:
+                return model(**batch, labels=batch["input_ids"], use_cache=False).loss  # type: ignore[no-any-return]
+            found[:] = [model(**batch, use_cache=False).last_hidden_state]
+            return (found[0] * self.dy).sum()
+
+        graphed = fastlora.GraphedStep(model, loss, warm_up=1)
+
+        def step() -> tuple[Tensor, dict[str, Tensor]]:
+            lost = graphed(input_ids=self.ids)
+            gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+            for _, p in parameters:
+                p.grad = None
+            return lost if self.whole else found[0].detach(), gradients
+
+        for _ in range(2):
+            step()
+        if graphed.reasons:
+            raise RuntimeError(f"no graph: {', '.join(graphed.reasons.values())}")
+        return step
 
     def _model(self, provider: str) -> Any:
         with _default_dtype(torch.bfloat16), self.device:
@@ -289,13 +317,13 @@ class Bench:
                     p.normal_(std=p.shape[1] ** -0.5, generator=generator)
         model.requires_grad_(False)
         if self.checkpointing:
-            context = {"context_fn": fastlora.keep_linears} if provider.endswith("kept") else {}
+            context = {"context_fn": fastlora.keep_linears} if provider in ("speed-up-kept", "graphed") else {}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **context})
         model.train()
         model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
         options: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": TARGETS}
         packed = self.case.base == "nf4"
-        if provider in ("fastlora", "speed-up", "speed-up-kept"):
+        if provider in ("fastlora", "speed-up", "speed-up-kept", "graphed"):
             fastlora.replace_linear(model, **options, quantize="nf4" if packed else None)
             if provider != "fastlora":
                 fastlora.speed_up(model)

@@ -10,6 +10,7 @@ import torch
 from bench.cli import main
 from bench.compare import steps
 from fastlora import NF4Weight
+from fastlora.training import graphed_step
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -95,7 +96,7 @@ def test_layers_that_step_back_to_peft_are_not_timed(tmp_path, capsys, monkeypat
     status, rows, shown = run(tmp_path, capsys, "--models", "qwen3-8b-4", "--bases", "bf16")
     assert status == 1
     assert "peft-sped-up is peft itself: 1 layers step back, a reason" in shown
-    assert {row["provider"] for row in rows} == set(steps.PROVIDERS) - {"peft-sped-up"}
+    assert {row["provider"] for row in rows} == set(steps.PROVIDERS) - {"peft-sped-up", "graphed"}
 
 
 def test_one_that_fails_while_timed_is_named_and_the_others_have_rows(tmp_path, capsys, monkeypatch):
@@ -112,7 +113,7 @@ def test_one_that_fails_while_timed_is_named_and_the_others_have_rows(tmp_path, 
     status, rows, shown = run(tmp_path, capsys, "--models", "qwen3-8b-4", "--bases", "bf16")
     assert status == 1
     assert "peft left out: RuntimeError: out of memory" in shown
-    assert {row["provider"] for row in rows} == set(steps.PROVIDERS) - {"peft"}
+    assert {row["provider"] for row in rows} == set(steps.PROVIDERS) - {"peft", "graphed"}
     assert gc.get_freeze_count() == 0
 
 
@@ -162,13 +163,34 @@ def test_long_steps_are_timed_in_fewer_rounds(monkeypatch):
         assert len(calls) == steps.WARM_UP + rounds
 
 
+@pytest.mark.parametrize("model", steps.MODELS)
+def test_a_graph_takes_the_step_too(model, tmp_path, capsys, monkeypatch):
+    class Rerun:
+        def replay(self):
+            self.step()
+
+    def recorded(step, pool):
+        graph = Rerun()
+        graph.step = step
+        return graph, step(), pool
+
+    monkeypatch.setattr(graphed_step, "_recorded", recorded)
+    monkeypatch.setattr(graphed_step, "obstacle", lambda model: "")
+    monkeypatch.setattr(steps, "_absent", lambda *case: "")
+    status, rows, shown = run(
+        tmp_path, capsys, "--models", model, "--bases", "bf16", "--providers", "fastlora", "graphed"
+    )
+    assert status == 0, shown
+    assert {row["provider"] for row in rows} == {"fastlora", "graphed"}
+
+
 def test_every_provider_takes_the_step_of_peft(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     status, rows, shown = run(tmp_path, capsys)
     assert status == 0, shown
     timed = {(row["kernel"], row["provider"]) for row in rows if row["metric"] == "time"}
     kernels = {f"step_{model}_{base}" for model in steps.MODELS for base in ("nf4", "bf16")}
-    assert timed == {(kernel, provider) for kernel in kernels for provider in steps.PROVIDERS}
+    assert timed == {(kernel, provider) for kernel in kernels for provider in set(steps.PROVIDERS) - {"graphed"}}
     for row in rows:
         if row["metric"] == "host":
             assert float(row["p50"]) > 0
@@ -198,7 +220,7 @@ def test_a_provider_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, m
     assert status == 1
     assert "peft left out: " in shown
     assert "out of memory" in shown
-    assert {row["provider"] for row in rows} == set(steps.PROVIDERS) - {"peft"}
+    assert {row["provider"] for row in rows} == set(steps.PROVIDERS) - {"peft", "graphed"}
 
 
 def test_nothing_begins_after_the_limit(tmp_path, capsys):
