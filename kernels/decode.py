@@ -240,6 +240,8 @@ def plan(m: int, k: int, n: int, r: int, device_index: int | None) -> _Plan:
     """How x [m, k] times a weight [n, k] with adapters of rank r is cut into programs on a device; cached."""
     tokens = m if m <= MAX_WORDS_TOKENS else MAX_TOKENS
     block_n, block_k = TILE[tokens]
+    if tokens == MAX_WORDS_TOKENS and n % 16:  # an address for each value takes registers
+        block_k //= 2
     processors = (
         2 if device_index is None else torch.cuda.get_device_properties(device_index).multi_processor_count
     )  # the interpreter has none

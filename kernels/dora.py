@@ -161,6 +161,7 @@ def row_norms(
     packed = isinstance(weight, Packed)
     dense = lora_a if isinstance(weight, Packed) else weight
     six = operands(weight) if isinstance(weight, Packed) else (changed,) * 6
+    block_k, warps = (BLOCK_K, 4) if k % 16 == 0 else (BLOCK_K // 2, 8)  # an address for each value takes registers
     with torch.cuda.device_of(out):
         _row_norms_kernel[(triton.cdiv(n, BLOCK_N),)](
             changed, dense, *six, lora_a, lora_b, out,
@@ -169,8 +170,8 @@ def row_norms(
             NESTED=isinstance(weight, Packed) and weight.nested,
             ALIGNED=isinstance(weight, Packed) and aligned(weight.codes, k, weight.blocksize),
             LOOKUP=lookup(out.device),
-            PRECISION="ieee" if interpreted() else "tf32x3", BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, WIDTH=WIDTH,
-            num_warps=4, enable_fp_fusion=False,
+            PRECISION="ieee" if interpreted() else "tf32x3", BLOCK_N=BLOCK_N, BLOCK_K=block_k,
+            WIDTH=WIDTH, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -210,12 +211,13 @@ def rescale_backward(
     """(factor ∘ dy [M, N] in `dtype`, Σ_m dy ∘ z [N], Σ_m dy [N]), the sums in fp32; None without factor, z or
     `need_total`."""
     m, n = dy.shape
-    tiles, steps = triton.cdiv(n, COLUMNS), triton.cdiv(m, ROWS)
+    rows = ROWS if n % 16 == 0 else ROWS // 2  # an address for each value takes registers
+    tiles, steps = triton.cdiv(n, COLUMNS), triton.cdiv(m, rows)
     wanted = 8
     if dy.is_cuda:
         wanted = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
     splits = max(1, triton.cdiv(m, LONGEST_SUM), min(steps, wanted // tiles))
-    per_split = triton.cdiv(steps, splits) * ROWS
+    per_split = triton.cdiv(steps, splits) * rows
     splits = triton.cdiv(m, per_split)
     dz = torch.empty(m, n, dtype=dtype, device=dy.device) if factor is not None else None
     dot = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if z is not None else None
@@ -225,6 +227,6 @@ def rescale_backward(
             dy, dy if z is None else z, dy if factor is None else factor,
             dy if dz is None else dz, dy if dot is None else dot, dy if total is None else total,
             m, n, per_split, *dy.stride(), *(dy if z is None else z).stride(),
-            NEED_DZ=dz is not None, NEED_DOT=dot is not None, NEED_TOTAL=need_total, ROWS=ROWS, COLUMNS=COLUMNS,
+            NEED_DZ=dz is not None, NEED_DOT=dot is not None, NEED_TOTAL=need_total, ROWS=rows, COLUMNS=COLUMNS,
         )  # fmt: skip
     return dz, None if dot is None else dot.sum(0), None if total is None else total.sum(0)

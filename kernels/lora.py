@@ -297,16 +297,21 @@ def _common(launch: Plan, how: str, rows: tuple[int, bool, int]) -> dict[str, An
     return {"MODE": how, "INTERPRETED": interpreted(), "BLOCK_M": launch.cut.rows, **by_segment, **launch.options}
 
 
+def _expand_tile(n: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile of [M, n]."""
+    return (EXPAND_ROWS, EXPAND_COLUMNS) if n % 16 == 0 else lora_plan.halved(EXPAND_ROWS, EXPAND_COLUMNS)
+
+
 def _expand_constants(
     r: int, how: str, has_bias: bool, adds: bool, rescales: bool, drops: bool, rows: tuple[int, bool, int], steps: int,
-    *_: Any,
+    m: int, n: int, *_: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    block = min(MAX_EXPAND_BLOCK_R, block_r(r))
+    block, (block_m, block_n) = min(MAX_EXPAND_BLOCK_R, block_r(r)), _expand_tile(n)
     return {
         "HAS_BIAS": has_bias, "ADDS": adds, "RESCALES": rescales, "DROPOUT": drops, "MODE": how,
         "INTERPRETED": interpreted(),
         "num_warps": EXPAND_WARPS, "WHOLE_R": r <= block, "STEPS": steps,
-        "BLOCK_M": EXPAND_ROWS, "BLOCK_N": EXPAND_COLUMNS, "BLOCK_R": block,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block,
         **dict(zip(("SEGMENTS", "OWNED", "FACTOR"), rows, strict=True)),
     }  # fmt: skip
 
@@ -434,7 +439,8 @@ def expand(
         bias = bias.contiguous()
     strides = lora_b.stride()[-2:]
     rows, tables, counts = _by_row(segments, stride, column, h)
-    row_tiles, column_tiles, steps = triton.cdiv(m, EXPAND_ROWS), triton.cdiv(n, EXPAND_COLUMNS), 1
+    tile_rows, tile_columns = _expand_tile(n)
+    row_tiles, column_tiles, steps = triton.cdiv(m, tile_rows), triton.cdiv(n, tile_columns), 1
     if segments is None:  # as many tiles below one another as leave enough programs
         steps = max(
             1, min(MAX_EXPAND_STEPS, row_tiles * column_tiles // (2 * lora_plan.programs_wanted(h.device.index)))

@@ -48,6 +48,11 @@ def mode(activation: torch.dtype, adapter: torch.dtype) -> str:
     return "split" if activation == torch.bfloat16 else "tf32x3"
 
 
+def halved(rows: int, columns: int) -> tuple[int, int]:
+    """A tile of rows whose length is no multiple of 16: an address for each value takes twice the registers."""
+    return max(16, rows // 2), max(16, columns // 2)
+
+
 def tile(op: str, r: int, how: str, dropout: bool, major: int) -> Tile:
     """The built-in tile of an activation for a padded rank and a mode; no register is spilled.
 
@@ -78,7 +83,8 @@ def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, devi
     """The tile for an activation [m, length]: the table's of `choice` where it has one, else the built-in one."""
     if found := choice.tile(op, m, length, r, how, dropout, device):
         return found
-    return tile(op, block_r(r), how, dropout, choice.gpu_of(device)[1][0])
+    found = tile(op, block_r(r), how, dropout, choice.gpu_of(device)[1][0])
+    return found if length % 16 == 0 else Tile(*halved(found.rows, found.columns), found.warps, found.stages)
 
 
 @dataclass(frozen=True, eq=False)

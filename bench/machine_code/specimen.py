@@ -24,3 +24,4 @@ class Specimen:
     uses_tensor_cores: bool = True
     main_loop: bool = False  # count the loop around the product instead of the difference to a twin
     archs: tuple[int, ...] = ARCHITECTURES  # where launches use it
+    odd: frozenset[str] = frozenset()  # sizes and strides that are no multiples of 16

@@ -242,7 +242,72 @@ def _dora_specimens() -> Iterator[Specimen]:
     )  # fmt: skip
 
 
+def _between_specimens() -> Iterator[Specimen]:
+    """Norms of hidden states and of heads, rotary embedding, gated activations."""
+    from fastlora.kernels import gated, rms_norm, rotary
+
+    plain: dict[str, Any] = {"uses_tensor_cores": False}
+    norm = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "rstd_ptr": "*fp32", "offset": "fp32"}
+    norm |= dict.fromkeys(("M", "N", "stride_xm", "stride_dym"), "i32")
+    for n in (128, 4096, 16384):
+        cut = rms_norm.tile(n)
+        warps = cut.pop("num_warps")
+        forward = norm | {"y_ptr": "*bf16", "eps": "fp32"}
+        del forward["stride_dym"]
+        yield Specimen(f"rms_norm_{n}", rms_norm._rms_norm_kernel, forward, cut, warps, **plain)
+        backward = norm | {"dy_ptr": "*bf16", "dx_ptr": "*bf16"}
+        kernel = rms_norm._rms_norm_backward_kernel
+        yield Specimen(f"rms_norm_{n}_backward", kernel, backward, cut, warps, **plain)
+    turned = dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr"), "*bf16")
+    turned |= {f"stride_{of}": "i32" for of in ("qb", "qs", "qh", "kb", "ks", "kh", "cb", "cs")} | {"length": "i32"}
+    for size, rotated, back in ((128, 128, False), (128, 128, True), (96, 72, False)):
+        constants = rotary._constants(32, 8, size, rotated // 2, False, back)
+        warps = constants.pop("num_warps")
+        name = f"rotary_{size}" + ("_part" if rotated < size else "") + ("_backward" if back else "")
+        yield Specimen(name, rotary._rotary_kernel, turned, constants, warps, **plain)
+    for act in gated.ACTIVATIONS:
+        constants = gated._constants(act)
+        warps = constants.pop("num_warps")
+        types = dict.fromkeys(("gate_ptr", "up_ptr"), "*bf16")
+        types |= dict.fromkeys(("M", "N", "stride_gm", "stride_um"), "i32")
+        yield Specimen(f"gated_{act}", gated._gated_kernel, types | {"out_ptr": "*bf16"}, constants, warps, **plain)
+        types |= dict.fromkeys(("dy_ptr", "dgate_ptr", "dup_ptr"), "*bf16") | {"stride_dm": "i32"}
+        kernel = gated._gated_backward_kernel
+        yield Specimen(f"gated_{act}_backward", kernel, types, constants, warps, **plain)
+
+
+def _odd(specimen: Specimen) -> Iterator[Specimen]:
+    """The same launch where sizes and strides are no multiples of 16; none where such a launch is another one.
+
+    Blocks of NF4 divide rows in the products over packed weights, which leaves only N. Experts are left out.
+    """
+    from fastlora.kernels import dora, lora_plan
+
+    constants, name = dict(specimen.constants), specimen.name
+    odd = frozenset(name for name, kind in specimen.types.items() if kind == "i32")
+    if any(kind.startswith("tensordesc") for kind in specimen.types.values()) or "grouped" in name:
+        return
+    if name.startswith("nf4_dequantize") and constants["ALIGNED"]:
+        return
+    if name.startswith(("nf4_linear", "decode")):
+        odd = frozenset({"N", "row_words"})
+    for cut in ("BLOCK_N", "BLOCK_K") if name.startswith("lora_") else ():
+        if cut in constants:
+            constants["BLOCK_M"], constants[cut] = lora_plan.halved(constants["BLOCK_M"], constants[cut])
+    warps = specimen.warps
+    if name.startswith("dora_norms"):
+        constants["BLOCK_K"], warps = dora.BLOCK_K // 2, 8
+    elif name.startswith("decode_m2"):
+        constants["BLOCK_K"] //= 2
+    elif name.startswith("dora"):
+        constants["ROWS"] = dora.ROWS // 2
+    even = {flag: False for flag in ("EVEN", "ALIGNED", "EVEN_OUT") if flag in constants}
+    changed: dict[str, Any] = {"constants": constants | even, "warps": warps, "odd": odd, "weights": 0}
+    yield replace(specimen, name=f"{name}_odd", main_loop=False, **changed)
+
+
 def specimens() -> list[Specimen]:
-    """Every Triton kernel of the package, in the variants that launches use."""
+    """Every Triton kernel of the package, in the variants that launches use; those over odd sizes last."""
     found = [*_nf4_specimens(), *fused_specimens(), *_lora_specimens(), *_decode_specimens()]
-    return [*found, *_dora_specimens(), *grouped_specimens.specimens()]
+    found += [*_dora_specimens(), *grouped_specimens.specimens(), *_between_specimens()]
+    return [*found, *(odd for specimen in found for odd in _odd(specimen))]

@@ -43,7 +43,11 @@ def compiled(specimen: Specimen, arch: int, constants: dict[str, Any]) -> Any:
     from triton.compiler import ASTSource
 
     names = specimen.kernel.arg_names
-    unaligned = _UNALIGNED | {param.name for param in specimen.kernel.params if param.do_not_specialize_on_alignment}
+    unaligned = (
+        _UNALIGNED
+        | specimen.odd
+        | {param.name for param in specimen.kernel.params if param.do_not_specialize_on_alignment}
+    )
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in specimen.types.items()
