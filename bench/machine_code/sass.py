@@ -23,6 +23,7 @@ class CodeFacts:
     shared_bytes: int
     sass_per_weight: float | None
     tensor_core: bool
+    divergent_shuffles: int = 0  # that lanes of a warp may reach without each other
 
 
 def cuobjdump(*arguments: str, folder: str | None = None) -> str:

@@ -2,7 +2,8 @@
 
 Registers, bytes spilled, shared memory, whether tensor cores are used, and, for kernels that expand NF4, thread
 instructions per weight: the difference between two tile sizes, so that prologue and epilogue do not count. Rows go to
-a CSV: kernel, arch, registers, spills, shared_bytes, sass_per_weight, tensor_core.
+a CSV: kernel, arch, registers, spills, shared_bytes, sass_per_weight, tensor_core, divergent_shuffles (as
+`bench.machine_code.convergence` says).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine_code import fatbin
+from bench.machine_code.convergence import divergent_shuffles
 from bench.machine_code.sass import CodeFacts, dump, instructions, loops
 from bench.machine_code.specimen import ARCHITECTURES, Specimen
 from bench.machine_code.specimens import specimens
@@ -92,6 +94,7 @@ def inspect(specimen: Specimen, arch: int) -> CodeFacts:
         shared_bytes=kernel.metadata.shared,
         sass_per_weight=per_weight,
         tensor_core=bool(_TENSOR_CORE_PTX.search(kernel.asm["ptx"])),  # disassembling every kernel takes minutes
+        divergent_shuffles=len(divergent_shuffles(kernel.asm["ptx"])),
     )
 
 

@@ -34,6 +34,9 @@ def test_machine_code(arch, tmp_path):
         name = f"{row['kernel']} on sm_{arch}"
         assert int(row["spills"]) == 0, f"{name} spills {row['spills']} bytes"
         assert int(row["shared_bytes"]) <= SHARED_LIMIT[arch] * 1024, f"{name}: {row['shared_bytes']} bytes shared"
+        assert int(row["divergent_shuffles"]) == 0, (
+            f"{name}: shuffles under a condition that lanes decide for themselves"
+        )
         if row["kernel"] in products:
             assert (row["tensor_core"] == "True") == products[row["kernel"]], f"{name}: tensor cores used or not"
     per_weight = {row["kernel"]: row["sass_per_weight"] for row in rows}
