@@ -30,7 +30,7 @@ def step(model, ids):
     return [found.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma3", "Phi3", "GptOss"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma3", "Phi3"])
 def test_a_model_is_no_further_from_fp32_than_by_its_own_code(name):
     ids = models.tokens().cuda()
     exact = models.family(name).bfloat16().float().cuda()
