@@ -16,6 +16,13 @@ from bench.report.figures import training_bars
 SUMMARY = "write the README's table and picture from the CSV"
 START, END = "<!-- measured -->", "<!-- /measured -->"
 STEPS_START, STEPS_END = "<!-- steps -->", "<!-- /steps -->"
+STEPS = {
+    "peft": "peft",
+    "fastlora": "`replace_linear`",
+    "speed-up": "and `speed_up`",
+    "speed-up-kept": "and `keep_linears`",
+    "graphed": "all, replayed",
+}
 NAMES = {"peft-fp32": "peft + bitsandbytes", "fastlora-fp32": "fastlora", "torch": "bare bf16 product"}
 
 
@@ -61,16 +68,16 @@ def _between(text: str, start: str, end: str, lines: list[str]) -> str:
 
 
 def steps_markdown(rows: list[Row]) -> list[str]:
-    """The table of `bench steps`, one line a case: wall time and the device's own, of every provider."""
+    """The table of `bench steps`, one line a case: wall time and the device's own, of the providers in `STEPS`."""
     found: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
     for row in rows:
         if row.metric == "time":
             found.setdefault((row.kernel, row.M), {})[row.provider, row.mode] = row.p50
-    lines = ["| model | base | tokens | peft, ms (device) | fastlora, ms (device) | peft sped up, ms (device) |"]
-    lines.append("|---|---|---:|---:|---:|---:|")
+    lines = [f"| model | base | tokens | {' | '.join(STEPS.values())} |"]
+    lines.append("|---|---|---:" + "|---:" * len(STEPS) + "|")
     for (kernel, tokens), times in found.items():
         _, model, base = kernel.split("_")
-        cells = (" ".join(_milliseconds(times, name)) or "–" for name in ("peft", "fastlora", "peft-sped-up"))
+        cells = (" ".join(_milliseconds(times, name)) or "–" for name in STEPS)
         lines.append(f"| {model} | {base.upper().replace('BF16', 'bf16')} | {tokens} | " + " | ".join(cells) + " |")
     return lines
 

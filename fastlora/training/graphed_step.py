@@ -5,6 +5,7 @@ more slowly than the device runs them. A replayed graph is one launch.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ class GraphedStep:
     The first `warm_up` calls with a batch of new shapes run as usual; the next is recorded, and from then on replayed.
     Gradients are added to what is in `p.grad`, so that micro-batches accumulate; results are those of the usual step.
     Other shapes, and whatever cannot be recorded, run as usual: `reasons` says why, `replayed` and `usual` count.
+
+    transformers' "sdpa" and flash attention can be recorded, "eager" cannot. Leave out a mask of ones.
 
     Recorded is what ran: call `reset` after changing adapters, frozen parameters, hooks or settings of the model.
     Training and evaluation mode, and parameters that have moved, are noticed. A graph holds the memory of a step.
@@ -99,7 +102,7 @@ class GraphedStep:
         self._into_buffers(kind.used)
         kind.batch = {name: v.clone() if isinstance(v, Tensor) else v for name, v in batch.items()}
         try:
-            with _no_random_states(self.model), _no_autocast_cache():
+            with _no_random_states(self.model), _no_autocast_cache(), _no_mask_without_padding():
                 kind.graph, kind.loss, self._pool = _recorded(lambda: self._step(kind.batch), self._pool)
         except Exception as error:
             kind.graph = None
@@ -202,6 +205,21 @@ def _no_random_states(model: nn.Module) -> Iterator[None]:
     finally:
         for module, function in changed:
             module._gradient_checkpointing_func = function
+
+
+@contextmanager
+def _no_mask_without_padding() -> Iterator[None]:
+    """Batches without a mask get none: older transformers make one while recording, and attention is slower with it."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    own = getattr(masks, "is_tracing", None)
+    if own is None:
+        yield
+        return
+    masks.is_tracing = lambda tensor=None: tensor is not None and own(tensor)  # without a tensor nothing is read
+    try:
+        yield
+    finally:
+        masks.is_tracing = own
 
 
 @contextmanager

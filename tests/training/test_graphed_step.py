@@ -171,6 +171,25 @@ def test_checkpoints_do_not_read_the_random_state_while_recorded(recorded):
     loss.backward()
 
 
+def test_no_mask_is_made_while_recording_where_nothing_is_padded(recorded, monkeypatch):
+    from transformers import masking_utils
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    own = masking_utils.is_tracing
+    assert own(None)
+    model, seen = model_of(recorded), []
+
+    def loss(model, batch):
+        seen.append((masking_utils.is_tracing(None), masking_utils.is_tracing(torch.ones(1))))
+        return model(**batch).loss
+
+    step = fastlora.GraphedStep(model, loss, warm_up=1)
+    for _ in range(2):
+        step(**batch(0))
+    assert seen[:2] == [(True, True), (False, True)]
+    assert masking_utils.is_tracing is own
+
+
 def test_obstacles():
     model = llama()
     assert graphed_step.obstacle(model) == "the model is not on a CUDA device"
