@@ -422,19 +422,22 @@ def expand(
     segments: Segments | None = None,
     column: int = -1,
     rescale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """rescale ∘ (mask ∘ (scaling · h Bᵀ) + base) + bias. h: [M, R], fp32; lora_b: [N, R], any strides.
 
     Returns [M, N] in `dtype`, rounded once.
 
     base: [M, N], contiguous; if it is in `dtype`, the result takes its place. rescale: [N], fp32; base is then kept.
+    out: [M, N] in `dtype`, contiguous, to write to instead.
     segments: lora_b is [adapters, N, R]; bias is [adapters + 1, N], its last row for rows without an adapter.
     """
     m, r = h.shape
     (n, _), stride = _last(lora_b, segments)
     drops = dropout.active
     in_place = base is not None and base.dtype is dtype and rescale is None
-    out = base if base is not None and in_place else torch.empty((m, n), dtype=dtype, device=h.device)
+    if out is None:
+        out = base if base is not None and in_place else torch.empty((m, n), dtype=dtype, device=h.device)
     if bias is not None:
         bias = bias.contiguous()
     strides = lora_b.stride()[-2:]

@@ -36,6 +36,7 @@ _DECODERS = {"decode-cuda": cuda, "decode": decode}
 _NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
 _DEQUANTIZE = Choice("dequantize")
 _NO_DROPOUT = Dropout()
+MOST_BASE_VALUES = 1 << 26  # of a base product kept in fp32: 256 MiB
 
 
 def forward(
@@ -66,8 +67,7 @@ def forward_by(
     else:
         assert h is not None
         assert b is not None
-        base = wide_product(x, dense(weight, x.dtype).t())  # [M, N], fp32
-        y = kernel.expand(h, b, scaling, x.dtype, _NO_DROPOUT, bias, base)
+        y = _added(h, b, scaling, x, dense(weight, x.dtype).t(), _NO_DROPOUT, bias)
     return y, h if save_h else None
 
 
@@ -149,7 +149,22 @@ def dx_by(chosen: Choice, dy: Tensor, g: Tensor | None, weight: Tensor | NF4Weig
         return dy @ merged(weight, dy.dtype, lora)
     assert g is not None
     assert a is not None
-    return kernel.expand(g, a.t(), 1.0, dy.dtype, dropout, base=wide_product(dy, dense(weight, dy.dtype)))
+    return _added(g, a.t(), 1.0, dy, dense(weight, dy.dtype), dropout)
+
+
+def _added(
+    h: Tensor, b: Tensor, scaling: float, x: Tensor, w: Tensor, dropout: Dropout, bias: Tensor | None = None
+) -> Tensor:
+    """mask ∘ (scaling · h bᵀ) + x w + bias in x's dtype, rounded once; x w is in fp32, for some rows at a time."""
+    m, n = x.shape[0], w.shape[1]
+    rows = max(MOST_BASE_VALUES // n // 256 * 256, 256)
+    if m <= rows or dropout.active or x.dtype is torch.float32:  # masks go by the number of a row
+        return kernel.expand(h, b, scaling, x.dtype, dropout, bias, wide_product(x, w))
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    for start in range(0, m, rows):
+        part = slice(start, start + rows)
+        kernel.expand(h[part], b, scaling, x.dtype, dropout, bias, wide_product(x[part], w), out=out[part])
+    return out
 
 
 def _choose(

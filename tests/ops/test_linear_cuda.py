@@ -36,7 +36,7 @@ def forced(monkeypatch):
 class Layer:
     """Operands of one adapted linear layer over NF4, and what the reference makes of them."""
 
-    def __init__(self, m, k=128, n=136, r=8, dtype=torch.float16, adapter=torch.float32, bias=False, p=0.0):
+    def __init__(self, m, k=128, n=144, r=8, dtype=torch.float16, adapter=torch.float32, bias=False, p=0.0):
         generator = torch.Generator().manual_seed(m * 7 + k)
 
         def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -188,7 +188,7 @@ def test_activations_with_any_strides():
 )
 def test_the_table_decides_and_h_is_computed_only_where_it_is_needed(monkeypatch, calls, m, p, expected):
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("unknown", (8, 0)))
-    layer = Layer(m, 64, 40, p=p)
+    layer = Layer(m, 64, 48, p=p)
     linear_cuda.forward(layer.x, layer.weight, layer.lora, None, save_h=False)
     assert calls == expected
     calls.clear()
@@ -207,7 +207,7 @@ def test_the_table_decides_and_h_is_computed_only_where_it_is_needed(monkeypatch
 )
 def test_backward_reads_each_activation_once(monkeypatch, calls, m, p, expected):
     monkeypatch.setattr(choice, "gpu_of", lambda device: ("unknown", (8, 0)))
-    layer = Layer(m, 64, 40, p=p)
+    layer = Layer(m, 64, 48, p=p)
     h = torch.randn(m, 8, device=DEVICE)
     linear_cuda.backward(layer.dy, layer.x, h, layer.weight, layer.lora, ALL)
     assert calls == expected
@@ -252,3 +252,22 @@ def test_autotuning_gives_the_right_result_and_searches_once(monkeypatch, p):
     assert searched >= (5 if p == 0 else 4)  # linear: the table's, dequantize, decode, fused; linear_t: no decode
     layer.check()
     assert len(timed) == searched  # the second call remembers
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_base_product_of_many_rows_is_kept_in_parts(monkeypatch, dtype, bias):
+    layer = Layer(700, dtype=dtype, bias=bias)
+    dense = layer.exact.to(dtype)
+
+    def run():
+        y, h = linear_cuda.forward(layer.x, dense, layer.lora, layer.bias, True)
+        return y, *linear_cuda.backward(layer.dy, layer.x, h, dense, layer.lora, ALL)
+
+    whole, rows = run(), []
+    product = linear_cuda.wide_product
+    monkeypatch.setattr(linear_cuda, "wide_product", lambda x, w: rows.append(x.shape[0]) or product(x, w))
+    monkeypatch.setattr(linear_cuda, "MOST_BASE_VALUES", 256 * 144)
+    for parts, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(parts, expected)
+    assert rows == [256, 256, 188] * 2
