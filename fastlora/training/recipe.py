@@ -98,7 +98,8 @@ class Recipe:
     adam_epsilon: Annotated[float, "AdamW's"] = 1e-8
     max_grad_norm: Annotated[float, "gradients are scaled down to this norm; 0: never"] = 1.0
     bf16: Annotated[bool | None, "compute in bfloat16; null: if the hardware has it"] = None
-    gradient_checkpointing: Annotated[bool, "recompute activations in backward: less memory, more time"] = False
+    gradient_checkpointing: Annotated[bool | str, "recompute activations in backward; selective: not linears"] = False
+    speed_up: Annotated[bool, "norms, rotary embedding and gated MLPs by fastlora's kernels, where they run"] = True
     use_cpu: Annotated[bool, "use the CPU even if there is a GPU"] = False
     seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
     logging_steps: Annotated[int, "steps between two printed lines if there is no live display"] = 10
@@ -189,6 +190,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("lr_scheduler_type", lambda v: v in SCHEDULES, " | ".join(SCHEDULES)),
         ("train_sampling_strategy", lambda v: v in SAMPLING, " | ".join(SAMPLING)),
         ("output_dir", lambda v: v != "", "a directory"),
+        ("gradient_checkpointing", lambda v: v in (True, False, "selective"), "true or false or selective"),
     ]
     for key, holds, expected in rules:
         value = getattr(recipe, key)

@@ -27,6 +27,8 @@ from fastlora.layers.quoted import clipped, reason, shown
 from fastlora.model.names import matches, within
 from fastlora.model.replace import replace_linear
 from fastlora.model.sites import output_head
+from fastlora.model.speed_up import speed_up
+from fastlora.ops.keeping import keep_linears
 from fastlora.training import checkpoint, data, plots
 from fastlora.training.recipe import Recipe, check_resumable
 
@@ -113,11 +115,14 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "quantize", "use_rslora")
     replace_linear(model, **{key: getattr(recipe, key) for key in keys})
     model.to(accelerator.device)  # with quantize only now, so that no whole model in 16 bits is ever on the device
+    if recipe.speed_up:
+        speed_up(model)
     _check_room(recipe, model)
     if recipe.gradient_checkpointing:
         word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
         enable = getattr(model, f"{word}_checkpointing_enable")
-        enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+        kept = {"context_fn": keep_linears} if recipe.gradient_checkpointing == "selective" else {}
+        enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False, **kept}})
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=recipe.learning_rate,

@@ -135,9 +135,26 @@ def test_weight_decay_reaches_only_the_adapters(base: Path, tmp_path: Path) -> N
 
 
 def test_gradient_checkpointing_changes_no_loss(base: Path, tmp_path: Path) -> None:
-    for name, on in (("with", True), ("without", False)):
+    for name, on in (("with", True), ("without", False), ("selective", "selective")):
         train(recipe(base, tmp_path / name, gradient_checkpointing=on, lora_dropout=0.1), console=QUIET)
-    assert [r[1] for r in losses(tmp_path / "with")] == pytest.approx([r[1] for r in losses(tmp_path / "without")])
+    found = {name: [r[1] for r in losses(tmp_path / name)] for name in ("with", "without", "selective")}
+    assert found["with"] == pytest.approx(found["without"])
+    assert found["selective"] == found["with"]
+
+
+def test_speed_up_is_the_default_and_changes_no_loss_on_a_cpu(base: Path, tmp_path: Path) -> None:
+    for name, on in (("with", True), ("without", False)):
+        seen = Seen()
+        train(recipe(base, tmp_path / name, speed_up=on), hooks=seen, console=QUIET)
+        assert bool(seen.parts) == on
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+class Seen(Hooks):
+    """What `speed_up` found in the model of a run."""
+
+    def on_start(self, run):
+        self.parts = run.model.fastlora_report.parts
 
 
 def test_bf16_follows_fp32(base: Path, tmp_path: Path) -> None:
