@@ -109,7 +109,8 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
 def rehearsed(out: Path) -> list[Phase]:
     """The same phases without a GPU: the interpreter, one architecture, tiny shapes; nothing is installed."""
     interpreted, compiled = {"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}
-    tests = Step((*_TESTS, str(ROOT / "tests" / "gpu")), interpreted)
+    rehearsal = ("-p", "bench.gpu.rehearsal", str(ROOT / "tests" / "gpu"), *_in_parallel(spare=0))
+    tests = Step((*_TESTS, *rehearsal), interpreted | {"FASTLORA_BACKEND": "triton"})
     steps = Step(("bench", "steps", "--device", "cpu", "--quick", "--models", "qwen3-8b-4", "--tokens", "24", "--limit",
                   SECONDS, "--out", str(out / "steps.csv")))  # fmt: skip
     few = ("--rounds", "2", "--calls", "2", "--out", str(out / "host.csv"))
@@ -172,9 +173,9 @@ def _sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(folder))
 
 
-def _in_parallel() -> tuple[str, ...]:
-    """As many workers as there are cores, two less, for Triton compiles on the CPU what the tests run."""
-    workers = max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 2))
+def _in_parallel(spare: int = 2) -> tuple[str, ...]:
+    """As many workers as there are cores, some less: Triton compiles on the CPU what the tests run."""
+    workers = max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - spare))
     return ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -248,7 +249,8 @@ def test_some_phases_alone(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_is_rehearsed_without_a_gpu(tmp_path, capsys):
+def test_the_whole_is_rehearsed_without_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTLORA_REHEARSED_VARIANTS", "1")
     status = main(["gpu", "--dry-run", "--out", str(tmp_path)])
     shown = capsys.readouterr().out
     logs = "\n".join(log.read_text()[-1500:] for log in tmp_path.glob("*.log"))
@@ -258,3 +260,65 @@ def test_the_whole_is_rehearsed_without_a_gpu(tmp_path, capsys):
     assert list((tmp_path / "plots").iterdir())
     for known in phases.rehearsed(tmp_path):
         assert f"\n{known.name:<10} ok" in shown
+    passed = re.search(r"(\d+) passed", (tmp_path / "tests.log").read_text())
+    assert passed
+    assert int(passed[1]) > 20
+
+
+REHEARSED = """
+import pytest, time, torch
+pytestmark = pytest.mark.gpu
+
+@pytest.fixture
+def checked():
+    calls = []
+    yield calls
+    assert calls
+
+@pytest.mark.parametrize("number", range(20))
+def test_right(number):
+    x = torch.zeros(2, device="cuda").to("cuda:0")
+    assert x.cuda().device.type == torch.empty(1, device=torch.device("cuda")).device.type == "cpu"
+    assert torch.randn(2, generator=torch.Generator("cuda").manual_seed(0)).shape == (2,)
+
+def test_wrong():
+    assert torch.ones(1, device="cuda").item() == 2
+
+def test_misspelt():
+    torch.ones(1, device="cuda").itme()
+
+def test_streams(checked):
+    torch.cuda.Stream()
+
+def test_endless():
+    while True:
+        time.sleep(0.01)
+
+@pytest.mark.gpu(rehearsed=False)
+def test_memory():
+    assert False
+
+def test_a_check_in_the_end(checked):
+    pass
+"""
+
+
+def test_a_rehearsal_runs_the_tests_and_finds_mistakes_in_them(tmp_path):
+    (tmp_path / "test_rehearsed.py").write_text(REHEARSED)
+    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.rehearsal", "-p", "no:cacheprovider", "-rfEs", "-q"]
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "FASTLORA_BACKEND": "triton",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "200",
+    }
+    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=env, cwd=tmp_path)
+    shown = found.stdout
+    assert found.returncode == 1, shown + found.stderr
+    assert "2 failed, 5 passed, 3 skipped, 16 deselected" in shown
+    assert "1 error" in shown
+    for name, why in (("test_wrong", "assert 1.0 == 2"), ("test_misspelt", "AttributeError")):
+        assert f"test_rehearsed.py::{name} - {why}" in shown
+    for why in ("needs a device: RuntimeError", "the interpreter takes longer", "it looks at the device itself"):
+        assert why in shown

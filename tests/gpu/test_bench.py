@@ -68,6 +68,7 @@ def test_each_provider_is_right(kernel, name):
         assert share < math.inf, wrong
 
 
+@pytest.mark.gpu(rehearsed=False)
 def test_hidden_launches_leave_only_the_kernels():
     x = torch.randn(16, 16, device=GPU)
 
@@ -105,6 +106,7 @@ def test_what_cannot_be_captured_raises_and_the_device_goes_on():
     torch.testing.assert_close(graph._outputs[0], x * 2)
 
 
+@pytest.mark.gpu(rehearsed=False)
 def test_launches_are_counted():
     x = torch.randn(1024, device=GPU)
 

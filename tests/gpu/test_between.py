@@ -56,6 +56,7 @@ def test_a_checkpoint_that_keeps_the_linears_changes_no_bit():
         assert torch.equal(got, want)
 
 
+@pytest.mark.gpu(rehearsed=False)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_replayed_step_trains_as_the_usual_one(dropout, checkpointing):

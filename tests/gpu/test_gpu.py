@@ -196,6 +196,7 @@ def test_no_call_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu(rehearsed=False)
 def test_compile_fullgraph_gives_the_same():
     x, weight, _, a, b, dy = operands(256, 512, 256, 16, torch.bfloat16, torch.float32, "nf4")
     compiled = torch.compile(lora_linear, fullgraph=True)

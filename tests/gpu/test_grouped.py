@@ -137,6 +137,7 @@ def test_nothing_waits_for_the_device(kind, rows):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu(rehearsed=False)
 def test_compiled():
     layer = Layer(300)
     layer.check(layer.run(torch.compile(layer.ours, fullgraph=True)))

@@ -44,6 +44,7 @@ def exact_values(weight):
     return reference.nf4_dequantize(parts[0], scales, weight.shape, weight.blocksize).cuda()
 
 
+@pytest.mark.gpu(rehearsed=False)
 def test_launches_use_the_shuffle(kernel):
     assert kernel.lookup() == "shfl"
     assert kernel.lookup(torch.device("cuda", 0)) == "shfl"
