@@ -318,7 +318,7 @@ def test_a_rehearsal_runs_the_tests_and_finds_mistakes_in_them(tmp_path):
     assert found.returncode == 1, shown + found.stderr
     assert "2 failed, 5 passed, 3 skipped, 16 deselected" in shown
     assert "1 error" in shown
-    for name, why in (("test_wrong", "assert 1.0 == 2"), ("test_misspelt", "AttributeError")):
+    for name, why in (("test_wrong", "AssertionError: assert 1.0 == 2"), ("test_misspelt", "AttributeError")):
         assert f"test_rehearsed.py::{name} - {why}" in shown
     for why in ("needs a device: RuntimeError", "the interpreter takes longer", "it looks at the device itself"):
         assert why in shown
