@@ -209,9 +209,13 @@ def restore(model: nn.Module) -> nn.Module:
         the same model.
     Raises:
         ValueError: nothing to undo: the model has no parts that `speed_up` sped up, and none of peft's layers that
-            `replace_linear` did. Nothing is changed.
+            `replace_linear` did, or a part has become an FSDP unit of its own. Nothing is changed.
     """
     parts = [module for module in model.modules() if between.part_of(module)]
+    if not all(map(between.can_restore, parts)):
+        raise ValueError(
+            "a norm, attention or MLP is an FSDP unit of its own: call restore before the model is sharded"
+        )
     if carries_peft(model):
         from fastlora.peft_layers import swap
 

@@ -74,7 +74,9 @@ def refuse_second_derivative() -> None:
         RuntimeError: autograd is recording it.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("lora_linear has no second derivative: call backward or grad without create_graph=True")
+        raise RuntimeError(
+            "fastlora's operators have no second derivative: call backward or grad without create_graph=True"
+        )
 
 
 def constant_under_compile(function: _Function) -> _Function:

@@ -206,6 +206,9 @@ class Odd(nn.Module):
         super().__init__()
         self.centred = Centred()
         self.clipped = Clipped(family("Llama").config)
+        self.limited = Limited(family("Llama").config)
+        self.dropping = Dropping(family("Llama").config)
+        self.dropping_by_hand = DroppingByHand(family("Llama").config)
         self.hooked = nn.RMSNorm(8, eps=1e-6)
         self.hooked.forward = lambda x: x
         self.right = nn.RMSNorm(8, eps=1e-6)
@@ -225,11 +228,35 @@ class Clipped(transformers.models.llama.modeling_llama.LlamaMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
 
 
+class Limited(transformers.models.llama.modeling_llama.LlamaMLP):
+    """As gpt-oss limits what its experts multiply."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-7, 7))
+
+
+class Dropping(transformers.models.llama.modeling_llama.LlamaMLP):
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.down_proj(self.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DroppingByHand(transformers.models.llama.modeling_llama.LlamaMLP):
+    def forward(self, x):
+        y = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(nn.functional.dropout(y, 0.1, self.training))
+
+
 def test_what_only_looks_like_a_part_is_left_and_named():
-    model = fastlora.speed_up(Odd())
+    model = fastlora.speed_up(Odd().eval())
     reasons = {row.name: row.reason for row in model.fastlora_report.parts}
     assert reasons["centred"] == "it computes something else than RMSNorm"
-    assert reasons["clipped"].startswith("it computes something else than act(gate) · up")
+    for name in ("clipped", "limited", "dropping_by_hand"):
+        assert reasons[name].startswith("it computes something else than act(gate) · up")
+    assert reasons["dropping"] == "it has dropout of its own"
     assert reasons["hooked"] == "something has replaced this module's forward"
     assert count(model) == {"norm": 1}
 
@@ -237,6 +264,45 @@ def test_what_only_looks_like_a_part_is_left_and_named():
 def test_a_model_with_nothing_to_speed_up_is_refused():
     with pytest.raises(ValueError, match="no norms, rotary embedding or gated MLPs"):
         fastlora.speed_up(nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("act", "found"),
+    [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_new", "gelu_tanh")],
+)
+def test_activations_are_told_apart(act, found):
+    mlp = family("Llama", hidden_act=act).model.layers[0].mlp
+    assert between.facts_of(mlp, "mlp")[0] == found
+
+
+@pytest.mark.parametrize("act", ["relu", "quick_gelu", "gelu_10", "sigmoid"])
+def test_other_activations_are_left(act):
+    mlp = family("Llama", hidden_act=act).model.layers[0].mlp
+    assert "something else" in between.facts_of(mlp, "mlp")
+
+
+def test_a_model_in_fp64_stays_in_fp64():
+    model = family("Qwen3").double()
+    plain = step(model)
+    for key, value in step(fastlora.speed_up(model)).items():
+        assert torch.equal(value, plain[key])
+
+
+def test_a_part_that_another_library_has_derived_from_cannot_be_taken_back():
+    model = fastlora.speed_up(family("Llama"))
+    model.model.norm.__class__ = type("FSDPNorm", (type(model.model.norm),), {})
+    before = count(model)
+    with pytest.raises(ValueError, match="FSDP unit"):
+        fastlora.restore(model)
+    assert count(model) == before
+
+
+def test_a_second_derivative_is_refused():
+    model = fastlora.speed_up(family("Llama"))
+    norm = model.model.norm
+    x = torch.randn(2, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(norm(x).sum(), x, create_graph=True)
 
 
 def test_decorators_are_copied_along_with_the_function():
