@@ -361,6 +361,14 @@ def collate(examples: TokenSet, rows: Sequence[int], pad_token_id: int) -> dict[
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def before_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Where the tokens are from which one with loss is predicted, in the rows one after the other: [targets] int64.
+
+    labels: [rows, length].
+    """
+    return torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().flatten()
+
+
 def count_targets(batch: dict[str, torch.Tensor]) -> int:
     """The number of tokens of a collated batch that carry loss; a row's first token is predicted from nothing."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())

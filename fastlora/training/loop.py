@@ -197,13 +197,35 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
 
 
 def target_loss(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats. Only their logits become fp32."""
-    with run.autocast():
+    """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats. Only their logits are computed."""
+    places = batch["targets"]  # [targets]: in the rows one after the other, each of a token before a target
+    with run.autocast(), _head_sees_only(run.model, places) as seen:
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    labels = batch["labels"][:, 1:]  # [rows, length - 1]: position t predicts token t + 1
-    chosen = labels != data.IGNORED
-    logits = out.logits[:, :-1][chosen].float()  # [targets, vocabulary]
-    return F.cross_entropy(logits, labels[chosen], reduction="sum")
+    logits = out.logits.flatten(0, 1)
+    logits = logits if seen else logits[places]  # [targets, vocabulary]
+    return F.cross_entropy(logits.float(), batch["labels"].flatten()[places + 1], reduction="sum")
+
+
+@contextmanager
+def _head_sees_only(model: nn.Module, places: Tensor) -> Iterator[list[bool]]:
+    """While this is open, the output head gets only these of the hidden states [rows, length, hidden], as [1, ., hidden].
+
+    Yields: a list that is empty until the head has been called so. A head that is compiled or never called sees all.
+    """
+    head, seen = getattr(model, "get_output_embeddings", lambda: None)(), []
+
+    def choose(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if torch.compiler.is_compiling() or not args or args[0].dim() != 3:
+            return None
+        seen.append(True)
+        return args[0].flatten(0, 1).index_select(0, places)[None], *args[1:]
+
+    hook = head.register_forward_pre_hook(choose) if isinstance(head, nn.Module) else None
+    try:
+        yield seen
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -231,6 +253,7 @@ def _batch(run: Run, examples: data.TokenSet, rows: list[int]) -> dict[str, Tens
     batch = data.collate(examples, rows or [0], run.tokenizer.eos_token_id or 0 if pad is None else pad)
     if not rows:
         batch["labels"].fill_(data.IGNORED)
+    batch["targets"] = data.before_targets(batch["labels"])
     return {name: tensor.to(run.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
 

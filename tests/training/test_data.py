@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastlora.training import data
-from fastlora.training.data import IGNORED, BatchPlan, collate, count_targets
+from fastlora.training.data import IGNORED, BatchPlan, before_targets, collate, count_targets
 from fastlora.training.recipe import Recipe, from_mapping
 
 MARKED = (
@@ -394,6 +394,7 @@ def test_collate_pads_on_the_right() -> None:
     assert batch["labels"].tolist() == [[IGNORED] * 8, [IGNORED, 6, *[IGNORED] * 6]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     assert count_targets(batch) == 1
+    assert before_targets(batch["labels"]).tolist() == [8]
 
 
 def test_first_token_is_no_target() -> None:

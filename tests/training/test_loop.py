@@ -102,6 +102,7 @@ def test_loss_and_gradient_are_per_target_token(base: Path, tmp_path: Path) -> N
     run = prepare(made, QUIET)
     assert run.plan.steps_per_epoch == 1  # the 22 examples, the last micro-batch with a single one
     batch = loop._batch(run, run.train_set, list(range(len(run.train_set))))
+    del batch["targets"]
     loss = run.model(**batch).loss  # type: ignore[operator]
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
@@ -109,6 +110,32 @@ def test_loss_and_gradient_are_per_target_token(base: Path, tmp_path: Path) -> N
     record, _ = loop.train_step(run)
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("way", ["called", "compiled", "not called"])
+def test_the_head_sees_only_what_predicts_a_target(
+    base: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(recipe(base, tmp_path), QUIET)
+    model: Any = run.model
+    batch = loop._batch(run, run.train_set, [0, 3, 5])
+    targets = batch.pop("targets")
+    expected = torch.nn.functional.cross_entropy(
+        model(**{**batch, "labels": None}).logits[:, :-1].flatten(0, 1),
+        batch["labels"][:, 1:].flatten(),
+        reduction="sum",
+    )
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, y: seen.append(y.shape[:-1]))
+    if way == "compiled":
+        model.lm_head.compile(backend="eager")
+    if way == "not called":
+        monkeypatch.setattr(model, "get_output_embeddings", lambda: torch.nn.Linear(2, 2))
+    loss = loop.target_loss(run, model, {**batch, "targets": targets})
+    torch.testing.assert_close(loss, expected)
+    assert 0 < len(targets) < batch["labels"].numel()
+    assert seen == [(1, len(targets)) if way == "called" else batch["labels"].shape]
+    assert not model.lm_head._forward_pre_hooks
 
 
 def test_clipping_bounds_the_update(base: Path, tmp_path: Path) -> None:
@@ -571,6 +598,7 @@ def test_evaluation_is_the_mean_over_target_tokens(base: Path, tmp_path: Path) -
     run = prepare(recipe(base, tmp_path, eval_file=str(base / "eval.jsonl"), per_device_eval_batch_size=4), QUIET)
     assert run.eval_set is not None
     batch = loop._batch(run, run.eval_set, list(range(len(run.eval_set))))
+    del batch["targets"]
     with torch.no_grad():
         expected = run.model.eval()(**batch).loss.item()
     assert loop.evaluate(run) == pytest.approx(expected, rel=1e-5)
