@@ -208,7 +208,7 @@ def target_loss(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def _head_sees_only(model: nn.Module, places: Tensor) -> Iterator[list[bool]]:
-    """While this is open, the output head gets only these of the hidden states [rows, length, hidden], as [1, ., hidden].
+    """While this is open, the output head gets only these of the hidden states [rows, length, hidden], in one row.
 
     Yields: a list that is empty until the head has been called so. A head that is compiled or never called sees all.
     """
