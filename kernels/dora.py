@@ -16,9 +16,12 @@ tf32 products.
 Source: arXiv:2402.09353, section 4.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from fastlora.kernels.launch import Launcher
 from fastlora.kernels.lora_plan import LONGEST_SUM, interpreted
 from fastlora.kernels.nf4_tile import aligned, block_scales, lookup, nf4_code, nf4_tile, operands
 from fastlora.kernels.operands import Packed
@@ -144,8 +147,9 @@ def _rescale_backward_kernel(
 
 def refresh(new: Tensor, kept: Tensor, changed: Tensor) -> None:
     """Where `new` differs from `kept`, set changed [1], int32, to 1 and update `kept`. Both are contiguous."""
-    with torch.cuda.device_of(new):
-        _refresh_kernel[(triton.cdiv(new.numel(), BLOCK),)](new, kept, changed, new.numel(), BLOCK=BLOCK)
+    size = new.numel()
+    if size:
+        _refresh_launcher((size, new.dtype), (triton.cdiv(size, BLOCK),), (new, kept, changed), (size,))
 
 
 def row_norms(
@@ -158,21 +162,43 @@ def row_norms(
         lora_a: [R, K]. lora_b: [N, R]. Any strides.
     """
     n, k = lora_b.shape[0], lora_a.shape[1]
-    packed = isinstance(weight, Packed)
+    packed, r = isinstance(weight, Packed), lora_a.shape[0]
     dense = lora_a if isinstance(weight, Packed) else weight
     six = operands(weight) if isinstance(weight, Packed) else (changed,) * 6
+    facts = False, 64, False
+    if isinstance(weight, Packed):
+        facts = weight.nested, weight.blocksize, aligned(weight.codes, k, weight.blocksize)
+    strides = *dense.stride(), *lora_a.stride(), *lora_b.stride()
+    if n:
+        _row_norms_launcher(
+            (
+                packed,
+                *facts,
+                n,
+                k,
+                r,
+                strides,
+                dense.dtype,
+                six[1].dtype,
+                lora_a.dtype,
+                lora_b.dtype,
+                lookup(out.device),
+            ),
+            (triton.cdiv(n, BLOCK_N),),
+            (changed, dense, *six, lora_a, lora_b, out),
+            (float(scaling), n, k, r, *strides),
+        )
+
+
+def _row_norms_constants(
+    packed: bool, nested: bool, blocksize: int, words: bool, n: int, k: int, *rest: Any
+) -> dict[str, Any]:
     block_k, warps = (BLOCK_K, 4) if k % 16 == 0 else (BLOCK_K // 2, 8)  # an address for each value takes registers
-    with torch.cuda.device_of(out):
-        _row_norms_kernel[(triton.cdiv(n, BLOCK_N),)](
-            changed, dense, *six, lora_a, lora_b, out,
-            float(scaling), n, k, lora_a.shape[0], *dense.stride(), *lora_a.stride(), *lora_b.stride(),
-            DENSE=not packed, BLOCKSIZE=weight.blocksize if isinstance(weight, Packed) else 64,
-            NESTED=isinstance(weight, Packed) and weight.nested,
-            ALIGNED=isinstance(weight, Packed) and aligned(weight.codes, k, weight.blocksize),
-            LOOKUP=lookup(out.device),
-            PRECISION="ieee" if interpreted() else "tf32x3", BLOCK_N=BLOCK_N, BLOCK_K=block_k,
-            WIDTH=WIDTH, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    return {
+        "DENSE": not packed, "BLOCKSIZE": blocksize, "NESTED": nested, "ALIGNED": words, "LOOKUP": rest[-1],
+        "PRECISION": "ieee" if interpreted() else "tf32x3", "BLOCK_N": BLOCK_N, "BLOCK_K": block_k, "WIDTH": WIDTH,
+        "num_warps": warps, "enable_fp_fusion": False,
+    }  # fmt: skip
 
 
 def scaled_absmax(weight: Packed, factor: Tensor) -> Tensor:
@@ -183,13 +209,11 @@ def scaled_absmax(weight: Packed, factor: Tensor) -> Tensor:
     """
     out = torch.empty(weight.absmax.numel(), dtype=torch.float32, device=weight.device)
     _, absmax, absmax2, code2, offset, _ = operands(weight)
-    blocks = weight.shape[1] // weight.blocksize
-    with torch.cuda.device_of(out):
-        _scaled_absmax_kernel[(triton.cdiv(out.numel(), BLOCK),)](
-            absmax, absmax2, code2, offset,
-            factor, out, out.numel(), blocks, NESTED=weight.nested, LOOKUP=lookup(out.device), BLOCK=BLOCK,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    size, blocks = out.numel(), weight.shape[1] // weight.blocksize
+    if size:
+        key = weight.nested, lookup(out.device), size, blocks, absmax.dtype
+        pointers = absmax, absmax2, code2, offset, factor, out
+        _scaled_absmax_launcher(key, (triton.cdiv(size, BLOCK),), pointers, (size, blocks))
     return out
 
 
@@ -197,11 +221,11 @@ def rescale(z: Tensor, factor: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     """factor ∘ z + bias, in fp32. z: [M, N], any strides; factor: [N], fp32; bias: [N]. Returns [M, N] in `dtype`."""
     m, n = z.shape
     y = torch.empty(m, n, dtype=dtype, device=z.device)
-    with torch.cuda.device_of(z):
-        _rescale_kernel[(triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS))](
-            z, factor, factor if bias is None else bias.contiguous(), y, m, n, *z.stride(),
-            HAS_BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS,
-        )  # fmt: skip
+    if m and n:
+        bias = factor if (plain := bias is None) else bias.contiguous()
+        key = not plain, m, n, z.stride(), z.dtype, factor.dtype, bias.dtype, dtype
+        grid = triton.cdiv(m, ROWS), triton.cdiv(n, COLUMNS)
+        _rescale_launcher(key, grid, (z, factor, bias, y), (m, n, *z.stride()))
     return y
 
 
@@ -222,11 +246,26 @@ def rescale_backward(
     dz = torch.empty(m, n, dtype=dtype, device=dy.device) if factor is not None else None
     dot = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if z is not None else None
     total = torch.empty(splits, n, dtype=torch.float32, device=dy.device) if need_total else None
-    with torch.cuda.device_of(dy):
-        _rescale_backward_kernel[(tiles, splits)](
-            dy, dy if z is None else z, dy if factor is None else factor,
-            dy if dz is None else dz, dy if dot is None else dot, dy if total is None else total,
-            m, n, per_split, *dy.stride(), *(dy if z is None else z).stride(),
-            NEED_DZ=dz is not None, NEED_DOT=dot is not None, NEED_TOTAL=need_total, ROWS=rows, COLUMNS=COLUMNS,
-        )  # fmt: skip
+    if m and n:
+        needs, nothing = (dz is not None, dot is not None, total is not None), dy
+        pointers = tuple(nothing if each is None else each for each in (dy, z, factor, dz, dot, total))
+        strides = *dy.stride(), *(dy if z is None else z).stride()
+        key = needs, rows, m, n, per_split, strides, *(each.dtype for each in pointers)
+        _rescale_backward_launcher(key, (tiles, splits), pointers, (m, n, per_split, *strides))
     return dz, None if dot is None else dot.sum(0), None if total is None else total.sum(0)
+
+
+def _rescale_backward_constants(needs: tuple[bool, bool, bool], rows: int, *_: Any) -> dict[str, Any]:
+    return {**dict(zip(("NEED_DZ", "NEED_DOT", "NEED_TOTAL"), needs, strict=True)), "ROWS": rows, "COLUMNS": COLUMNS}
+
+
+_refresh_launcher = Launcher(_refresh_kernel, lambda *_: {"BLOCK": BLOCK})
+_row_norms_launcher = Launcher(_row_norms_kernel, _row_norms_constants)
+_scaled_absmax_launcher = Launcher(
+    _scaled_absmax_kernel,
+    lambda nested, how, *_: {"NESTED": nested, "LOOKUP": how, "BLOCK": BLOCK, "enable_fp_fusion": False},
+)
+_rescale_launcher = Launcher(
+    _rescale_kernel, lambda has_bias, *_: {"HAS_BIAS": has_bias, "ROWS": ROWS, "COLUMNS": COLUMNS}
+)
+_rescale_backward_launcher = Launcher(_rescale_backward_kernel, _rescale_backward_constants)

@@ -51,6 +51,6 @@ def test_what_experts_launch_compiles(arch):
 @pytest.mark.slow
 def test_what_is_remembered_of_a_launch_is_what_triton_would_launch():
     """The kernel, the grid and every argument, over kinds of calls that differ in one thing."""
-    ((compared, kinds),) = printed("remembered", 25)
+    ((compared, kinds),) = printed("remembered", 36)
     assert int(compared) > 150
     assert int(kinds) > 50

@@ -1,9 +1,9 @@
 """Whether remembered launches are those that Triton would have made: `python -m tests.support.remembered CASES`.
 
-Random calls of the low-rank kernels and of the expansion of NF4: shapes, ranks, dtypes, strides, addresses, dropout,
-segments. Each is followed by calls that differ from it in one of these. Each is launched twice, once by what the calls
-before it have left and once through Triton, with the stand-in for a driver of `bench.measure.pretend`. Both must have
-the same kernel, grid and arguments.
+Random calls of the low-rank kernels, the expansion of NF4, DoRA's kernels, norms, rotary embedding and gated activations:
+shapes, ranks, dtypes, strides, addresses, dropout, segments. Each is followed by calls that differ from it in one of
+these. Each is launched twice, once by what the calls before it have left and once through Triton, with the stand-in for
+a driver of `bench.measure.pretend`. Both must have the same kernel, grid and arguments.
 """
 
 import random
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fastlora.kernels import lora, nf4
+from fastlora.kernels import dora, gated, lora, nf4, rms_norm, rotary
 from fastlora.kernels.launch import Launcher
 from fastlora.kernels.segments import Segments
 from torch import Tensor
@@ -21,7 +21,8 @@ from bench.measure.pretend import launches, pretend
 from fastlora.ops.nf4 import quantize
 
 ARCH = 90
-LAUNCHERS = [value for module in (lora, nf4) for value in vars(module).values() if isinstance(value, Launcher)]
+MODULES = dora, gated, lora, nf4, rms_norm, rotary
+LAUNCHERS = [value for module in MODULES for value in vars(module).values() if isinstance(value, Launcher)]
 SIZES, RANKS = (1, 16, 130), (1, 16, 40)
 
 
@@ -57,7 +58,27 @@ class Case:
         x, dy, h = self.matrix("x", m, k, dtype), self.matrix("dy", m, n, dtype), torch.zeros(m, r)
         a, b = self.matrix("a", r, k, adapter), self.matrix("b", n, r, adapter)
         scaling = self.pick("scaling", (1.0, 2.0, 0.3))
-        kind = ("shrink", "expand", "gradients", "fill", "segments")[self.seed % 5]
+        kind = ("shrink", "expand", "gradients", "fill", "segments", "norm", "rotary", "gated", "dora")[self.seed % 9]
+        if kind == "dora":
+            return self.dora(m, k, n, dy, a, b, scaling)
+        if kind == "norm":
+            weight, offset = torch.zeros(k, dtype=adapter), self.pick("offset", (0.0, 1.0))
+            dx, rstd = self.matrix("dx", m, k, self.pick("dx dtype", (dtype, torch.float32))), torch.zeros(m)
+            if self.pick("back", (True, False)):
+                return lambda: rms_norm.backward(dx, x, weight, rstd, offset)
+            return lambda: rms_norm.forward(x, weight, scaling, offset, self.pick("y dtype", (dtype, torch.float32)))
+        if kind == "rotary":
+            samples, size = self.pick("samples", (1, 2)), self.pick("size", (16, 24))
+            q, keys = (self.matrix(name, m, size * heads, dtype) for name, heads in (("q", 3), ("keys", 2)))
+            angles = torch.zeros(self.pick("angle rows", (1, samples)), m, size, dtype=adapter)
+            shared, back = self.pick("shared", (False, True)), self.pick("back", (True, False))
+            angles = angles[..., : size // 2] if shared else angles
+            heads = [t.contiguous().view(1, m, -1, size).expand(samples, -1, -1, -1) for t in (q, keys)]
+            return lambda: rotary.rotate(*heads, angles, angles, shared, back)
+        if kind == "gated":
+            gate, up = self.matrix("gate", m, n, dtype), self.matrix("up", m, n, dtype)
+            act, back = self.pick("act", gated.ACTIVATIONS), self.pick("back", (True, False))
+            return lambda: gated.backward(dy, gate, up, act) if back else gated.forward(gate, up, act)
         if kind == "shrink":
             return lambda: lora.shrink(x, a, dropout, scaling)
         if kind == "expand":
@@ -78,6 +99,27 @@ class Case:
         segments = Segments(ends, adapters, owner, facts)
         stack = torch.zeros(adapters, r, k, dtype=adapter)
         return lambda: lora.shrink(x, stack, lora.Dropout(), scaling, segments=segments)
+
+    def dora(self, m: int, k: int, n: int, dy: Tensor, a: Tensor, b: Tensor, scaling: float) -> Callable[[], object]:
+        """A call of one of DoRA's kernels."""
+        which = self.pick("which", ("refresh", "norms", "scales", "rescale", "backward"))
+        changed, factor = torch.zeros(1, dtype=torch.int32), torch.zeros(n)
+        if which == "refresh":
+            return lambda: dora.refresh(a.contiguous(), torch.zeros_like(a).contiguous(), changed)
+        z, result = self.matrix("z", m, n, dy.dtype), self.pick("result", (dy.dtype, torch.float32))
+        if which == "rescale":
+            bias = self.pick("bias", (None, torch.zeros(n, dtype=dy.dtype), torch.zeros(n)))
+            return lambda: dora.rescale(z, factor, bias, result)
+        if which == "backward":
+            needs = self.pick("needs", ((z, factor, True), (None, factor, False), (z, None, True)))
+            return lambda: dora.rescale_backward(dy, *needs, result)
+        blocks, nested = self.pick("blocks", (64, 128)), self.pick("nested", (True, False))
+        whole = 128 if which == "scales" else k
+        packed = quantize(torch.ones(n, whole), blocks, nested)
+        if which == "scales":
+            return lambda: dora.scaled_absmax(packed, factor)
+        weight = self.pick("weight", (packed, self.matrix("w", n, k, dy.dtype)))
+        return lambda: dora.row_norms(changed, weight, a, b, scaling, factor)
 
 
 def made(action: Callable[[], object]) -> list[tuple[Any, ...]]:
