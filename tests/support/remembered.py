@@ -1,6 +1,6 @@
 """Whether remembered launches are those that Triton would have made: `python -m tests.support.remembered CASES`.
 
-Random calls of the low-rank kernels, the expansion of NF4, DoRA's kernels, norms, rotary embedding and gated activations:
+Random calls of low-rank kernels, the expansion of NF4, DoRA's kernels, norms, rotary embedding, gated activations: all
 shapes, ranks, dtypes, strides, addresses, dropout, segments. Each is followed by calls that differ from it in one of
 these. Each is launched twice, once by what the calls before it have left and once through Triton, with the stand-in for
 a driver of `bench.measure.pretend`. Both must have the same kernel, grid and arguments.
