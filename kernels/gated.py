@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastlora.kernels.launch import Launcher
+from fastlora.kernels.operands import as_rows
 from torch import Tensor
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -73,7 +74,7 @@ _backward_launcher = Launcher(_gated_backward_kernel, _constants)
 
 def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) · up, [..., N]. gate, up: [..., N] in one dtype."""
-    gates, ups = _as_rows(gate), _as_rows(up)
+    gates, ups = as_rows(gate), as_rows(up)
     m, n = gates.shape
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if m and n:
@@ -85,7 +86,7 @@ def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """(d gate, d up), [..., N] each, in their dtype. dy: [..., N]."""
-    dys, gates, ups = _as_rows(dy), _as_rows(gate), _as_rows(up)
+    dys, gates, ups = as_rows(dy), as_rows(gate), as_rows(up)
     m, n = gates.shape
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if m and n:
@@ -93,9 +94,3 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Te
         key, grid = (act, m, n, strides, gate.dtype, dy.dtype), (m, triton.cdiv(n, _COLUMNS))
         _backward_launcher(key, grid, (dys, gates, ups, dgate, dup), (m, n, *strides))
     return dgate, dup
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[M, N] with contiguous rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -156,3 +156,9 @@ def check_product(x: Tensor, weight: Packed, lora_a: Tensor | None, lora_b: Tens
 def level_table(device: torch.device) -> Tensor:
     """The sixteen levels on a device: [16], fp32. One small copy for each device, made with the first weight there."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., N] as [M, N] with contiguous rows; a copy where its strides allow no other."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

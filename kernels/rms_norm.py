@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastlora.kernels.launch import Launcher
+from fastlora.kernels.operands import as_rows
 from torch import Tensor
 
 MOST_COLUMNS = 16384
@@ -73,7 +74,7 @@ _backward_launcher = Launcher(_rms_norm_backward_kernel, _constants)
 
 def forward(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(y [..., N] in `dtype`, 1 / sqrt(mean(x²) + eps) [M] in fp32). x: [..., N]; weight: [N]."""
-    rows = _as_rows(x)
+    rows = as_rows(x)
     m, n = rows.shape
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rstd = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -86,7 +87,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.d
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
     """dx [..., N] in x's dtype. dy, x: [..., N]; rstd: [M], of `forward`."""
-    dy, rows = _as_rows(dy), _as_rows(x)
+    dy, rows = as_rows(dy), as_rows(x)
     m, n = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if m:
@@ -94,9 +95,3 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float)
         grid, key = (triton.cdiv(m, cut["BLOCK_M"]),), (n, m, strides, dy.dtype, x.dtype, weight.dtype)
         _backward_launcher(key, grid, (dy, rows, weight, rstd, dx), (m, n, *strides, offset))
     return dx
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[M, N] with contiguous rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
