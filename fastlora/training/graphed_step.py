@@ -65,7 +65,7 @@ class GraphedStep:
         kind = self._kinds.get(key)
         if kind is None:
             if len(self._kinds) >= self.most:
-                return self._usual(batch, key, f"more than {self.most} kinds of batches")
+                return self._usual(batch, "others", f"more than {self.most} kinds of batches")
             kind = self._kinds[key] = _Kind()
         if kind.graph is not None and kind.addresses != _addresses(kind.used):
             self.reset()
