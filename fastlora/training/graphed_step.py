@@ -6,7 +6,7 @@ more slowly than the device runs them. A replayed graph is one launch.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +40,7 @@ class GraphedStep:
         warm_up: at least 1.
         most: graphs to keep; batches of more kinds run as usual.
     Raises:
-        ValueError: warm_up below 1.
+        ValueError: warm_up below 1; in a call, an argument whose kind cannot be told, such as a list.
     """
 
     def __init__(self, model: nn.Module, loss: Loss | None = None, warm_up: int = 2, most: int = 8) -> None:
@@ -79,10 +79,14 @@ class GraphedStep:
         return self._replay(kind, batch)
 
     def _key(self, batch: dict[str, Any]) -> Any:
-        def of(value: Any) -> Any:
-            return (value.shape, value.dtype) if isinstance(value, Tensor) else value
+        def of(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.shape, value.dtype
+            if not isinstance(value, Hashable):
+                raise ValueError(f"{name} is a {type(value).__name__}: give a tensor, a number, a string or a tuple")
+            return value
 
-        return self.model.training, *((name, of(value)) for name, value in sorted(batch.items()))
+        return self.model.training, *((name, of(name, value)) for name, value in sorted(batch.items()))
 
     def _usual(self, batch: dict[str, Any], key: Any, reason: str = "") -> Tensor:
         if reason:

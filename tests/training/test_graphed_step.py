@@ -196,6 +196,8 @@ def test_obstacles():
     with pytest.raises(ValueError, match="warm_up"):
         fastlora.GraphedStep(model, warm_up=0)
     step = fastlora.GraphedStep(model, warm_up=1)
+    with pytest.raises(ValueError, match="labels is a list"):
+        step(input_ids=tokens(), labels=[1])
     for _ in range(3):
         step(input_ids=tokens(), labels=tokens())
     assert (step.usual, list(step.reasons.values())) == (3, ["the model is not on a CUDA device"])
