@@ -8,14 +8,16 @@ FASTLORA_BACKEND=triton.
 """
 
 import os
-import signal
+import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from triton.runtime.interpreter import InterpreterBuilder
 
 MOST_VARIANTS = int(os.environ.get("FASTLORA_REHEARSED_VARIANTS", "4"))
 SECONDS = 3.0
@@ -64,10 +66,6 @@ def _spread(found: list[pytest.Item]) -> list[pytest.Item]:
     return [found[int(number * step)] for number in range(min(len(found), MOST_VARIANTS))]
 
 
-def _over(number: int, frame: Any) -> None:
-    raise TooLong
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     """Set a test's fixtures up on the CPU."""
@@ -105,16 +103,22 @@ def _rehearsed() -> Iterator[None]:
     for name, answer in (("synchronize", None), ("set_sync_debug_mode", None), ("get_device_capability", (8, 0))):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": _generator(_moved(device)))
-    before = signal.signal(signal.SIGALRM, _over)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)  # again, for an error in a destructor is ignored
+    deadline, next_program = time.monotonic() + SECONDS, InterpreterBuilder.set_grid_idx
+
+    def in_time(builder: Any, *place: int) -> None:
+        if time.monotonic() > deadline:  # between two programs, where the interpreter can be left
+            raise TooLong
+        next_program(builder, *place)
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", in_time)
+    pool = ThreadPoolExecutor.__init__  # the interpreter has one grid for all threads
+    monkeypatch.setattr(ThreadPoolExecutor, "__init__", lambda self, *_, **__: pool(self, 1))
     try:
         with _OnCpu():
             yield
     except TooLong:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         pytest.skip(f"rehearsed for {SECONDS:g} s: the interpreter takes longer")
     except (Exception, SystemExit) as error:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         said = f"{type(error).__name__}: {error}"
         if isinstance(error, AssertionError) and "not compiled with CUDA" not in said:
             raise
@@ -122,6 +126,4 @@ def _rehearsed() -> Iterator[None]:
             raise
         pytest.skip(f"needs a device: {said.partition(chr(10))[0][:100]}")
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         monkeypatch.undo()
