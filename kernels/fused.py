@@ -87,14 +87,30 @@ def _side_by_side(v0, v1, v2, v3, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def offsets(start, end, LOOSE: tl.constexpr, SIZE: tl.constexpr):
+    """(first, offsets from there, end from there) of a tile's rows or columns. LOOSE: sizes are no multiples of 16.
+
+    Each value then takes an address of its own, and there are registers for those only if offsets within a tile are
+    int32. Otherwise the first is 0 and all offsets are int64.
+    """
+    if LOOSE:
+        first, offs, end = start.to(tl.int64), tl.arange(0, SIZE), end - start
+    else:
+        first, offs = 0, start + tl.arange(0, SIZE).to(tl.int64)
+    return first, offs, end
+
+
+@triton.jit
 def _update(
     acc, h_ptr, b_ptr, m_start, n_start, M, N, R, r_end, stride_bn, stride_br,
-    FP32_ADAPTERS: tl.constexpr, INTERPRETED: tl.constexpr,
+    FP32_ADAPTERS: tl.constexpr, INTERPRETED: tl.constexpr, LOOSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc + h Bᵀ over the ranks below r_end, for h [M, R] in fp32 and B [N, R]."""
-    offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
-    offs_n = n_start + tl.arange(0, BLOCK_N).to(tl.int64)
+    m_first, offs_m, M = offsets(m_start, M, LOOSE, BLOCK_M)
+    n_first, offs_n, N = offsets(n_start, N, LOOSE, BLOCK_N)
+    h_ptr += m_first * R
+    b_ptr += n_first * stride_bn
     for r_start in tl.range(0, r_end, BLOCK_R, num_stages=2 if FP32_ADAPTERS else 1):
         offs_r = r_start + tl.arange(0, BLOCK_R)
         in_r = offs_r[None, :] < R
@@ -118,7 +134,7 @@ def _nf4_fused_kernel(
     TRANSPOSED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     TMA: tl.constexpr, MMA_SYNC: tl.constexpr, EVEN_SUM: tl.constexpr, EVEN_OUT: tl.constexpr,
     LORA: tl.constexpr, FP32_ADAPTERS: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, LOOSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of x Wᵀ [M, N] + ..., or where TRANSPOSED of x W [M, K] + ...; W is [N, K]."""
@@ -138,7 +154,7 @@ def _nf4_fused_kernel(
             r_end = tl.where(split == 0, R, 0)
         acc = _update(
             acc, h_ptr, b_ptr, m_start, n_start, M, columns, R, r_end, stride_bn, stride_br,
-            FP32_ADAPTERS, INTERPRETED, BLOCK_M, BLOCK_N,
+            FP32_ADAPTERS, INTERPRETED, LOOSE, BLOCK_M, BLOCK_N,
         ) * scaling  # fmt: skip
         if DROPOUT:
             offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -174,12 +190,17 @@ def _nf4_fused_kernel(
             acc = tl.dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
         else:
             acc = tl.dot(x, tl.trans(w), acc)  # w is [BLOCK_N, BLOCK_K]
-    offs_m = m_start + tl.arange(0, BLOCK_M).to(tl.int64)
-    offs_n = n_start + tl.arange(0, BLOCK_N).to(tl.int64)
+    m_first, offs_m, m_end = offsets(m_start, M, LOOSE, BLOCK_M)
+    n_first, offs_n, n_end = offsets(n_start, columns, LOOSE, BLOCK_N)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < columns, other=0.0).to(tl.float32)[None, :]
-    out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * columns + offs_n[None, :]
-    out_mask = (offs_m[:, None] < M) & (offs_n[None, :] < columns)
+        bias_ptrs = bias_ptr + n_first + offs_n
+        acc += tl.load(bias_ptrs, mask=offs_n < n_end, other=0.0).to(tl.float32)[None, :]
+    if LOOSE:
+        out_ptr += (split.to(tl.int64) * M + m_first) * columns + n_first
+        out_ptrs = out_ptr + offs_m[:, None] * columns + offs_n[None, :]
+    else:
+        out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * columns + offs_n[None, :]
+    out_mask = (offs_m[:, None] < m_end) & (offs_n[None, :] < n_end)
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -313,7 +334,7 @@ def _multiply(
             TMA=tma, MMA_SYNC=uses_mma_sync(capability, cut.block_m),
             EVEN_SUM=length % cut.block_k == 0, EVEN_OUT=columns % cut.block_n == 0,
             LORA=lora, FP32_ADAPTERS=b.dtype == torch.float32, DROPOUT=masked, HAS_BIAS=has_bias and splits == 1,
-            SPLIT=splits > 1, INTERPRETED=interpreted(),
+            SPLIT=splits > 1, INTERPRETED=interpreted(), LOOSE=(columns | length | b.shape[1]) % 16 != 0,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
             num_warps=8 if accumulators(cut) > 64 and (masked or not tma) else cut.warps, num_stages=cut.stages,
             enable_fp_fusion=False,

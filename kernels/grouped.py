@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from fastlora.kernels import fused
-from fastlora.kernels.fused import NESTED_BLOCKSIZE, _activation, _tensor_map, _update
+from fastlora.kernels.fused import NESTED_BLOCKSIZE, _activation, _tensor_map, _update, offsets
 from fastlora.kernels.fused_config import Config, accumulators, uses_mma_sync
 from fastlora.kernels.fused_tile import block_indices, expand_words, lane_levels, load_words, tile_corner
 from fastlora.kernels.grouped_config import aligned, default_config, supports
@@ -55,7 +55,7 @@ def _place(
 @triton.jit
 def _begin(
     h_ptr, b_ptr, expert, row, row_end, n_start, columns, R, scaling, stride_be, stride_bn, stride_br,
-    LORA: tl.constexpr, FP32_ADAPTERS: tl.constexpr, INTERPRETED: tl.constexpr,
+    LORA: tl.constexpr, FP32_ADAPTERS: tl.constexpr, INTERPRETED: tl.constexpr, LOOSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What the sum starts from: scaling · h B[e]ᵀ [BLOCK_M, BLOCK_N], or zeros."""
@@ -63,24 +63,31 @@ def _begin(
     if LORA:
         acc = _update(
             acc, h_ptr, b_ptr + expert.to(tl.int64) * stride_be, row, n_start, row_end, columns, R, R,
-            stride_bn, stride_br, FP32_ADAPTERS, INTERPRETED, BLOCK_M, BLOCK_N,
+            stride_bn, stride_br, FP32_ADAPTERS, INTERPRETED, LOOSE, BLOCK_M, BLOCK_N,
         ) * scaling  # fmt: skip
     return acc
 
 
 @triton.jit
 def _finish(
-    acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS: tl.constexpr,
+    acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS: tl.constexpr, LOOSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add bias[e] and store the tile, up to the end of the expert's rows."""
-    offs_m = row + tl.arange(0, BLOCK_M).to(tl.int64)
-    offs_n = n_start + tl.arange(0, BLOCK_N)
+    n_end = columns
+    if LOOSE:
+        m_first, offs_m, row_end = offsets(row, row_end, LOOSE, BLOCK_M)
+        n_first, offs_n, n_end = offsets(n_start, columns, LOOSE, BLOCK_N)
+        out_ptr += m_first * columns + n_first
+        bias_ptr += n_first
+    else:
+        offs_m = row + tl.arange(0, BLOCK_M).to(tl.int64)
+        offs_n = n_start + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * columns + offs_n
-        acc += tl.load(bias_ptrs, mask=offs_n < columns, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptrs, mask=offs_n < n_end, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m[:, None] * columns + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < row_end) & (offs_n[None, :] < columns))
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < row_end) & (offs_n[None, :] < n_end))
 
 
 @triton.jit
@@ -114,17 +121,18 @@ def _grouped_dense_kernel(
     stride_xs, stride_we, stride_wn, stride_wk, stride_be, stride_bn, stride_br,
     TMA: tl.constexpr, ALONG_SUM: tl.constexpr, EVEN_SUM: tl.constexpr, EVEN_OUT: tl.constexpr,
     LORA: tl.constexpr, FP32_ADAPTERS: tl.constexpr, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    LOOSE: tl.constexpr, EXPERTS: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of x V[e]ᵀ + ..., V [columns, length] being an expert's weight or its transpose."""
     expert, row, row_end, n_start = _place(ends_ptr, columns, experts, row_tiles, EXPERTS, BLOCK_M, BLOCK_N, GROUP_M)
     if expert >= experts:
         nothing = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        _finish(nothing, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, False, BLOCK_M, BLOCK_N)
+        _finish(nothing, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, False, LOOSE, BLOCK_M, BLOCK_N)
         return
     acc = _begin(
         h_ptr, b_ptr, expert, row, row_end, n_start, columns, R, scaling, stride_be, stride_bn, stride_br,
-        LORA, FP32_ADAPTERS, INTERPRETED, BLOCK_M, BLOCK_N,
+        LORA, FP32_ADAPTERS, INTERPRETED, LOOSE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     for start in range(0, length, BLOCK_K):
         x = _activation(x_ptr, row, start, row_end, length, stride_xs, TMA, EVEN_SUM, BLOCK_M, BLOCK_K)
@@ -133,7 +141,7 @@ def _grouped_dense_kernel(
             TMA, ALONG_SUM, EVEN_SUM, EVEN_OUT, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc = tl.dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
-    _finish(acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS, BLOCK_M, BLOCK_N)
+    _finish(acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS, LOOSE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["row_tiles", "experts"])
@@ -145,7 +153,8 @@ def _grouped_nf4_kernel(
     TRANSPOSED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
     TMA: tl.constexpr, MMA_SYNC: tl.constexpr, EVEN_SUM: tl.constexpr, EVEN_OUT: tl.constexpr,
     LORA: tl.constexpr, FP32_ADAPTERS: tl.constexpr, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
-    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    LOOSE: tl.constexpr, EXPERTS: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of x W[e]ᵀ [S, N] + ..., or where TRANSPOSED of x W[e] [S, K] + ...; the stack is [E N, K]."""
     ROWS: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
@@ -159,11 +168,11 @@ def _grouped_nf4_kernel(
     expert, row, row_end, n_start = _place(ends_ptr, columns, experts, row_tiles, EXPERTS, BLOCK_M, BLOCK_N, GROUP_M)
     if expert >= experts:
         nothing = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        _finish(nothing, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, False, BLOCK_M, BLOCK_N)
+        _finish(nothing, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, False, LOOSE, BLOCK_M, BLOCK_N)
         return
     acc = _begin(
         h_ptr, b_ptr, expert, row, row_end, n_start, columns, R, scaling, stride_be, stride_bn, stride_br,
-        LORA, FP32_ADAPTERS, INTERPRETED, BLOCK_M, BLOCK_N,
+        LORA, FP32_ADAPTERS, INTERPRETED, LOOSE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     table = lane_levels(code_ptr, LOOKUP)
     offset = 0.0
@@ -194,7 +203,7 @@ def _grouped_nf4_kernel(
             acc = tl.dot(x, w, acc)  # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
         else:
             acc = tl.dot(x, tl.trans(w), acc)  # w is [BLOCK_N, BLOCK_K]
-    _finish(acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS, BLOCK_M, BLOCK_N)
+    _finish(acc, bias_ptr, out_ptr, expert, row, row_end, n_start, columns, HAS_BIAS, LOOSE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -304,6 +313,7 @@ def _multiply(
     flags: dict[str, Any] = {
         "LORA": lora, "FP32_ADAPTERS": b.dtype == torch.float32, "HAS_BIAS": bias is not None,
         "EVEN_SUM": length % cut.block_k == 0, "EVEN_OUT": columns % cut.block_n == 0, "INTERPRETED": interpreted(),
+        "LOOSE": not fits,
         "EXPERTS": triton.next_power_of_2(experts + 1), "GROUP_M": GROUP_M,
         "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "num_stages": cut.stages,
     }  # fmt: skip

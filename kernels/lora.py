@@ -398,9 +398,9 @@ def shrink(
     m, k = x.shape
     (r, _), stride = _last(lora_a, segments)
     drops, how = dropout.active, mode(x.dtype, lora_a.dtype)
-    launch = plan("shrink", m, k, r, how, drops, x.device, cut, segments.number if segments else 0)
-    h = _partial(launch.splits, m, r, x)
     strides = *x.stride(), *lora_a.stride()[-2:]
+    launch = plan("shrink", m, k, r, how, drops, x.device, cut, segments.number if segments else 0, max(strides[:2]))
+    h = _partial(launch.splits, m, r, x)
     rows, tables, counts = _by_row(segments, stride, column, x)
     _shrink_launcher(
         (launch, how, drops, rows, x.dtype, lora_a.dtype, strides, stride),
@@ -495,13 +495,13 @@ def dy_parts(
     m, n = dy.shape
     (_, r), stride = _last(lora_b, segments)
     how = mode(dy.dtype, lora_b.dtype)
-    launch = plan("dy", m, n, r, how, False, dy.device, cut, segments.number if segments else 0)
+    strides = *dy.stride(), *lora_b.stride()[-2:]
+    launch = plan("dy", m, n, r, how, False, dy.device, cut, segments.number if segments else 0, max(strides[:2]))
     if need_g and reads_twice(n, r, dy.element_size(), launch.tiles):
         g = shrink(dy, lora_b.mT, _NO_DROPOUT, scaling, segments=segments, column=SCALING)
         return g, x_parts(dy, h, _NO_DROPOUT, lora_b.dtype, scaling, True, None, segments, -1) if need_db else None
     g = _partial(launch.tiles if need_g else 0, m, r, dy)
     db = _partial(launch.splits if need_db else 0, n, r, dy)
-    strides = *dy.stride(), *lora_b.stride()[-2:]
     rows, tables, counts = _by_row(segments, stride, SCALING, dy)
     _dy_launcher(
         (launch, how, need_g, need_db, rows, dy.dtype, lora_b.dtype, h.dtype, strides, stride),
@@ -539,9 +539,9 @@ def x_parts(
     m, k = x.shape
     r = g.shape[1]
     drops, how = dropout.active, mode(x.dtype, adapter_dtype)
-    launch = plan("x", m, k, r, how, drops, x.device, cut, segments.number if segments else 0)
-    da = _partial(launch.splits, *((k, r) if transposed else (r, k)), x)
     strides = *x.stride(), *((1, r) if transposed else (k, 1))
+    launch = plan("x", m, k, r, how, drops, x.device, cut, segments.number if segments else 0, max(strides[:2]))
+    da = _partial(launch.splits, *((k, r) if transposed else (r, k)), x)
     rows, tables, counts = _by_row(segments, 0, column, x)
     _x_launcher(
         (launch, how, drops, rows, x.dtype, g.dtype, strides),

@@ -49,7 +49,7 @@ def mode(activation: torch.dtype, adapter: torch.dtype) -> str:
 
 
 def halved(rows: int, columns: int) -> tuple[int, int]:
-    """A tile of rows whose length is no multiple of 16: an address for each value takes twice the registers."""
+    """A tile of rows that do not begin at multiples of 16: an address for each value takes twice the registers."""
     return max(16, rows // 2), max(16, columns // 2)
 
 
@@ -79,12 +79,18 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def tile_for(op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device) -> Tile:
-    """The tile for an activation [m, length]: the table's of `choice` where it has one, else the built-in one."""
-    if found := choice.tile(op, m, length, r, how, dropout, device):
+def tile_for(
+    op: str, m: int, length: int, r: int, how: str, dropout: bool, device: torch.device, stride: int = 0
+) -> Tile:
+    """The tile for an activation [m, length]: the table's of `choice` where it has one, else the built-in one.
+
+    The table's were measured where rows begin at multiples of 16 numbers. stride: from one row to the next.
+    """
+    loose = (length | stride) % 16 != 0
+    if not loose and (found := choice.tile(op, m, length, r, how, dropout, device)):
         return found
     found = tile(op, block_r(r), how, dropout, choice.gpu_of(device)[1][0])
-    return found if length % 16 == 0 else Tile(*halved(found.rows, found.columns), found.warps, found.stages)
+    return Tile(*halved(found.rows, found.columns), found.warps, found.stages) if loose else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +124,7 @@ def plan(
     device: torch.device,
     cut: Tile | None = None,
     segments: int = 0,
+    stride: int = 0,
 ) -> Plan:
     """How to launch on an activation [m, length]: tiles and splits of the reduction that together fill the device.
 
@@ -125,8 +132,9 @@ def plan(
     itself, in as many parts as fill the device. No program sums more than LONGEST_SUM terms, because the error of a sum
     in order grows with its length. With many segments, any of which may have most of the rows, that limit holds only as
     far as writing the sums costs less than a sixteenth of reading the rows. Cached: a plan costs more than a launch.
+    stride: of the activation, the larger one.
     """
-    cut = cut or tile_for(op, m, length, r, how, dropout, device)
+    cut = cut or tile_for(op, m, length, r, how, dropout, device, stride)
     parts = block_r(r), triton.cdiv(r, block_r(r))
     rows, columns, wanted = triton.cdiv(m, cut.rows), triton.cdiv(length, cut.columns), programs_wanted(device.index)
     if op == "shrink":

@@ -6,12 +6,14 @@ moved into a branch that lanes decide for themselves, it would wait for other la
 A branch holds an instruction if going one way always leads there and going the other way may not (control dependence,
 from post-dominators), or if it holds a branch that does. It is decided by lanes if its predicate varies within a warp:
 if it comes from %tid, unless the lane's five bits are shifted or masked away, or from %laneid, from what was loaded
-from, or shuffled by, such an address, or from what was written under such a branch.
+from, or shuffled by, such an address, or from what was written under such a branch. A value has a period: the lanes
+after which it repeats, 1 where all agree. Added to that of the lane half a period away, it repeats twice as soon.
 
 Source: Ferrante, Ottenstein, Warren, "The program dependence graph and its use in optimization", TOPLAS 9(3), 1987.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 _NAME = re.compile(r"%?[A-Za-z_$][\w$.]*")
@@ -45,58 +47,89 @@ def divergent_shuffles(ptx: str) -> list[str]:
     """The shuffles in inline assembly that are under a condition on which lanes of a warp may disagree, as text."""
     blocks, threads = _blocks(ptx)
     holders = _holders(blocks)
-    varying: set[str] = set()
+    across = _across(blocks)
+    periods: dict[str, int] = {}  # of what varies
     grew = True
     while grew:
-        before = len(varying)
+        before = dict(periods)
         for number, block in enumerate(blocks):
-            apart = any(_decides(blocks[holder], varying) for holder in holders[number])
+            apart = any(_decides(blocks[holder], periods) for holder in holders[number])
             for each in block.instructions:
-                if apart or each.predicate in varying or _result_varies(each, varying, threads):
-                    varying |= each.written
-        grew = len(varying) > before
+                period = _LANES if apart or each.predicate in periods else _period(each, periods, threads, across)
+                if period > 1:
+                    periods |= {name: max(period, periods.get(name, 1)) for name in each.written}
+        grew = periods != before
     return [
         each.text
         for number, block in enumerate(blocks)
         for each in block.instructions
         if each.operation.startswith("shfl.")
         and each.inline
-        and (each.predicate in varying or any(_decides(blocks[holder], varying) for holder in holders[number]))
+        and (each.predicate in periods or any(_decides(blocks[holder], periods) for holder in holders[number]))
     ]
 
 
-def _decides(block: _Block, varying: set[str]) -> bool:
-    return bool(block.instructions) and block.instructions[-1].predicate in varying
+def _across(blocks: list[_Block]) -> dict[str, tuple[set[str], int]]:
+    """For a register that holds another lane's value, the one that it comes from and how far away that lane is."""
+    every = [each for block in blocks for each in block.instructions]
+    times = Counter(name for each in every for name in each.written)
+    found: dict[str, tuple[set[str], int]] = {}
+    for each in every:
+        _, *operands = (part.strip() for part in each.text.split(","))
+        single = all(times[name] == 1 for name in each.written | each.read)
+        if single and each.operation.startswith("shfl.sync.bfly") and operands[1].isdigit() and operands[2] == "31":
+            found |= {name: (each.read, int(operands[1])) for name in each.written}
+    return found
 
 
-def _result_varies(each: _Instruction, varying: set[str], threads: set[str]) -> bool:
-    """threads: registers that hold %tid, of whose bits the lowest five alone differ within a warp."""
-    operands = each.text.split(",")
-    if any(name.startswith(_VARIES) for name in each.read):
-        return True
-    if each.operation.startswith(("redux.sync", "vote.sync")):
-        return not each.read & varying <= {name for operand in operands[1:2] for name in _NAME.findall(operand)}
-    if each.operation.startswith("shfl.sync.idx") and not _NAME.fullmatch(operands[2].strip()):
-        return False  # all get that of one lane
-    if each.operation.startswith(("atom.", "elect.", "mbarrier.try", "mbarrier.test", "activemask")):
-        return True
-    if not each.read & varying:
-        return False
+def _decides(block: _Block, periods: dict[str, int]) -> bool:
+    return bool(block.instructions) and block.instructions[-1].predicate in periods
+
+
+def _period(
+    each: _Instruction, periods: dict[str, int], threads: dict[str, int], across: dict[str, tuple[set[str], int]]
+) -> int:
+    """Lanes after which a result repeats.
+
+    threads: registers that hold %tid, of whose bits the lowest five alone differ within a warp, and its shift there.
+    """
+    operands, varying = each.text.split(","), each.read & periods.keys()
     last = operands[-1].strip()
-    if each.operation.startswith("shr.") and last.isdigit() and int(last) >= 5:
-        return not each.read & varying <= threads
-    if each.operation.startswith("and.") and last.lstrip("-").isdigit() and int(last) % _LANES == 0:
-        return not each.read & varying <= threads
-    return True
+    if any(name.startswith(_VARIES) for name in each.read):
+        return _LANES
+    if each.operation.startswith(("redux.sync", "vote.sync")):
+        return 1 if varying <= {name for operand in operands[1:2] for name in _NAME.findall(operand)} else _LANES
+    if each.operation.startswith("shfl.sync.idx") and not _NAME.fullmatch(operands[2].strip()):
+        return 1  # all get that of one lane
+    if each.operation.startswith(("atom.", "elect.", "mbarrier.try", "mbarrier.test", "activemask")):
+        return _LANES
+    if not varying:
+        return 1
+    if varying <= threads.keys() and last.lstrip("-").isdigit():
+        shift = threads[min(varying)]
+        if each.operation.startswith("shr.") and int(last) >= shift + 5:
+            return 1
+        if each.operation.startswith("and."):
+            return 1 << ((int(last) >> shift) % _LANES).bit_length()
+    if each.operation.startswith("shfl.") and not each.operation.startswith("shfl.sync.bfly"):
+        return _LANES
+    period = max(periods[name] for name in varying)
+    for name in varying & across.keys() if each.operation.startswith(("add.", "max.", "min.")) else ():
+        origin, distance = across[name]
+        if each.read == origin | {name} and period == 2 * distance:
+            return distance
+    return period
 
 
-def _blocks(ptx: str) -> tuple[list[_Block], set[str]]:
-    """The basic blocks of the only kernel in a text, of which the last is its end, and the registers that hold %tid."""
+def _blocks(ptx: str) -> tuple[list[_Block], dict[str, int]]:
+    """The basic blocks of the only kernel in a text, of which the last is its end, and the shift of each register
+    that holds %tid."""
     body = ptx.replace("// begin inline asm", f";{_BEGIN};").replace("// end inline asm", f";{_END};")
     body = re.sub(r"//[^\n]*", "", body)
     body = body[body.index("{", body.index(".entry")) + 1 : body.rindex("}")]
     body = re.sub(r"^\s*\.(loc|file|pragma|section)\b[^\n]*", "", body, flags=re.MULTILINE)
-    blocks, jumps, threads = [_Block()], {}, set()
+    blocks, jumps = [_Block()], {}
+    threads: dict[str, int] = {}
     named: dict[str, list[int]] = {}
     inline = False
     for part in re.sub(r"^\s*([\w$]+:)(?!:)", r";\1;", body, flags=re.MULTILINE).split(";"):
@@ -117,7 +150,9 @@ def _blocks(ptx: str) -> tuple[list[_Block], set[str]]:
         each.inline = inline
         blocks[-1].instructions.append(each)
         if each.operation == "mov.u32" and each.read == {"%tid.x"}:
-            threads |= each.written
+            threads |= dict.fromkeys(each.written, 0)
+        elif each.operation == "shl.b32" and each.read <= threads.keys() and text.split()[-1].isdigit():
+            threads |= dict.fromkeys(each.written, threads[min(each.read)] + int(text.split()[-1]))
         if each.operation.startswith(("bra", *_ENDS)):
             jumps[len(blocks) - 1] = each
             blocks.append(_Block())

@@ -1,9 +1,10 @@
 """The grouped products for `bench static`: few rows an expert and many, both directions, adapters of both widths."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from bench.machine_code.specimen import NF4_TYPES, Specimen
+from bench.machine_code.specimen import ARCHITECTURES, NF4_TYPES, Specimen
 
 N, K, EXPERTS = 2048, 2048, 128
 
@@ -22,6 +23,21 @@ def specimens() -> Iterator[Specimen]:
                 yield _packed(op, rows, adapter, archs)
 
 
+def odd() -> Iterator[Specimen]:
+    """Launches over sizes and strides that are no multiples of 16; blocks of NF4 divide rows."""
+    for op in ("linear", "linear_t"):
+        for rows in (16, 64):
+            yield _loose(_dense(op, rows, "fp32", ARCHITECTURES, False), {"EVEN_SUM": False, "EVEN_OUT": False})
+            of_n = "EVEN_OUT" if op == "linear" else "EVEN_SUM"
+            yield _loose(_packed(op, rows, "fp32", ARCHITECTURES, False), {of_n: False}, frozenset({"K"}))
+
+
+def _loose(specimen: Specimen, flags: dict[str, Any], even: frozenset[str] = frozenset()) -> Specimen:
+    numbers = frozenset(name for name, kind in specimen.types.items() if kind == "i32") - even
+    changed: dict[str, Any] = {"constants": specimen.constants | {"LOOSE": True} | flags, "odd": numbers, "weights": 0}
+    return replace(specimen, name=f"{specimen.name}_odd", main_loop=False, **changed)
+
+
 def _common(cut: Any, op: str, adapter: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Types and constants that both kernels take: B [E, N, R] as peft packs it, A [E, R, K] in order."""
     from fastlora.kernels.grouped import GROUP_M
@@ -31,7 +47,14 @@ def _common(cut: Any, op: str, adapter: str) -> tuple[dict[str, str], dict[str, 
     types |= {"x_ptr": f"tensordesc<bf16[{cut.block_m}, {cut.block_k}]>" if cut.tma else "*bf16"}
     unit = "stride_be" if op == "linear" else "stride_bn"
     types |= {name: "i32" for name in ("stride_be", "stride_bn", "stride_br") if name != unit}
-    constants: dict[str, Any] = {unit: 1, "TMA": cut.tma, "EVEN_SUM": True, "EVEN_OUT": True, "INTERPRETED": False}
+    constants: dict[str, Any] = {
+        unit: 1,
+        "TMA": cut.tma,
+        "EVEN_SUM": True,
+        "EVEN_OUT": True,
+        "INTERPRETED": False,
+        "LOOSE": False,
+    }
     constants |= {"LORA": True, "FP32_ADAPTERS": adapter == "fp32", "HAS_BIAS": op == "linear"}
     constants |= {"EXPERTS": 2 * EXPERTS, "GROUP_M": GROUP_M}
     constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
@@ -42,10 +65,10 @@ def _name(kind: str, op: str, rows: int, adapter: str) -> str:
     return f"{kind}_{op}_m{rows}" + ("_fp32" if adapter == "fp32" else "")
 
 
-def _dense(op: str, rows: int, adapter: str, archs: tuple[int, ...]) -> Specimen:
+def _dense(op: str, rows: int, adapter: str, archs: tuple[int, ...], is_aligned: bool = True) -> Specimen:
     from fastlora.kernels import grouped
 
-    cut = grouped.default_config(op, rows, False, N, K, (archs[0] // 10, archs[0] % 10))
+    cut = grouped.default_config(op, rows, False, N, K, (archs[0] // 10, archs[0] % 10), is_aligned)
     types, constants = _common(cut, op, adapter)
     along_sum = op == "linear"  # the stack is [E, N, K], and linear_t sums over N
     tile = (cut.block_n, cut.block_k) if along_sum else (cut.block_k, cut.block_n)
@@ -58,12 +81,12 @@ def _dense(op: str, rows: int, adapter: str, archs: tuple[int, ...]) -> Specimen
     )  # fmt: skip
 
 
-def _packed(op: str, rows: int, adapter: str, archs: tuple[int, ...]) -> Specimen:
+def _packed(op: str, rows: int, adapter: str, archs: tuple[int, ...], is_aligned: bool = True) -> Specimen:
     from fastlora.kernels import grouped
     from fastlora.kernels.fused_config import uses_mma_sync
 
     capability = archs[0] // 10, archs[0] % 10
-    cut = grouped.default_config(op, rows, True, N, K, capability)
+    cut = grouped.default_config(op, rows, True, N, K, capability, is_aligned)
     types, constants = _common(cut, op, adapter)
     of_weight = (cut.block_k, cut.block_n) if op == "linear_t" else (cut.block_n, cut.block_k)
     types |= NF4_TYPES | dict.fromkeys(("N", "K", "row_words"), "i32")

@@ -21,6 +21,9 @@ def _nf4_specimens() -> Iterator[Specimen]:
         yield _nf4_specimen(f"nf4_dequantize_to_{out}", nf4.FLAT, types={"out_ptr": f"*{out}"})
     yield _nf4_specimen("nf4_dequantize_any", nf4.SMALL, {"ALIGNED": False, "EVEN": False})
     fp32 = {"lora_a_ptr": "*fp32", "lora_b_ptr": "*fp32"}
+    for how, types in (("narrow", {}), ("split", fp32)):
+        flags = {"ALIGNED": False, "EVEN": False, "MERGE": True, "PRECISION": how}
+        yield _nf4_specimen("nf4_dequantize_merge_any" + ("_fp32" if types else ""), nf4.SMALL, flags, types)
     for r, how, counted in ((16, "narrow", True), (32, "narrow", False), (16, "split", True), (64, "split", False)):
         cut = nf4.tile(how, r, True)
         flags = {"MERGE": True, "PRECISION": how, "WHOLE_R": r <= cut.block_r}
@@ -172,7 +175,7 @@ def _fused_specimen(op: str, m: int, adapter: str, flags: Mapping[str, Any], arc
     constants |= {"stride_bn" if transposed else "stride_br": 1}
     constants |= {"NESTED": True, "LOOKUP": "shfl", "TMA": cut.tma}
     constants |= {"MMA_SYNC": uses_mma_sync(capability, cut.block_m), "LORA": True, "INTERPRETED": False}
-    constants |= {"EVEN_SUM": True, "EVEN_OUT": True}
+    constants |= {"EVEN_SUM": True, "EVEN_OUT": True, "LOOSE": False}
     constants |= {"FP32_ADAPTERS": adapter == "fp32", "DROPOUT": False, "HAS_BIAS": False, "SPLIT": False}
     constants |= {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
     options = {"num_stages": cut.stages, "enable_fp_fusion": False}
@@ -279,35 +282,49 @@ def _between_specimens() -> Iterator[Specimen]:
 def _odd(specimen: Specimen) -> Iterator[Specimen]:
     """The same launch where sizes and strides are no multiples of 16; none where such a launch is another one.
 
-    Blocks of NF4 divide rows in the products over packed weights, which leaves only N. Experts are left out.
+    Blocks of NF4 divide rows in the products over packed weights, which leaves N and the rank.
     """
     from fastlora.kernels import dora, lora_plan
 
-    constants, name = dict(specimen.constants), specimen.name
-    odd = frozenset(name for name, kind in specimen.types.items() if kind == "i32")
-    if any(kind.startswith("tensordesc") for kind in specimen.types.values()) or "grouped" in name:
-        return
-    if name.startswith("nf4_dequantize") and constants["ALIGNED"]:
+    constants, name, types, warps = dict(specimen.constants), specimen.name, specimen.types, specimen.warps
+    odd = frozenset(name for name, kind in types.items() if kind == "i32")
+    even: dict[str, bool] = {flag: False for flag in ("EVEN", "ALIGNED", "EVEN_OUT") if flag in constants}
+    if "grouped" in name or (name.startswith("nf4_dequantize") and constants["ALIGNED"]):
         return
     if name.startswith(("nf4_linear", "decode")):
-        odd = frozenset({"N", "row_words"})
+        odd = frozenset({"N", "row_words", "stride_bn"} & types.keys())
+    if name.startswith("nf4_linear_t"):  # dy has N columns: no tensor maps
+        odd, even = odd | {"stride_xm"}, {"EVEN_SUM": False}
+        if constants["TMA"]:
+            types, warps = types | {"x_ptr": "*bf16", "codes_ptr": "*u8"}, 8
+            even |= {"TMA": False}
     for cut in ("BLOCK_N", "BLOCK_K") if name.startswith("lora_") else ():
         if cut in constants:
             constants["BLOCK_M"], constants[cut] = lora_plan.halved(constants["BLOCK_M"], constants[cut])
-    warps = specimen.warps
     if name.startswith("dora_norms"):
         constants["BLOCK_K"], warps = dora.BLOCK_K // 2, 8
     elif name.startswith("decode_m2"):
         constants["BLOCK_K"] //= 2
     elif name.startswith("dora"):
         constants["ROWS"] = dora.ROWS // 2
-    even = {flag: False for flag in ("EVEN", "ALIGNED", "EVEN_OUT") if flag in constants}
-    changed: dict[str, Any] = {"constants": constants | even, "warps": warps, "odd": odd, "weights": 0}
+    constants |= {"LOOSE": True} if "LOOSE" in constants else {}
+    changed: dict[str, Any] = {"types": types, "constants": constants | even, "warps": warps, "odd": odd, "weights": 0}
     yield replace(specimen, name=f"{name}_odd", main_loop=False, **changed)
+
+
+def _rank_8(specimen: Specimen) -> Iterator[Specimen]:
+    """The same launch at peft's default rank, where only the rows of B are too short to begin at multiples of 16."""
+    name = specimen.name
+    fitting = any(part in name for part in ("nf4_linear", "decode_sum", "dora_norms", "_r16"))
+    if fitting and "stride_bn" in specimen.types:
+        constants = specimen.constants | ({"LOOSE": True} if "LOOSE" in specimen.constants else {})
+        changed: dict[str, Any] = {"constants": constants, "odd": frozenset({"stride_bn"}), "weights": 0}
+        yield replace(specimen, name=f"{name}_rank8", main_loop=False, **changed)
 
 
 def specimens() -> list[Specimen]:
     """Every Triton kernel of the package, in the variants that launches use; those over odd sizes last."""
     found = [*_nf4_specimens(), *fused_specimens(), *_lora_specimens(), *_decode_specimens()]
     found += [*_dora_specimens(), *grouped_specimens.specimens(), *_between_specimens()]
-    return [*found, *(odd for specimen in found for odd in _odd(specimen))]
+    loose = [other for specimen in found for other in (*_rank_8(specimen), *_odd(specimen))]
+    return [*found, *grouped_specimens.odd(), *loose]

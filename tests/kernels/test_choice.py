@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from fastlora.kernels import choice, search
+from fastlora.kernels import choice, lora_plan, search
 from fastlora.kernels.choice import ANY_M, TableRow, Tile
 
 from fastlora.ops import backend as backends
@@ -163,6 +163,15 @@ def test_tiles_of_the_low_rank_kernels(monkeypatch):
         assert choice.tile("shrink", m, 4096, 16, "narrow", False, CPU) == Tile(rows, 64, 4, 2)
     assert choice.tile("shrink", 1, 4096, 16, "split", False, CPU) is None
     assert choice.tile("dy", 1, 4096, 16, "split", False, CPU) == Tile(16, 32, 8, 3)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(4095, 4095), (4095, 4096), (4096, 4097), (4104, 4104)])
+def test_rows_that_begin_anywhere_take_a_smaller_tile_than_the_tables(monkeypatch, length, stride):
+    use(monkeypatch, [row("shrink", None, 4096, None, 16, "narrow", "sm_80", config=(128, 256, 0, 0, 8, 3, 0))])
+    assert lora_plan.tile_for("shrink", 64, 4096, 16, "narrow", False, CPU, 4096) == Tile(128, 256, 8, 3)
+    built_in = lora_plan.tile("shrink", 16, "narrow", False, 8)
+    found = lora_plan.tile_for("shrink", 64, length, 16, "narrow", False, CPU, stride)
+    assert found == built_in._replace(rows=built_in.rows // 2, columns=built_in.columns // 2)
 
 
 def test_the_compiled_decode_kernel_is_taken_where_it_runs_unless_triton_is_forced(monkeypatch):

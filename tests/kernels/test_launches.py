@@ -14,6 +14,7 @@ LOW_RANK = {"_lora_shrink_kernel", "_lora_expand_kernel", "_lora_dy_kernel", "_l
 PRODUCTS = {"_decode_kernel", "_decode_sum_kernel", "_nf4_dequantize_kernel", "_nf4_fused_kernel", "_sum_splits_kernel"}
 STACKS = {"_grouped_dense_kernel", "_grouped_nf4_kernel", "_nf4_dequantize_kernel"}
 DORA = {"_refresh_kernel", "_row_norms_kernel", "_scaled_absmax_kernel", "_rescale_kernel", "_rescale_backward_kernel"}
+SPILLED = {"_row_norms_kernel": 8}  # bytes at most: ptxas keeps to 128 registers, so that four programs fit at a time
 ARCH = 90
 ROOT = Path(__file__).parents[2]
 
@@ -28,24 +29,23 @@ def printed(module, *words):
 
 
 def compiled(arch, *words):
-    """(kernel, bytes of shared memory, bytes spilled) for each kernel that a process of `launches.py` compiles."""
+    """The names of the kernels that a process of `launches.py` compiles; none needs more memory than there is."""
     found = printed("launches", arch, *words)
-    for name, shared, _ in found:
+    for name, shared, spilled in found:
         assert int(shared) <= SHARED_LIMIT[arch] << 10, f"{name} on sm_{arch}: {shared} bytes of shared memory"
-    return found
+        assert int(spilled) <= SPILLED.get(name, 0), f"{name} on sm_{arch} spills {spilled} bytes"
+    return {name for name, *_ in found}
 
 
 @pytest.mark.slow
 def test_every_launch_compiles():
-    assert {name for name, *_ in compiled(ARCH)} == LOW_RANK | PRODUCTS | DORA
+    assert compiled(ARCH) == LOW_RANK | PRODUCTS | DORA
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 120])  # one architecture for each way to multiply; all six: `bench static`
 def test_what_experts_launch_compiles(arch):
-    found = compiled(arch, "experts")
-    assert {name for name, *_ in found} == STACKS | (LOW_RANK - {"_lora_expand_kernel"})
-    assert {spilled for name, _, spilled in found if name in STACKS} == {"0"}
+    assert compiled(arch, "experts") == STACKS | (LOW_RANK - {"_lora_expand_kernel"})
 
 
 @pytest.mark.slow

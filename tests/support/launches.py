@@ -43,14 +43,15 @@ def pretend(arch: int) -> None:
 
 
 def step(
-    m: int, kernel: str, adapter: torch.dtype, p: float = 0.0, bias: bool = True, k: int = 512, n: int = 768
-) -> None:
-    """Forward and backward at m tokens, by a kernel both ways where it can do both."""
+    m: int, kernel: str, adapter: torch.dtype, p: float = 0.0, bias: bool = True, k: int = 512, n: int = 768,
+    gap: int = 0,
+) -> None:  # fmt: skip
+    """Forward and backward at m tokens, by a kernel both ways where it can do both. gap: numbers between rows."""
     weight = nf4.quantize(torch.randn(n, k))
     seed = torch.tensor([7]) if p else None
     r = 40 if m > 64 else 16
     lora = Lora(torch.randn(r, k).to(adapter), torch.randn(n, r).to(adapter), 2.0, p, seed)
-    x, dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
+    x, dy = torch.randn(m, k + gap).bfloat16()[:, :k], torch.randn(m, n + gap).bfloat16()[:, :n]
     _, h = linear_cuda.forward_by(Choice(kernel), x, weight, lora, dy[0] if bias else None, True)
     backward = "fused" if kernel == "decode" else kernel
     linear_cuda.backward_by(Choice(backward), dy, x, h, weight, lora, ALL)
@@ -120,8 +121,14 @@ def main(arch: int) -> None:
         step(64, kernel, torch.float32, p=0.1)
     step(24, "fused", torch.float32, k=192, n=130)
     step(24, "dequantize", torch.float32, k=130, n=70)
+    for m, adapter in ((24, torch.bfloat16), (200, torch.float32)):
+        step(m, "fused", adapter, k=192, n=131)
+        step(m, "dequantize", adapter, k=131, n=77)
+        step(m, "dequantize", adapter, p=0.1, gap=1)
+    step(16, "decode", torch.float32, k=192, n=131)
     mixed(torch.float32, 0.1)
     mixed(torch.bfloat16, 0.0)
+    mixed(torch.float32, 0.1, k=131, n=77)
     for base, adapter in (
         ("nf4", torch.float32),
         ("nf4", torch.bfloat16),
@@ -129,6 +136,7 @@ def main(arch: int) -> None:
         ("dense", torch.bfloat16),
     ):
         decomposed(adapter, base)
+        decomposed(adapter, base, k=131, n=77)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,14 @@ SHUFFLE = f"""
 	{OWN}
 	// end inline asm
 """
+BUTTERFLY = """
+	and.b32 %r10, %r1, {bits};
+	ld.shared.b32 %r11, [%r10];
+	shfl.sync.bfly.b32 %r12, %r11, 2, 31, -1;
+	add.s32 %r13, %r11, %r12;
+	shfl.sync.bfly.b32 %r15, %r13, 1, 31, -1;
+	add.s32 %r14, %r13, %r15;
+"""
 
 
 def kernel(body):
@@ -50,6 +58,8 @@ $L__BB0_2:
 FOUND = {
     "a branch by thread": under("setp.lt.u32 %p1, %r1, 7;"),
     "by lane": under("mov.u32 %r5, %laneid;\n setp.eq.b32 %p1, %r5, 0;"),
+    "by shifted bits of the lane": under("shl.b32 %r6, %r1, 2;\n and.b32 %r5, %r6, 192;\n setp.eq.b32 %p1, %r5, 0;"),
+    "by a bit at the lane's place": under("shl.b32 %r5, 1, %r1;\n setp.eq.b32 %p1, %r5, 0;"),
     "by bits of the lane": under("and.b32 %r5, %r1, 48;\n setp.eq.b32 %p1, %r5, 0;"),
     "by too few bits": under("shr.u32 %r5, %r1, 4;\n setp.eq.b32 %p1, %r5, 0;"),
     "by what a lane loaded": under(
@@ -58,6 +68,10 @@ FOUND = {
     ),
     "by what a lane got from others": under(f"{SHUFFLE}\n setp.eq.b32 %p1, %r9, 0;"),
     "by a sum over those that lanes choose": under("redux.sync.add.s32 %r5, %r2, %r1;\n setp.eq.b32 %p1, %r5, 0;"),
+    "by a sum over half of the lanes that differ": under(BUTTERFLY.format(bits=7) + " setp.eq.b32 %p1, %r14, 0;"),
+    "by a difference from the lane beside": under(
+        BUTTERFLY.format(bits=1).replace("add.s32 %r14", "sub.s32 %r14") + " setp.eq.b32 %p1, %r14, 0;"
+    ),
     "by an election": under("elect.sync %r5|%p1, 0xffffffff;"),
     "a predicate on the shuffle": kernel(
         f"setp.lt.u32 %p1, %r1, 7;\n// begin inline asm\n @!%p1 {OWN}\n// end inline asm"
@@ -99,9 +113,11 @@ $L__BB0_1:
     "by program": under("setp.lt.u32 %p1, %r2, 7;"),
     "by an argument": under("setp.lt.s32 %p1, %r3, 7;"),
     "by warp": under("shr.u32 %r5, %r1, 5;\n setp.eq.b32 %p1, %r5, 2;"),
+    "by shifted bits of the warp": under("shl.b32 %r6, %r1, 2;\n and.b32 %r5, %r6, 384;\n setp.eq.b32 %p1, %r5, 0;"),
     "by bits of the warp": under("and.b32 %r5, %r1, 96;\n setp.eq.b32 %p1, %r5, 0;"),
     "by what all lanes loaded": under("ld.global.b32 { %r5 }, [ %rd1 + 0 ];\n setp.eq.b32 %p1, %r5, 0;"),
     "by one lane's value": under("shfl.sync.idx.b32 %r5, %r1, 0, 31, -1;\n setp.eq.b32 %p1, %r5, 0;"),
+    "by a sum over all lanes that differ": under(BUTTERFLY.format(bits=3) + " setp.eq.b32 %p1, %r14, 0;"),
     "by a sum over the warp": under("redux.sync.add.s32 %r5, %r1, -1;\n setp.eq.b32 %p1, %r5, 0;"),
     "a loop of as many turns for all": kernel(f"""
 	mov.b32 %r5, 0;
