@@ -106,7 +106,7 @@ class GraphedStep:
         self._into_buffers(kind.used)
         kind.batch = {name: v.clone() if isinstance(v, Tensor) else v for name, v in batch.items()}
         try:
-            with _no_random_states(self.model), _no_autocast_cache(), _no_mask_without_padding():
+            with _no_random_states(self.model), _no_autocast_cache(), _no_mask_without_padding("position_ids" in batch):
                 kind.graph, kind.loss, self._pool = _recorded(lambda: self._step(kind.batch), self._pool)
         except Exception as error:
             kind.graph = None
@@ -212,18 +212,25 @@ def _no_random_states(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_mask_without_padding() -> Iterator[None]:
-    """Batches without a mask get none: older transformers make one while recording, and attention is slower with it."""
+def _no_mask_without_padding(positions: bool) -> Iterator[None]:
+    """Batches without a mask get none: older transformers make one while recording, and attention is slower with it.
+
+    It asks whether it is recorded, and whether position ids begin again, which those that it makes itself never do.
+    """
     masks: Any = sys.modules.get("transformers.masking_utils")
-    own = getattr(masks, "is_tracing", None)
-    if own is None:
+    own = {name: getattr(masks, name, None) for name in ("is_tracing", "find_packed_sequence_indices")}
+    if None in own.values():
         yield
         return
-    masks.is_tracing = lambda tensor=None: tensor is not None and own(tensor)  # without a tensor nothing is read
+    tracing: Any = own["is_tracing"]
+    masks.is_tracing = lambda tensor=None: tensor is not None and tracing(tensor)  # without a tensor nothing is read
+    if not positions:
+        masks.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        masks.is_tracing = own
+        for name, function in own.items():
+            setattr(masks, name, function)
 
 
 @contextmanager

@@ -175,19 +175,25 @@ def test_no_mask_is_made_while_recording_where_nothing_is_padded(recorded, monke
     from transformers import masking_utils
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    own = masking_utils.is_tracing
-    assert own(None)
-    model, seen = model_of(recorded), []
+    own = masking_utils.is_tracing, masking_utils.find_packed_sequence_indices
+    assert own[0](None)
+    model, masks = model_of(recorded), []
+    model.config.use_cache = False  # with a cache, position ids are not looked at
+    attend = torch.nn.functional.scaled_dot_product_attention
 
-    def loss(model, batch):
-        seen.append((masking_utils.is_tracing(None), masking_utils.is_tracing(torch.ones(1))))
-        return model(**batch).loss
+    def watched(q, k, v, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask=attn_mask, **options)
 
-    step = fastlora.GraphedStep(model, loss, warm_up=1)
-    for _ in range(2):
-        step(**batch(0))
-    assert seen[:2] == [(True, True), (False, True)]
-    assert masking_utils.is_tracing is own
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    step = fastlora.GraphedStep(model, warm_up=1)
+    for kind in (batch(0), {**batch(0), "position_ids": torch.arange(12).remainder(6).expand(2, -1)}):
+        step(**kind)
+        masks.clear()
+        step(**kind)  # recorded, which attends once a layer; the stand-in's replay follows
+        recording = masks[: model.config.num_hidden_layers]
+        assert [mask is not None for mask in recording] == ["position_ids" in kind] * len(recording)
+    assert (masking_utils.is_tracing, masking_utils.find_packed_sequence_indices) == own
 
 
 def test_obstacles():
