@@ -246,8 +246,8 @@ def _dora_specimens() -> Iterator[Specimen]:
 
 
 def _between_specimens() -> Iterator[Specimen]:
-    """Norms of hidden states and of heads, rotary embedding, gated activations."""
-    from fastlora.kernels import gated, rms_norm, rotary
+    """Norms of hidden states and of heads, rotary embedding, gated activations, cross-entropy."""
+    from fastlora.kernels import cross_entropy, gated, rms_norm, rotary
 
     plain: dict[str, Any] = {"uses_tensor_cores": False}
     norm = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "rstd_ptr": "*fp32", "offset": "fp32"}
@@ -277,6 +277,18 @@ def _between_specimens() -> Iterator[Specimen]:
         types |= dict.fromkeys(("dy_ptr", "dgate_ptr", "dup_ptr"), "*bf16") | {"stride_dm": "i32"}
         kernel = gated._gated_backward_kernel
         yield Specimen(f"gated_{act}_backward", kernel, types, constants, warps, **plain)
+    for name, flags, z in (
+        ("", (False, False, True), "*fp32"),
+        ("_evaluated", (False, False, False), "*fp32"),
+        ("_capped_smooth", (True, True, True), "*bf16"),
+    ):
+        constants = cross_entropy._constants(*flags)
+        warps = constants.pop("num_warps")
+        types = {"z_ptr": z, "label_ptr": "*i64", "factor_ptr": "*fp32", "loss_ptr": "*fp32", "dz_ptr": "*bf16"}
+        types |= dict.fromkeys(("V", "stride_zm", "stride_dm", "ignored"), "i32")
+        types |= dict.fromkeys(("scale", "cap", "smoothing"), "fp32")
+        kernel = cross_entropy._cross_entropy_kernel
+        yield Specimen(f"cross_entropy{name}", kernel, types, constants, warps, **plain)
 
 
 def _odd(specimen: Specimen) -> Iterator[Specimen]:

@@ -7,6 +7,7 @@ another `forward`. On a CPU, under `torch.compile` and in dispatch modes the mod
     norm     x / sqrt(mean(x²) + eps) · (weight + 0 or 1), over the last dimension
     rotary   the function `apply_rotary_pos_emb` that an attention's forward calls; the rest of that forward is its own
     mlp      down_proj(act(gate_proj(x)) · up_proj(x)), or with gate and up in one linear
+    loss     of a causal model, as `causal_loss` says; everywhere
 """
 
 import functools
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastlora.kernels.operands import FLOAT_DTYPES
+from fastlora.layers import causal_loss
 from fastlora.ops import gated, rms_norm, rotary
 from fastlora.ops.autograd import seen_by_others
 from fastlora.ops.backend import backend
 
-PARTS = ("norm", "rotary", "mlp")
+PARTS = ("norm", "rotary", "mlp", "loss")
 _EPS = ("variance_epsilon", "eps")
 _ROTATION = "apply_rotary_pos_emb"
 _MOST_COLUMNS = 16384  # of a norm; the kernel holds a row in registers
@@ -39,7 +41,9 @@ def find_part(module: nn.Module) -> str:
         return "norm"
     if _ROTATION in _names_in(type(module)):
         return "rotary"
-    return "mlp" if _linears_of_mlp(module) else ""
+    if _linears_of_mlp(module):
+        return "mlp"
+    return "loss" if causal_loss.looks_like(module) else ""
 
 
 def facts_of(module: nn.Module, part: str) -> Facts | str:
@@ -78,7 +82,7 @@ def part_of(module: nn.Module) -> str:
 def standing_reason(module: nn.Module) -> str:
     """Why a sped-up module runs its own code where it is now; "" if it does not."""
     device = next((p.device for p in module.parameters()), None)
-    if device is None or backend(device).name == "triton":
+    if part_of(module) == "loss" or device is None or backend(device).name == "triton":
         return ""
     return f"kernels for CUDA only: its own code runs on {device}"
 
@@ -87,7 +91,7 @@ def standing_reason(module: nn.Module) -> str:
 def _faster_class(plain: Any, part: str, facts: Facts) -> Any:
     """A subclass under the same name, for wrapping policies go by names."""
     body = {
-        "forward": _FORWARDS[part](plain, *facts), "fastlora_plain": plain, "fastlora_part": part,
+        **_BODIES[part](plain, *facts), "fastlora_plain": plain, "fastlora_part": part,
         "__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__,
         "__reduce_ex__": lambda self, protocol: (_empty, (plain, part, facts), self.__dict__.copy()),
     }  # fmt: skip
@@ -312,5 +316,13 @@ def _mlp(plain: Any, act: str, linears: tuple[str, ...]) -> Callable[..., Tensor
     return forward
 
 
-_PROBES: dict[str, Callable[[Any], Facts | str]] = {"norm": _probe_norm, "rotary": _probe_rotary, "mlp": _probe_mlp}
-_FORWARDS: dict[str, Callable[..., Callable[..., Any]]] = {"norm": _norm, "rotary": _rotary, "mlp": _mlp}
+def _only(forward: Callable[..., Callable[..., Any]]) -> Callable[..., dict[str, Any]]:
+    return lambda plain, *facts: {"forward": forward(plain, *facts)}
+
+
+_PROBES: dict[str, Callable[[Any], Facts | str]] = {
+    "norm": _probe_norm, "rotary": _probe_rotary, "mlp": _probe_mlp, "loss": causal_loss.probe,
+}  # fmt: skip
+_BODIES: dict[str, Callable[..., dict[str, Any]]] = {
+    "norm": _only(_norm), "rotary": _only(_rotary), "mlp": _only(_mlp), "loss": causal_loss.body,
+}  # fmt: skip

@@ -66,7 +66,7 @@ class PartRow:
     """One module between the linears.
 
     Args:
-        name: its path in the model. part: "norm", "rotary" or "mlp". kind: its class.
+        name: its path in the model. part: "norm", "rotary", "mlp" or "loss". kind: its class.
         sped_up: whether fastlora computes it. reason: where, or why not.
     """
 

@@ -11,15 +11,19 @@ from fastlora.layers.report import PartRow
 from fastlora.layers.sharded import clean_names
 from fastlora.model.replace import carries_peft, replace_linear, report
 
-_HOW = "by fastlora's kernels"
+_NOT_ASKED = "not asked for"
+_HOW = {"loss": "from the hidden states of target tokens, in parts; logits are computed if they are read"}
 
 
-def speed_up(model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: bool = True) -> nn.Module:
+def speed_up(
+    model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: bool = True, loss: bool = True
+) -> nn.Module:
     """Let fastlora compute what stands between a model's linears, and its LoRA layers where peft still does.
 
     Norms, rotary embedding and gated activations are computed in fp32, rounded once to the dtype that they had, and
-    save little for backward. Parameters, names, checkpoints and the rest of each module's code stay as they are.
-    `restore` takes it back.
+    save little for backward. The loss of `model(..., labels=...)` is computed from the hidden states of target tokens,
+    a part at a time; `logits` of the output are computed when something reads them. Parameters, names, checkpoints and
+    the rest of each module's code stay as they are. `restore` takes it back.
 
     Args:
         model: any module, such as a causal model of transformers that `replace_linear` or peft has adapted, or a plain
@@ -27,18 +31,22 @@ def speed_up(model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: b
         norm: RMSNorms, those of queries and keys included, with weights or with 1 + weights.
         rotary: the rotary embedding in the model's attention.
         mlp: SwiGLU and GEGLU in its MLPs; experts that are no modules of their own keep their code.
+        loss: output head and cross-entropy of a causal model, capped and scaled logits included, in training and
+            evaluation; its head may be adapted, quantized or trained. On any device.
     Returns:
         The same model. `model.fastlora_report.parts`, and `fastlora.report(model)`, say of each part whether it is
         sped up, and why not.
     Raises:
         ValueError: the model has neither adapters nor parts that can be sped up. It is unchanged.
     """
-    wanted = [part for part, asked in (("norm", norm), ("rotary", rotary), ("mlp", mlp)) if asked]
+    wanted = [part for part, asked in (("norm", norm), ("rotary", rotary), ("mlp", mlp), ("loss", loss)) if asked]
     with clean_names(model):
         found = _look(model, wanted)
         adapted, able = carries_peft(model), any(not isinstance(facts, str) for *_, facts in found)
         if not (adapted or able or any(isinstance(module, LoRALinear) for module in model.modules())):
-            reasons = sorted({facts for *_, facts in found}) or ["it has no norms, rotary embedding or gated MLPs"]
+            reasons = sorted({facts for *_, facts in found} - {_NOT_ASKED}) or [
+                "it has no norms, rotary embedding, gated MLPs or causal loss"
+            ]
             raise ValueError(f"nothing in this model can be sped up: {'; '.join(reasons)}")
         if adapted:
             replace_linear(model)
@@ -48,7 +56,9 @@ def speed_up(model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: b
 
 
 def _speed_up(name: str, module: nn.Module, part: str, facts: Any) -> PartRow:
-    row = PartRow(name, part, type(module).__name__, not isinstance(facts, str), _HOW)
+    row = PartRow(
+        name, part, type(module).__name__, not isinstance(facts, str), _HOW.get(part, "by fastlora's kernels")
+    )
     if isinstance(facts, str):
         return replace(row, reason=facts)
     if facts is not None:
@@ -67,7 +77,7 @@ def _look(model: nn.Module, wanted: list[str]) -> list[tuple[str, nn.Module, str
         if not part:
             continue
         if part not in wanted:
-            found.append((name, module, part, "not asked for"))
+            found.append((name, module, part, _NOT_ASKED))
             continue
         found.append((name, module, part, between.facts_of(module, part)))
     return found

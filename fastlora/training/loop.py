@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapter import save_adapter
 from fastlora.files import atomic
+from fastlora.layers.causal_loss import targets_known
 from fastlora.layers.quoted import clipped
 from fastlora.training import checkpoint, data, lock, plots
 from fastlora.training.recipe import Recipe, learning_rate
@@ -197,35 +198,16 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
 
 
 def target_loss(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats. Only their logits are computed."""
-    places = batch["targets"]  # [targets]: in the rows one after the other, each of a token before a target
-    with run.autocast(), _head_sees_only(run.model, places) as seen:
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits = out.logits.flatten(0, 1)
-    logits = logits if seen else logits[places]  # [targets, vocabulary]
-    return F.cross_entropy(logits.float(), batch["labels"].flatten()[places + 1], reduction="sum")
-
-
-@contextmanager
-def _head_sees_only(model: nn.Module, places: Tensor) -> Iterator[list[bool]]:
-    """While this is open, the output head gets only these of the hidden states [rows, length, hidden], in one row.
-
-    Yields: a list that is empty until the head has been called so. A head that is compiled or never called sees all.
-    """
-    head, seen = getattr(model, "get_output_embeddings", lambda: None)(), []
-
-    def choose(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if torch.compiler.is_compiling() or not args or args[0].dim() != 3:
-            return None
-        seen.append(True)
-        return args[0].flatten(0, 1).index_select(0, places)[None], *args[1:]
-
-    hook = head.register_forward_pre_hook(choose) if isinstance(head, nn.Module) else None
-    try:
-        yield seen
-    finally:
-        if hook is not None:
-            hook.remove()
+    """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats."""
+    places, labels = batch["targets"], batch["labels"]  # places: [targets], of the tokens before targets, row by row
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if any(row.part == "loss" and row.sped_up for row in getattr(run.model, "fastlora_parts", ())):
+        with run.autocast(), targets_known(places):
+            loss: Tensor = model(**inputs, labels=labels, num_items_in_batch=1).loss
+        return loss
+    with run.autocast():
+        logits = model(**inputs).logits.flatten(0, 1)[places]  # [targets, vocabulary]
+    return F.cross_entropy(logits.float(), labels.flatten()[places + 1], reduction="sum")
 
 
 @torch.no_grad()

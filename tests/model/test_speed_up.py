@@ -14,21 +14,21 @@ from tests.support.numerics import rms
 
 pytest.importorskip("triton")
 FAMILIES = {  # family: (more of its config, the parts sped up in a layer or in all)
-    "Llama": ({}, {"norm": 5, "rotary": 2, "mlp": 2}),
-    "Mistral": ({}, {"norm": 5, "rotary": 2, "mlp": 2}),
-    "Qwen2": ({}, {"norm": 5, "rotary": 2, "mlp": 2}),
-    "Qwen3": ({"head_dim": 16}, {"norm": 9, "rotary": 2, "mlp": 2}),
-    "Gemma2": ({"head_dim": 16}, {"norm": 9, "rotary": 2, "mlp": 2}),
-    "Gemma3": ({"head_dim": 16}, {"norm": 13, "rotary": 2, "mlp": 2}),
-    "Phi3": ({"pad_token_id": 0, "partial_rotary_factor": 0.5}, {"norm": 5, "rotary": 2, "mlp": 2}),
-    "Mixtral": ({"num_local_experts": 2}, {"norm": 5, "rotary": 2}),
+    "Llama": ({}, {"norm": 5, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Mistral": ({}, {"norm": 5, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Qwen2": ({}, {"norm": 5, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Qwen3": ({"head_dim": 16}, {"norm": 9, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Gemma2": ({"head_dim": 16}, {"norm": 9, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Gemma3": ({"head_dim": 16}, {"norm": 13, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Phi3": ({"pad_token_id": 0, "partial_rotary_factor": 0.5}, {"norm": 5, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Mixtral": ({"num_local_experts": 2}, {"norm": 5, "rotary": 2, "loss": 1}),
     "Qwen3Moe": (
         {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
-        {"norm": 9, "rotary": 2},
+        {"norm": 9, "rotary": 2, "loss": 1},
     ),
-    "GptOss": ({"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, {"norm": 5, "rotary": 2}),
-    "Olmo2": ({}, {"norm": 9, "rotary": 2, "mlp": 2}),
-    "Cohere": ({}, {"mlp": 2}),
+    "GptOss": ({"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, {"norm": 5, "rotary": 2, "loss": 1}),
+    "Olmo2": ({}, {"norm": 9, "rotary": 2, "mlp": 2, "loss": 1}),
+    "Cohere": ({}, {"mlp": 2, "loss": 1}),
 }
 
 
@@ -76,7 +76,10 @@ def count(model):
 def ran(monkeypatch):
     """The names of fastlora's operators between the linears, as they are called."""
     calls = []
-    for operator, name in ((between.rms_norm, "rms_norm"), (between.rotary, "rotary"), (between.gated, "gated")):
+    for operator, name in (
+        (between.rms_norm, "rms_norm"), (between.rotary, "rotary"), (between.gated, "gated"),
+        (between.causal_loss, "linear_cross_entropy"),
+    ):  # fmt: skip
         function = getattr(operator, name)
         monkeypatch.setattr(operator, name, lambda *a, f=function, n=name, **k: calls.append(n) or f(*a, **k))
     return calls
@@ -127,7 +130,7 @@ def test_a_norm_in_fp32_returns_the_dtype_that_its_own_code_does(name, expected)
 
 
 def test_what_is_not_asked_for_keeps_its_code():
-    model = fastlora.speed_up(family("Llama"), norm=False, mlp=False)
+    model = fastlora.speed_up(family("Llama"), norm=False, mlp=False, loss=False)
     assert count(model) == {"rotary": 2}
     assert {row.reason for row in model.fastlora_report.parts if row.part != "rotary"} == {"not asked for"}
     assert count(fastlora.speed_up(model)) == FAMILIES["Llama"][1]
@@ -194,7 +197,7 @@ def test_compiled_models_run_their_own_code(monkeypatch):
 def test_the_report_is_true_on_a_cpu(monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "torch")
     model = fastlora.speed_up(family("Llama"))
-    assert {(row.sped_up, row.reason) for row in model.fastlora_report.parts} == {
+    assert {(row.sped_up, row.reason) for row in model.fastlora_report.parts if row.part != "loss"} == {
         (False, "kernels for CUDA only: its own code runs on cpu")
     }
 
@@ -262,7 +265,7 @@ def test_what_only_looks_like_a_part_is_left_and_named():
 
 
 def test_a_model_with_nothing_to_speed_up_is_refused():
-    with pytest.raises(ValueError, match="no norms, rotary embedding or gated MLPs"):
+    with pytest.raises(ValueError, match="no norms, rotary embedding, gated MLPs or causal loss"):
         fastlora.speed_up(nn.Sequential(nn.Linear(4, 4)))
 
 
@@ -284,8 +287,11 @@ def test_other_activations_are_left(act):
 def test_a_model_in_fp64_stays_in_fp64():
     model = family("Qwen3").double()
     plain = step(model)
-    for key, value in step(fastlora.speed_up(model)).items():
+    for key, value in step(fastlora.speed_up(model, loss=False)).items():
         assert torch.equal(value, plain[key])
+    for key, value in step(fastlora.speed_up(model)).items():  # transformers' loss is in fp32, and so is this one
+        assert value.dtype is plain[key].dtype
+        torch.testing.assert_close(value, plain[key], rtol=1e-5, atol=1e-7)
 
 
 def test_a_part_that_another_library_has_derived_from_cannot_be_taken_back():

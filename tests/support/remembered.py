@@ -1,9 +1,9 @@
 """Whether remembered launches are those that Triton would have made: `python -m tests.support.remembered CASES`.
 
-Random calls of low-rank kernels, the expansion of NF4, DoRA's kernels, norms, rotary embedding, gated activations: all
-shapes, ranks, dtypes, strides, addresses, dropout, segments. Each is followed by calls that differ from it in one of
-these. Each is launched twice, once by what the calls before it have left and once through Triton, with the stand-in for
-a driver of `bench.measure.pretend`. Both must have the same kernel, grid and arguments.
+Random calls of low-rank kernels, the expansion of NF4, DoRA's kernels, norms, rotary embedding, gated activations,
+cross-entropy: all shapes, ranks, dtypes, strides, addresses, dropout, segments. Each is followed by calls that differ
+from it in one of these. Each is launched twice, once by what the calls before it have left and once through Triton,
+with the stand-in for a driver of `bench.measure.pretend`. Both must have the same kernel, grid and arguments.
 """
 
 import random
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fastlora.kernels import dora, gated, lora, nf4, rms_norm, rotary
+from fastlora.kernels import cross_entropy, dora, gated, lora, nf4, rms_norm, rotary
 from fastlora.kernels.launch import Launcher
 from fastlora.kernels.segments import Segments
 from torch import Tensor
@@ -21,7 +21,7 @@ from bench.measure.pretend import launches, pretend
 from fastlora.ops.nf4 import quantize
 
 ARCH = 90
-MODULES = dora, gated, lora, nf4, rms_norm, rotary
+MODULES = cross_entropy, dora, gated, lora, nf4, rms_norm, rotary
 LAUNCHERS = [value for module in MODULES for value in vars(module).values() if isinstance(value, Launcher)]
 SIZES, RANKS = (1, 16, 130), (1, 16, 40)
 
@@ -58,7 +58,8 @@ class Case:
         x, dy, h = self.matrix("x", m, k, dtype), self.matrix("dy", m, n, dtype), torch.zeros(m, r)
         a, b = self.matrix("a", r, k, adapter), self.matrix("b", n, r, adapter)
         scaling = self.pick("scaling", (1.0, 2.0, 0.3))
-        kind = ("shrink", "expand", "gradients", "fill", "segments", "norm", "rotary", "gated", "dora")[self.seed % 9]
+        kinds = ("shrink", "expand", "gradients", "fill", "segments", "norm", "rotary", "gated", "dora", "loss")
+        kind = kinds[self.seed % len(kinds)]
         if kind == "dora":
             return self.dora(m, k, n, dy, a, b, scaling)
         if kind == "norm":
@@ -79,6 +80,16 @@ class Case:
             gate, up = self.matrix("gate", m, n, dtype), self.matrix("up", m, n, dtype)
             act, back = self.pick("act", gated.ACTIVATIONS), self.pick("back", (True, False))
             return lambda: gated.backward(dy, gate, up, act) if back else gated.forward(gate, up, act)
+        if kind == "loss":
+            width = self.pick("width", (n, 2 * n))
+            z, dz = torch.zeros(m, width, dtype=dtype)[:, :n], torch.zeros(m, n, dtype=adapter)
+            labels, factor = torch.zeros(m, dtype=torch.int64), torch.ones(())
+            cap, smoothing, ignored = (
+                self.pick(name, options)
+                for name, options in (("cap", (0.0, 30.0)), ("smoothing", (0.0, 0.1)), ("ignored", (-100, 16)))
+            )
+            dz = self.pick("no dz", (dz, None))
+            return lambda: cross_entropy.cross_entropy(z, labels, scaling, cap, smoothing, ignored, factor, dz)
         if kind == "shrink":
             return lambda: lora.shrink(x, a, dropout, scaling)
         if kind == "expand":
