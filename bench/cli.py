@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module
     "options": "bench.compare.options",
     "host": "bench.compare.host",
     "steps": "bench.compare.steps",
+    "train": "bench.compare.train",
     "static": "bench.machine_code.static",
     "predict": "bench.compare.predict",
     "tune": "bench.tune.tune",

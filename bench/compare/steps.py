@@ -37,7 +37,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,14 +47,12 @@ from torch.autograd import DeviceType
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 import fastlora
+from bench.compare.whole_models import RANK, TARGETS, default_dtype, plain_name, to_nf4
 from bench.measure.operands import error_line, missing
 from bench.measure.record import RESULTS, Point, Recorder
 from bench.measure.timing import device_name, spread
-from fastlora import reference
 
 SUMMARY = "whole training steps of Qwen3: fastlora against peft, wall time, host, device, memory"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = 16
 PROVIDERS = ("peft", "fastlora", "peft-sped-up", "speed-up", "speed-up-kept", "graphed")
 TOKENS = (4096, 2048, 1024)
 SEQUENCE = 2048  # tokens of a sample at most
@@ -266,7 +263,7 @@ class Bench:
         gc.collect()
         held = torch.cuda.memory_allocated() - before if self.device.type == "cuda" else 0
         casts = provider.startswith("peft")
-        parameters = [(_plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
+        parameters = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad]
 
         def step() -> tuple[Tensor, dict[str, Tensor]]:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=casts):
@@ -308,7 +305,7 @@ class Bench:
         return step
 
     def _model(self, provider: str) -> Any:
-        with _default_dtype(torch.bfloat16), self.device:
+        with default_dtype(torch.bfloat16), self.device:
             model: Any = (Qwen3ForCausalLM if self.whole else Qwen3Model)(self.config)
         generator = torch.Generator(self.device).manual_seed(1)
         with torch.no_grad():
@@ -329,7 +326,7 @@ class Bench:
                 fastlora.speed_up(model)
         else:
             if packed:
-                _to_nf4(model, expand=provider == "exact")
+                to_nf4(model, expand=provider == "exact")
             if provider == "exact":
                 model.float()
             model = peft.get_peft_model(model, peft.LoraConfig(**options))
@@ -337,7 +334,7 @@ class Bench:
                 fastlora.replace_linear(model)
         generator = torch.Generator(self.device).manual_seed(2)
         with torch.no_grad():
-            for name, p in sorted(model.named_parameters(), key=lambda item: _plain_name(item[0])):
+            for name, p in sorted(model.named_parameters(), key=lambda item: plain_name(item[0])):
                 if "lora_A" in name or "lora_B" in name:
                     p.normal_(std=p.shape[1] ** -0.5 * (0.1 if "lora_B" in name else 1.0), generator=generator)
         return model
@@ -453,37 +450,3 @@ def _off(ours: Tensor, theirs: Tensor) -> float:
     """The difference over the norm; NaN becomes infinite."""
     off = ((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-20)).item()
     return off if off == off else float("inf")
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix("base_model.model.")
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _to_nf4(model: Any, expand: bool) -> None:
-    """The linears that get adapters over fastlora's NF4 codes: bitsandbytes' layers, or the same ones made dense."""
-    for name, module in list(model.named_modules()):
-        parent, _, last = name.rpartition(".")
-        if last not in TARGETS:
-            continue
-        packed = fastlora.quantize(module.weight.data)
-        if expand:  # by plain torch, in fp32
-            scales = reference.nf4_scales(*packed.tensors()[1:])
-            module.weight.data = reference.nf4_dequantize(packed.codes, scales, packed.shape, packed.blocksize)
-            continue
-        import bitsandbytes as bnb
-
-        options: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}
-        layer: nn.Module = bnb.nn.Linear4bit(module.in_features, module.out_features, **options, device="meta")
-        layer.weight = packed.to_bnb()
-        setattr(model.get_submodule(parent), last, layer)
-    model.is_loaded_in_4bit = not expand  # else peft takes its layer for dense weights, which also casts x to fp32

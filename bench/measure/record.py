@@ -11,6 +11,7 @@
     host          us         CPU time of one call by the calling thread's clock, at a size with next to no arithmetic;
                              in mode `step`, wall time until a whole step is queued
     tokens_per_s  tokens/s   tokens of a whole training step
+    loss_fall     nats       how far a loss fell in the steps that the mode names
 
 A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: only the kernels, in order. One called
 predicted-NAME was computed, not measured, and is kept in a file of its own.
@@ -42,6 +43,7 @@ UNITS = {
     "launches": "launches",
     "host": "us",
     "tokens_per_s": "tokens/s",
+    "loss_fall": "nats",
 }
 GRAPH = "-graph"
 ROOT = Path(__file__).parents[2]  # of the checkout
