@@ -141,7 +141,9 @@ def _of_part(
             return losses, None, ()
         fp16 = x.dtype is torch.float16  # which has too few exponents for sums of gradients
         dx = None if not wanted[0] else wide_product(dz, weight) if fp16 else dz @ weight
-        return losses, dx, [wide_product(dz.t(), x) if fp16 or x.is_cuda else dz.t() @ x] * wanted[1]
+        if not wanted[1]:
+            return losses, dx, ()
+        return losses, dx, (wide_product(dz.t(), x) if fp16 or x.is_cuda else dz.t() @ x,)
     with torch.set_grad_enabled(any(wanted)):
         leaf = x.detach().requires_grad_(wanted[0])
         z = asked.head(leaf[None]).flatten(0, 1)
