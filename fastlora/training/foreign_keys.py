@@ -32,6 +32,10 @@ ALIASES = {
     "no_cuda": "use_cpu",
 }
 
+_PACKING = (
+    "padding_free puts the examples of a micro-batch in one row without padding, where the model can; "
+    "per_device_train_batch_size says how many"
+)
 _OWN_SCRIPT = "not in recipes; with a training script of your own, fastlora.replace_linear speeds up its model"
 _STRATEGY = "there is no strategy to choose: {} says after how many steps"
 _ALWAYS = "it cannot be chosen: {}"
@@ -42,10 +46,10 @@ _LOADER = _ALWAYS.format("the examples are tokenized before the first step and k
 
 # Well-known keys that are not a matter of spelling.
 MEANINGS = {
-    "packing": "not yet: each example is a row of its own; train_sampling_strategy: group_by_length saves padding",
-    "eval_packing": "not yet: each example is a row of its own",
-    "packing_strategy": "packing: not yet",
-    "padding_free": "not yet; train_sampling_strategy: group_by_length saves padding",
+    "packing": _PACKING,
+    "eval_packing": _PACKING,
+    "packing_strategy": _PACKING,
+    "sample_packing": _PACKING,
     "pad_to_multiple_of": _ALWAYS.format("batches are padded to a multiple of 8"),
     "pad_token": "padding carries no loss and is masked, so which token it is changes nothing",
     "eos_token": "the tokenizer's eos_token ends an example: set it in the tokenizer's files",

@@ -38,7 +38,7 @@ from fastlora.adapters.adapter import save_adapter
 from fastlora.files import atomic
 from fastlora.layers.causal_loss import targets_known
 from fastlora.layers.quoted import clipped
-from fastlora.training import checkpoint, data, lock, plots
+from fastlora.training import checkpoint, data, lock, packing, plots
 from fastlora.training.recipe import Recipe, learning_rate
 from fastlora.training.run import Run, checked_directory, has_bf16, prepare, resume_from
 
@@ -197,15 +197,15 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
     return record, int(totals[1])
 
 
-def target_loss(run: Run, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def target_loss(run: Run, model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats."""
     places, labels = batch["targets"], batch["labels"]  # places: [targets], of the tokens before targets, row by row
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if any(row.part == "loss" and row.sped_up for row in getattr(run.model, "fastlora_parts", ())):
-        with run.autocast(), targets_known(places):
-            loss: Tensor = model(**inputs, labels=labels, num_items_in_batch=1).loss
-        return loss
-    with run.autocast():
+    inputs = {"use_cache": False} | {name: value for name, value in batch.items() if name not in ("targets", "labels")}
+    with run.autocast(), packing.packed() if run.padding_free else nullcontext():
+        if any(row.part == "loss" and row.sped_up for row in getattr(run.model, "fastlora_parts", ())):
+            with targets_known(places):
+                loss: Tensor = model(**inputs, labels=labels, num_items_in_batch=1).loss
+            return loss
         logits = model(**inputs).logits.flatten(0, 1)[places]  # [targets, vocabulary]
     return F.cross_entropy(logits.float(), labels.flatten()[places + 1], reduction="sum")
 
@@ -229,14 +229,16 @@ def evaluate(run: Run) -> float:
     return loss / targets
 
 
-def _batch(run: Run, examples: data.TokenSet, rows: list[int]) -> dict[str, Tensor]:
+def _batch(run: Run, examples: data.TokenSet, rows: list[int]) -> dict[str, Any]:
     """The examples `rows` on the run's device; without rows (at the end of an epoch), one example without targets."""
     pad = run.tokenizer.pad_token_id
-    batch = data.collate(examples, rows or [0], run.tokenizer.eos_token_id or 0 if pad is None else pad)
+    make = packing.pack if run.padding_free else data.collate
+    batch: dict[str, Any] = make(examples, rows or [0], run.tokenizer.eos_token_id or 0 if pad is None else pad)
     if not rows:
         batch["labels"].fill_(data.IGNORED)
     batch["targets"] = data.before_targets(batch["labels"])
-    return {name: tensor.to(run.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+    device = run.accelerator.device
+    return {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in batch.items()}
 
 
 def _evaluate_and_log(run: Run) -> None:

@@ -99,7 +99,8 @@ class Recipe:
     max_grad_norm: Annotated[float, "gradients are scaled down to this norm; 0: never"] = 1.0
     bf16: Annotated[bool | None, "compute in bfloat16; null: if the hardware has it"] = None
     gradient_checkpointing: Annotated[bool | str, "recompute activations in backward; selective: not linears"] = False
-    speed_up: Annotated[bool, "norms, rotary embedding and gated MLPs by fastlora's kernels, where they run"] = True
+    speed_up: Annotated[bool, "norms, rotary embedding, gated MLPs, head and loss by fastlora, where it can"] = True
+    padding_free: Annotated[bool | None, "a micro-batch's examples in one row; null: if the model can"] = None
     use_cpu: Annotated[bool, "use the CPU even if there is a GPU"] = False
     seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
     logging_steps: Annotated[int, "steps between two printed lines if there is no live display"] = 10

@@ -29,7 +29,7 @@ from fastlora.model.replace import replace_linear
 from fastlora.model.sites import output_head
 from fastlora.model.speed_up import speed_up
 from fastlora.ops.keeping import keep_linears
-from fastlora.training import checkpoint, data, plots
+from fastlora.training import checkpoint, data, packing, plots
 from fastlora.training.recipe import Recipe, check_resumable
 
 # The files that show a directory to hold a run.
@@ -45,6 +45,7 @@ class Run:
         model: the bare model, adapters included. wrapped: the same, prepared by accelerate for training.
         step: the number of steps made.
         eval_losses: by the number of steps made, in nats per target token.
+        padding_free: whether a micro-batch is one row, as `fastlora.training.packing` makes it.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class Run:
     step: int = 0
     loss: float = math.nan
     eval_losses: dict[int, float] = field(default_factory=dict)
+    padding_free: bool = False
 
     @property
     def directory(self) -> Path:
@@ -117,6 +119,7 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     model.to(accelerator.device)  # with quantize only now, so that no whole model in 16 bits is ever on the device
     if recipe.speed_up:
         speed_up(model)
+    padding_free = _goes_without_padding(recipe, model, console)
     _check_room(recipe, model)
     if recipe.gradient_checkpointing:
         word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
@@ -143,7 +146,24 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
         accelerator.num_processes,
     )
     total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * plan.steps_per_epoch)
-    return Run(recipe, accelerator, console, tokenizer, model, wrapped, optimizer, train_set, eval_set, plan, total)
+    parts = (recipe, accelerator, console, tokenizer, model, wrapped, optimizer, train_set, eval_set, plan, total)
+    return Run(*parts, padding_free=padding_free)
+
+
+def _goes_without_padding(recipe: Recipe, model: Any, console: Console) -> bool:
+    """Whether micro-batches are single rows; says why they are not, where they might have been.
+
+    Raises:
+        ValueError: the recipe asks for it, and the model cannot.
+    """
+    if recipe.padding_free is False:
+        return False
+    reason = packing.prepare(model, recipe.max_length)
+    if reason and recipe.padding_free:
+        raise ValueError(f"padding_free: {reason}; set it to null or false, and batches are padded")
+    if reason:
+        console.print(f"[yellow]batches are padded, for in one row without padding: {escape(reason)}[/]")
+    return not reason
 
 
 def load_config(recipe: Recipe) -> Any:

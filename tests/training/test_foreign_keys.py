@@ -22,7 +22,7 @@ def said(key: str) -> str:
 @pytest.mark.parametrize(
     ("key", "meaning"),
     [
-        ("packing", "'packing': not yet"),
+        ("packing", "'packing': padding_free puts"),
         ("report_to", "'report_to': a run writes metrics.jsonl and loss.png into output_dir"),
         ("eval_strategy", "eval_steps says after how many steps"),
         ("resume_from_checkpoint", "--resume"),
