@@ -28,7 +28,6 @@ class _Known(NamedTuple):
     """A kind of call."""
 
     run: Callable[..., None]
-    grid: tuple[int, ...]  # three
     stream: Callable[[int], int]  # of a device
     device: int
     function: int
@@ -54,8 +53,9 @@ class Launcher:
         """Launch on the device of the first pointer.
 
         Args:
-            key: hashable; from it follow the grid, the constants, all integers among the numbers that the kernel
-                specializes on, and the dtypes of all pointers.
+            key: hashable; from it follow the constants, all integers among the numbers that the kernel specializes
+                on, and the dtypes of all pointers.
+            grid: of one to three numbers.
             pointers: tensors, on one device.
         """
         device = pointers[0].device.index
@@ -66,7 +66,8 @@ class Launcher:
         if known is not None and not _has_hooks(self.kernel):
             addresses = tuple(map(_address, pointers))
             if not functools.reduce(operator.or_, addresses) & 15:
-                run, (x, y, z), stream, index, function, packed, constants = known
+                run, stream, index, function, packed, constants = known
+                x, y, z = (*grid, 1, 1)[:3]
                 run(x, y, z, stream(index), function, packed, None, None, None, *addresses, *numbers, *constants)
                 return None
         return self._through_triton(device, key, grid, pointers, numbers)
@@ -84,7 +85,7 @@ class Launcher:
         driver = triton.runtime.driver.active
         rest = tuple(constants[name] for name in self.kernel.arg_names[len(pointers) + len(numbers) :])
         self._known[device, key] = _Known(
-            compiled.run, (*grid, 1, 1)[:3], driver.get_current_stream, driver.get_current_device(), compiled.function,
+            compiled.run, driver.get_current_stream, driver.get_current_device(), compiled.function,
             compiled.packed_metadata, rest,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from fastlora.ops.operands import wide_product
 
 IGNORED = -100
 _VALUES = {"cuda": 2**26, "cpu": 2**22}  # logits at a time
-_ROWS = 128  # at least
+_ROWS, _TILE = 128, 64  # at least; a multiple
 
 
 class Logits(NamedTuple):
@@ -86,8 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = len(x) if places is None else len(places)
         losses = torch.empty(count, dtype=torch.float32, device=x.device)
         width = weight.shape[0] if weight is not None else getattr(asked.head, "out_features", 2**15)
-        parts = -(-count // max(_ROWS, _VALUES["cuda" if x.is_cuda else "cpu"] // width)) or 1
-        step = -(-count // parts) or 1  # equal parts: a short one would read the whole weight for a few rows
+        step = _rows_at_a_time(count, width, x.is_cuda)
         for start in range(0, count, step):
             part = slice(start, start + step)
             rows = part if places is None else places[part]
@@ -110,6 +109,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 _apply = super(torch.autograd.Function, _LinearCrossEntropy).apply  # without its search for torch.func's wrappers
+
+
+def _rows_at_a_time(count: int, width: int, cuda: bool) -> int:
+    """Rows of a part: as equal as whole tiles allow, for a short one would read the whole weight for a few rows."""
+    most = max(_ROWS, _VALUES["cuda" if cuda else "cpu"] // width // _ROWS * _ROWS)
+    return -(-count // (-(-count // most) or 1) // _TILE) * _TILE or 1
 
 
 def _scaled(t: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,8 +40,11 @@ from fastlora.files import atomic
 from fastlora.layers.causal_loss import targets_known
 from fastlora.layers.quoted import clipped
 from fastlora.training import checkpoint, data, lock, packing, plots
+from fastlora.training.graphed_step import GraphedStep
 from fastlora.training.recipe import Recipe, learning_rate
 from fastlora.training.run import Run, checked_directory, has_bf16, prepare, resume_from
+
+MOST_GRAPHS = 24  # six doublings of a row's tokens
 
 
 class Hooks:
@@ -93,6 +97,8 @@ def _train(recipe: Recipe, resume: bool, hooks: Hooks, console: Console) -> Resu
         recipe = recipe.replace(bf16=has_bf16(recipe.use_cpu))
     saved = checked_directory(recipe, resume, console)
     run = prepare(recipe, console, saved[1] if saved else None)
+    if recipe.cuda_graphs:
+        run.graphed = GraphedStep(run.model, lambda model, batch: target_loss(run, model, batch), most=MOST_GRAPHS)
     if saved is not None:
         resume_from(run, *saved)
     else:
@@ -171,6 +177,9 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
     run.wrapped.train()
     loss = torch.zeros((), device=accelerator.device)
     for index, batch in enumerate(batches):
+        if run.graphed is not None:
+            loss += _replayed(run, batch, targets)
+            continue
         more_follow = index < len(batches) - 1
         with accelerator.no_sync(run.wrapped) if more_follow else nullcontext():
             part = target_loss(run, run.wrapped, batch) / targets
@@ -197,17 +206,34 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
     return record, int(totals[1])
 
 
+def _replayed(run: Run, batch: dict[str, Any], targets: int) -> Tensor:
+    """A micro-batch's part of the loss, with its gradients, by `GraphedStep`; says what cannot be recorded."""
+    assert run.graphed is not None
+    known = dict(run.graphed.reasons)
+    del batch["targets"]  # whose number differs from batch to batch
+    loss = run.graphed(**batch, divisor=batch["input_ids"].new_full((), targets))
+    for key, reason in run.graphed.reasons.items():
+        if key not in known:
+            run.console.print(f"[yellow]cuda_graphs: steps run as usual, not recorded: {escape(reason)}[/]")
+    return loss
+
+
 def target_loss(run: Run, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Cross-entropy summed over the batch's target tokens: 0-d fp32, in nats."""
-    places, labels = batch["targets"], batch["labels"]  # places: [targets], of the tokens before targets, row by row
-    inputs = {"use_cache": False} | {name: value for name, value in batch.items() if name not in ("targets", "labels")}
+    """Cross-entropy summed over the batch's target tokens, over its `divisor` if it has one: 0-d fp32, in nats."""
+    given = ("labels", "targets", "divisor")
+    labels, divisor = batch["labels"], batch.get("divisor", 1)
+    places = batch.get("targets")  # [targets], of the tokens before targets, in the rows one after the other
+    inputs = {"use_cache": False} | {name: value for name, value in batch.items() if name not in given}
     with run.autocast(), packing.packed() if run.padding_free else nullcontext():
         if any(row.part == "loss" and row.sped_up for row in getattr(run.model, "fastlora_parts", ())):
-            with targets_known(places):
-                loss: Tensor = model(**inputs, labels=labels, num_items_in_batch=1).loss
+            with nullcontext() if places is None else targets_known(places):
+                loss: Tensor = model(**inputs, labels=labels, num_items_in_batch=divisor).loss
             return loss
-        logits = model(**inputs).logits.flatten(0, 1)[places]  # [targets, vocabulary]
-    return F.cross_entropy(logits.float(), labels.flatten()[places + 1], reduction="sum")
+        logits = model(**inputs).logits  # [rows, length, vocabulary]
+    shifted = F.pad(labels, (0, 1), value=data.IGNORED)[:, 1:].flatten()
+    if places is None:
+        places = slice(None)
+    return F.cross_entropy(logits.flatten(0, 1)[places].float(), shifted[places], reduction="sum") / divisor
 
 
 @torch.no_grad()
@@ -232,7 +258,9 @@ def evaluate(run: Run) -> float:
 def _batch(run: Run, examples: data.TokenSet, rows: list[int]) -> dict[str, Any]:
     """The examples `rows` on the run's device; without rows (at the end of an epoch), one example without targets."""
     pad = run.tokenizer.pad_token_id
-    make = packing.pack if run.padding_free else data.collate
+    make: Any = packing.pack if run.padding_free else data.collate
+    if run.graphed is not None and examples is run.train_set:
+        make = partial(packing.pack, room=packing.Room(run.plan.batch, run.recipe.max_length))
     batch: dict[str, Any] = make(examples, rows or [0], run.tokenizer.eos_token_id or 0 if pad is None else pad)
     if not rows:
         batch["labels"].fill_(data.IGNORED)

@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,18 @@ class _Packed(threading.local):
 _packed = _Packed()
 
 
-def pack(examples: TokenSet, rows: Sequence[int], pad_token_id: int) -> dict[str, Any]:
-    """The examples `rows` one after the other in a row; what pads it to a multiple of `PAD_MULTIPLE` is one more.
+class Room(NamedTuple):
+    """For rows of few shapes, which CUDA graphs need: at most so many examples, of at most so many tokens."""
+
+    examples: int
+    longest: int
+
+
+def pack(examples: TokenSet, rows: Sequence[int], pad_token_id: int, room: Room | None = None) -> dict[str, Any]:
+    """The examples `rows` one after the other in a row; what fills it up is one more, or several.
+
+    It is filled to a multiple of `PAD_MULTIPLE`. With a room, to a rung of a ladder that has four in each doubling, and
+    examples of no tokens fill `cu_seq_lens_q`.
 
     Returns:
         input_ids, position_ids, labels: [1, tokens] int64. An example's first token is predicted from nothing.
@@ -40,9 +50,13 @@ def pack(examples: TokenSet, rows: Sequence[int], pad_token_id: int) -> dict[str
         the longest's tokens.
     """
     lengths = [int(examples.lengths[row]) for row in rows]
-    if rest := -sum(lengths) % PAD_MULTIPLE:
-        lengths.append(rest)
-    ends = np.cumsum([0, *lengths]).tolist()
+    unit = PAD_MULTIPLE if room is None else _unit(sum(lengths))
+    rest, most = -sum(lengths) % unit, max(lengths) if room is None else room.longest
+    while rest > 0:
+        lengths.append(min(rest, most))
+        rest -= most
+    places = len(lengths) if room is None else room.examples + -(-unit // most)
+    ends = np.cumsum([0, *lengths, *[0] * (places - len(lengths))]).tolist()
     ids = np.full(ends[-1], pad_token_id, dtype=np.int64)
     labels = np.full(ends[-1], IGNORED, dtype=np.int64)
     for row, start in zip(rows, ends, strict=False):
@@ -55,8 +69,13 @@ def pack(examples: TokenSet, rows: Sequence[int], pad_token_id: int) -> dict[str
     return {
         **{name: torch.from_numpy(array)[None] for name, array in rows_of_one.items()},
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), begins),
-        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
+        **dict.fromkeys(("max_length_q", "max_length_k"), most),
     }
+
+
+def _unit(tokens: int) -> int:
+    """A quarter of the largest power of two below, and a size that suits the kernels."""
+    return max(64, 1 << max(0, (tokens - 1).bit_length() - 3))
 
 
 @contextmanager
@@ -109,7 +128,8 @@ def _register() -> bool:
         if q.is_cuda and q.dtype in _FLASH and not dropout and q.shape[-1] <= 256:
             return _variable_length(q, k, v, begins, options["max_length_q"], scaling), None
         one: Any = F.scaled_dot_product_attention
-        parts = zip(*(t.split(begins.diff().tolist(), 2) for t in (q, k, v)), strict=True)
+        sizes = [size for size in begins.diff().tolist() if size]
+        parts = zip(*(t.split(sizes, 2) for t in (q, k, v)), strict=True)
         more = {"dropout_p": dropout, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
         found = [one(*part, is_causal=True, **more) for part in parts]
         return torch.cat(found, 2).transpose(1, 2).contiguous(), None

@@ -44,6 +44,7 @@ FREE_ON_RESUME = frozenset(
         "eval_file",
         "per_device_eval_batch_size",
         "gradient_checkpointing",
+        "cuda_graphs",
         "train_file",
         "dataset_name",
         "dataset_config",
@@ -101,6 +102,7 @@ class Recipe:
     gradient_checkpointing: Annotated[bool | str, "recompute activations in backward; selective: not linears"] = False
     speed_up: Annotated[bool, "norms, rotary embedding, gated MLPs, head and loss by fastlora, where it can"] = True
     padding_free: Annotated[bool | None, "a micro-batch's examples in one row; null: if the model can"] = None
+    cuda_graphs: Annotated[bool, "record steps of few shapes and replay them: one launch where Python is slow"] = False
     use_cpu: Annotated[bool, "use the CPU even if there is a GPU"] = False
     seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
     logging_steps: Annotated[int, "steps between two printed lines if there is no live display"] = 10
@@ -215,6 +217,8 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("eval_file, dataset_test_split: give one of the two, or neither")
     if recipe.dataset_test_split is not None and recipe.dataset_name is None:
         raise ValueError("dataset_test_split: needs dataset_name; with files, give eval_file")
+    if recipe.cuda_graphs and recipe.padding_free is False:
+        raise ValueError("cuda_graphs: needs padding_free, which gives rows of few shapes")
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise ValueError("warmup_steps, warmup_ratio: give one of the two")
     if recipe.lr_scheduler_type == "constant" and (recipe.warmup_steps or recipe.warmup_ratio):

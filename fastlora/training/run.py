@@ -30,6 +30,7 @@ from fastlora.model.sites import output_head
 from fastlora.model.speed_up import speed_up
 from fastlora.ops.keeping import keep_linears
 from fastlora.training import checkpoint, data, packing, plots
+from fastlora.training.graphed_step import GraphedStep, obstacle
 from fastlora.training.recipe import Recipe, check_resumable
 
 # The files that show a directory to hold a run.
@@ -46,6 +47,7 @@ class Run:
         step: the number of steps made.
         eval_losses: by the number of steps made, in nats per target token.
         padding_free: whether a micro-batch is one row, as `fastlora.training.packing` makes it.
+        graphed: computes loss and gradients of a micro-batch where `cuda_graphs` is asked for.
     """
 
     recipe: Recipe
@@ -63,6 +65,7 @@ class Run:
     loss: float = math.nan
     eval_losses: dict[int, float] = field(default_factory=dict)
     padding_free: bool = False
+    graphed: GraphedStep | None = None
 
     @property
     def directory(self) -> Path:
@@ -120,6 +123,8 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     if recipe.speed_up:
         speed_up(model)
     padding_free = _goes_without_padding(recipe, model, console)
+    if recipe.cuda_graphs and (reason := _no_graphs(model, accelerator, padding_free)):
+        raise ValueError(f"cuda_graphs: {reason}; set it to false")
     _check_room(recipe, model)
     if recipe.gradient_checkpointing:
         word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
@@ -148,6 +153,13 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * plan.steps_per_epoch)
     parts = (recipe, accelerator, console, tokenizer, model, wrapped, optimizer, train_set, eval_set, plan, total)
     return Run(*parts, padding_free=padding_free)
+
+
+def _no_graphs(model: nn.Module, accelerator: Accelerator, padding_free: bool) -> str:
+    """Why steps cannot be recorded; "" where they can."""
+    if accelerator.num_processes > 1:
+        return "a run of several processes cannot be recorded"
+    return obstacle(model) or ("" if padding_free else "it needs padding_free, which this model cannot do")
 
 
 def _goes_without_padding(recipe: Recipe, model: Any, console: Console) -> bool:

@@ -93,6 +93,7 @@ def test_parts_are_the_whole_for_any_head(way, kind, monkeypatch):
     for name, rows in (("whole", 1000), ("parts", 7), ("chosen", 5)):
         monkeypatch.setattr(loss, "_VALUES", dict.fromkeys(("cuda", "cpu"), 1))
         monkeypatch.setattr(loss, "_ROWS", rows)
+        monkeypatch.setattr(loss, "_TILE", 1)
         head.zero_grad()
         leaf = x.clone().requires_grad_()
         total = loss.linear_cross_entropy(leaf, head, labels, places=places if name == "chosen" else None)

@@ -59,6 +59,33 @@ def test_a_row_that_needs_no_filling():
     assert batch["cu_seq_lens_q"].tolist() == [0, 8, 16]
 
 
+def test_rows_of_few_shapes():
+    room = packing.Room(6, 9)
+    shapes = set()
+    for lengths in ((5, 1, 9, 3), (9, 9, 9, 9, 9, 9), (1,), (2, 2, 2, 2, 2, 2), (8, 8, 8, 8), (9,) * 6):
+        examples = examples_of(lengths)
+        rows = list(range(len(lengths)))
+        batch, plain = packing.pack(examples, rows, 63, room), packing.pack(examples, rows, 63)
+        begins = batch["cu_seq_lens_q"]
+        assert begins.diff().min() >= 0
+        assert begins.diff().max() <= batch["max_length_q"] == 9
+        assert begins[-1] == batch["input_ids"].shape[1]
+        tokens = sum(lengths)
+        for name in ("input_ids", "labels", "position_ids"):
+            assert torch.equal(batch[name][0, :tokens], plain[name][0, :tokens])
+        assert (batch["labels"][0, tokens:] == data.IGNORED).all()
+        shapes.add(tuple((name, getattr(value, "shape", value)) for name, value in batch.items()))
+    assert len(shapes) == 1
+    sizes = {packing._unit(tokens) * -(-tokens // packing._unit(tokens)) for tokens in range(1, 8193)}
+    assert sorted(sizes) == [
+        64,
+        128,
+        192,
+        256,
+        *(octave * part // 4 for octave in (256, 512, 1024, 2048, 4096) for part in (5, 6, 7, 8)),
+    ]
+
+
 @pytest.mark.parametrize(
     "name", ["Llama", "Qwen2", "Qwen3", "Gemma", "Phi3", "Mistral", "GPTNeoX", "Olmo2", "Cohere", "Mixtral"]
 )
@@ -182,3 +209,56 @@ def test_a_run_that_cannot_says_so(base: Path, tmp_path: Path, monkeypatch: pyte
     console = Console(width=200)
     assert not prepare(recipe(base, tmp_path), console).padding_free
     assert "batches are padded, for in one row without padding: its attention is strange" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("speed_up", [True, False])
+def test_a_run_that_is_recorded_is_the_run_that_is_not(base: Path, tmp_path: Path, speed_up, monkeypatch) -> None:
+    from fastlora.training import graphed_step, loop
+    from fastlora.training import run as runs
+    from tests.training.test_graphed_step import Rerun
+
+    kinds = []
+
+    def record(step, pool):
+        model = kinds[0]
+        kept = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+        found = step()
+        for p, gradient in kept.items():
+            p.grad.copy_(gradient)
+        kinds.append(step)
+        return Rerun(step, found), found, "pool"
+
+    class Seen(loop.Hooks):
+        def on_start(self, run):
+            kinds.append(run.model)
+            self.run = run
+
+    options = {"speed_up": speed_up, "gradient_accumulation_steps": 2, "max_steps": 12, "eval_on_start": True}
+    options["eval_file"] = str(base / "train.jsonl")
+    train(recipe(base, tmp_path / "usual", **options), console=QUIET)
+    for place in (graphed_step, runs):
+        monkeypatch.setattr(place, "obstacle", lambda model: "")
+    monkeypatch.setattr(graphed_step, "_recorded", record)
+    seen = Seen()
+    train(recipe(base, tmp_path / "recorded", cuda_graphs=True, **options), hooks=seen, console=QUIET)
+    usual, recorded = ([loss for _, loss in losses(tmp_path / name)] for name in ("usual", "recorded"))
+    assert seen.run.graphed.replayed > 0
+    assert recorded == pytest.approx(usual, rel=1e-5)
+
+
+def test_what_cannot_be_recorded_is_told(base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    with pytest.raises(ValueError, match="cuda_graphs: the model is not on a CUDA device; set it to false"):
+        prepare(recipe(base, tmp_path, cuda_graphs=True), QUIET)
+    with pytest.raises(ValueError, match="cuda_graphs: needs padding_free"):
+        recipe(base, tmp_path, cuda_graphs=True, padding_free=False)
+    from rich.console import Console
+
+    from fastlora.training import graphed_step
+    from fastlora.training import run as runs
+
+    for place in (graphed_step, runs):
+        monkeypatch.setattr(place, "obstacle", lambda model: "")
+    monkeypatch.setattr(graphed_step, "_recorded", lambda step, pool: 1 / 0)
+    train(recipe(base, tmp_path / "run", cuda_graphs=True, max_steps=12), console=Console(width=200))
+    told = capsys.readouterr().out
+    assert told.count("cuda_graphs: steps run as usual, not recorded: ZeroDivisionError") == 1
