@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastlora.layers.lora_linear import LoRALinear
     from fastlora.layers.nf4_linear import NF4Linear
     from fastlora.layers.report import Report
+    from fastlora.model.checkpointing import checkpoint_layers
     from fastlora.model.merging import merge
     from fastlora.model.quantizer import FastLoRANF4Config
     from fastlora.model.replace import replace_linear, report, restore
@@ -49,6 +50,7 @@ __all__ = [
     "NF4Weight",
     "Report",
     "backend",
+    "checkpoint_layers",
     "extract_adapter",
     "grouped_lora_linear",
     "keep_linears",
@@ -74,6 +76,7 @@ _HOMES = {
     "fastlora.layers.lora_linear": ("LoRALinear",),
     "fastlora.layers.nf4_linear": ("NF4Linear",),
     "fastlora.layers.report": ("Report",),
+    "fastlora.model.checkpointing": ("checkpoint_layers",),
     "fastlora.model.merging": ("merge",),
     "fastlora.ops.backend": ("backend",),
     "fastlora.ops.grouped": ("grouped_lora_linear",),

@@ -81,8 +81,10 @@ def part_of(module: nn.Module) -> str:
 
 def standing_reason(module: nn.Module) -> str:
     """Why a sped-up module runs its own code where it is now; "" if it does not."""
+    if part_of(module) == "loss":
+        return causal_loss.standing_reason(module)
     device = next((p.device for p in module.parameters()), None)
-    if part_of(module) == "loss" or device is None or backend(device).name == "triton":
+    if device is None or backend(device).name == "triton":
         return ""
     return f"kernels for CUDA only: its own code runs on {device}"
 

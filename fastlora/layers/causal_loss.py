@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.layers.lazy_logits import LazyLogits
+from fastlora.layers.sharded import gathered_by
 from fastlora.ops.autograd import seen_by_others
 from fastlora.ops.loss import IGNORED, Logits, linear_cross_entropy
 
@@ -139,6 +140,12 @@ def _loss_of(module: Any) -> Any:
     return module.loss_function
 
 
+def standing_reason(module: Any) -> str:
+    """Why a sped-up model computes its loss by its own code where it is now; "" if it does not."""
+    head = module.get_output_embeddings()
+    return f"{owner} gathers its head by itself: its own code runs" if (owner := gathered_by(head)) else ""
+
+
 # What takes its place
 
 
@@ -204,7 +211,7 @@ def body(plain: Any, head: str, scale: float, cap: float, to_float: bool) -> dic
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         labels = options.get(_LABELS, args[place] if place < len(args) else None)
-        if labels is None or not _takes(self, labels, options, args[place + 1 :]):
+        if labels is None or gathered_by(self._modules[head]) or not _takes(self, labels, options, args[place + 1 :]):
             return plain.forward(self, *args, **options)
         call = _Call(self, self._modules[head], logits, _targets(labels, options.get("shift_labels")))
         _active.calls.append(call)

@@ -13,7 +13,19 @@ from torch import Tensor, distributed, nn
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether any parameter of the model is spread over processes, even if it is gathered at present."""
-    return any(map(_is_dtensor, model.parameters())) or any(map(_is_unit, model.modules()))
+    return any(map(_is_dtensor, model.parameters())) or any(map(is_unit, model.modules()))
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers and spreads this module's parameters."""
+    return callable(getattr(module, "reshard", None)) and hasattr(module, "unshard")
+
+
+def gathered_by(module: nn.Module) -> str:
+    """What gathers this very module's parameters when it is called, and lets go of them: FSDP or ZeRO-3; "" if none."""
+    if is_unit(module) or hasattr(module, "_fsdp_wrapped_module"):
+        return "FSDP"
+    return "ZeRO-3" if any(hasattr(p, "ds_id") for p in module.parameters()) else ""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -37,7 +49,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 def settle(model: nn.Module) -> None:
     """Spread again what FSDP2 has left gathered after a forward: writes into gathered copies would be lost."""
     for module in model.modules():
-        if _is_unit(module):
+        if is_unit(module):
             module.reshard()  # type: ignore[operator]
 
 
@@ -51,11 +63,6 @@ def by_first(write: Callable[[], None], together: bool) -> None:
             write()
     finally:
         distributed.barrier()
-
-
-def _is_unit(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers and spreads this module's parameters."""
-    return callable(getattr(module, "reshard", None)) and hasattr(module, "unshard")
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -173,19 +173,20 @@ def _cross_entropy(
         z = z if z.stride(1) == 1 else z.contiguous()
         dz = None if dtype is None else z if in_place and z.dtype is dtype else torch.empty_like(z, dtype=dtype)
         return cross_entropy(z, labels, scale, cap, smoothing, ignored, factor, dz), dz
-    t = asked.logits(z.float())
-    lse = t.logsumexp(1)
+    t = asked.logits(z.float() if cap or scale != 1 else z)
+    found = t.log_softmax(1, dtype=torch.float32)  # then, in its place, the gradient
     counts = labels != ignored
     label = labels.where(counts, 0)[:, None]
-    losses = lse - (1 - smoothing) * t.gather(1, label)[:, 0]
+    losses = (smoothing - 1) * found.gather(1, label)[:, 0]
     if smoothing:
-        losses -= smoothing * t.mean(1)
+        losses -= smoothing * found.mean(1)
     losses = losses.where(counts, 0)
     if dtype is None:
         return losses, None
-    slope = scale * factor * (1 - (t / cap) ** 2) if cap else scale * factor
-    t = t.clone() if t is z and not in_place else t
-    dz = t.sub_(lse[:, None]).exp_().scatter_add_(1, label, torch.full_like(t[:, :1], smoothing - 1))
+    found.exp_().scatter_add_(1, label, torch.full_like(found[:, :1], smoothing - 1))
     if smoothing:
-        dz -= smoothing / t.shape[1]
-    return losses, dz.mul_(slope).masked_fill_(~counts[:, None], 0).to(dtype)
+        found -= smoothing / found.shape[1]
+    found *= scale * factor * counts[:, None]
+    if cap:
+        found *= 1 - (t / cap) ** 2
+    return losses, found.to(dtype)

@@ -29,7 +29,8 @@ class GraphedStep:
     Gradients are added to what is in `p.grad`, so that micro-batches accumulate; results are those of the usual step.
     Other shapes, and whatever cannot be recorded, run as usual: `reasons` says why, `replayed` and `usual` count.
 
-    transformers' "sdpa" and flash attention can be recorded, "eager" cannot. Leave out a mask of ones.
+    transformers' "sdpa" and flash attention can be recorded, "eager" cannot. Leave out a mask of ones. A loss of these
+    parameters that a call of the model itself made, and that is still alive, keeps a step from being recorded.
 
     Recorded is what ran: call `reset` after changing adapters, frozen parameters, hooks or settings of the model.
     Training and evaluation mode, and parameters that have moved, are noticed. A graph holds the memory of a step.
@@ -266,7 +267,13 @@ def _beside() -> Iterator[None]:
 
 def _recorded(step: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor, Any]:
     """(a graph of the step, the tensor that it returned, the pool of its memory)."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=_stream(torch.cuda.current_device())):
-        found = step()
+    graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    before = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
+            found = step()
+    except Exception:
+        generator.graphsafe_set_state(before)  # a capture that fails leaves it capturing, and dropout would raise
+        raise
     return graph, found, graph.pool()

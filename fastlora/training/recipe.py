@@ -99,7 +99,7 @@ class Recipe:
     adam_epsilon: Annotated[float, "AdamW's"] = 1e-8
     max_grad_norm: Annotated[float, "gradients are scaled down to this norm; 0: never"] = 1.0
     bf16: Annotated[bool | None, "compute in bfloat16; null: if the hardware has it"] = None
-    gradient_checkpointing: Annotated[bool | str, "recompute activations in backward; selective: not linears"] = False
+    gradient_checkpointing: Annotated[bool | str, "recompute activations in backward; selective | auto"] = False
     speed_up: Annotated[bool, "norms, rotary embedding, gated MLPs, head and loss by fastlora, where it can"] = True
     padding_free: Annotated[bool | None, "a micro-batch's examples in one row; null: if the model can"] = None
     cuda_graphs: Annotated[bool, "record steps of few shapes and replay them: one launch where Python is slow"] = False
@@ -193,7 +193,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("lr_scheduler_type", lambda v: v in SCHEDULES, " | ".join(SCHEDULES)),
         ("train_sampling_strategy", lambda v: v in SAMPLING, " | ".join(SAMPLING)),
         ("output_dir", lambda v: v != "", "a directory"),
-        ("gradient_checkpointing", lambda v: v in (True, False, "selective"), "true or false or selective"),
+        ("gradient_checkpointing", lambda v: v in (True, False, "selective", "auto"), "true, false, selective or auto"),
     ]
     for key, holds, expected in rules:
         value = getattr(recipe, key)

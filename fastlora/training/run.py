@@ -24,11 +24,11 @@ from torch import nn
 
 from fastlora.files import atomic
 from fastlora.layers.quoted import clipped, reason, shown
+from fastlora.model.checkpointing import checkpoint_layers
 from fastlora.model.names import matches, within
 from fastlora.model.replace import replace_linear
 from fastlora.model.sites import output_head
 from fastlora.model.speed_up import speed_up
-from fastlora.ops.keeping import keep_linears
 from fastlora.training import checkpoint, data, packing, plots
 from fastlora.training.graphed_step import GraphedStep, obstacle
 from fastlora.training.recipe import Recipe, check_resumable
@@ -127,10 +127,9 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
         raise ValueError(f"cuda_graphs: {reason}; set it to false")
     _check_room(recipe, model)
     if recipe.gradient_checkpointing:
-        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
-        enable = getattr(model, f"{word}_checkpointing_enable")
-        kept = {"context_fn": keep_linears} if recipe.gradient_checkpointing == "selective" else {}
-        enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False, **kept}})
+        policy = "full" if recipe.gradient_checkpointing is True else recipe.gradient_checkpointing
+        chosen = checkpoint_layers(model, policy, tokens=_most_tokens(train_set, recipe))
+        console.print(f"checkpointing: {chosen}", highlight=False)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=recipe.learning_rate,
@@ -153,6 +152,11 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * plan.steps_per_epoch)
     parts = (recipe, accelerator, console, tokenizer, model, wrapped, optimizer, train_set, eval_set, plan, total)
     return Run(*parts, padding_free=padding_free)
+
+
+def _most_tokens(train_set: data.TokenSet, recipe: Recipe) -> int:
+    """Tokens of a micro-batch at most."""
+    return int(train_set.lengths.max()) * min(recipe.per_device_train_batch_size, len(train_set))
 
 
 def _no_graphs(model: nn.Module, accelerator: Accelerator, padding_free: bool) -> str:

@@ -67,6 +67,20 @@ def test_torch_compile_over_fsdp2(results, backend):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: name + m)
 
 
+@pytest.mark.parametrize("how", sharded.SPREAD)
+@pytest.mark.parametrize("kind", sharded.HEADS)
+def test_a_loss_that_is_sped_up(results, kind, how):
+    model, found = sharded.HEADS[kind](), dict(results[1]["sped up", kind, how])
+    (reason,) = found.pop("reason")
+    assert ("FSDP gathers its head by itself" in reason) == (how == "head")
+    torch.testing.assert_close(found.pop("logits"), sharded.logits(model))
+    expected = sharded.step(model)
+    torch.testing.assert_close(found.pop("evaluated"), expected["loss"])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: name + m)
+
+
 @pytest.mark.parametrize("name", ["own", "nf4", "tokens"])
 def test_the_weights_that_others_read_are_whole(results, name):
     expected, found = sharded.weights(sharded.MODELS[name]()), results[1]["weights", name]

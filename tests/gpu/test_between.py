@@ -87,7 +87,7 @@ def test_a_replayed_step_trains_as_the_usual_one(dropout, checkpointing):
         ]
     else:
         assert (step.reasons, step.replayed) == ({}, 4)
-    if not dropout:
-        assert found[:6] == found[6:]
+    if not dropout:  # a recorded head takes all rows, the usual one those of targets
+        assert found[:6] == pytest.approx(found[6:], rel=1e-5)
     else:  # masks drawn in another order
         assert found[:6] == pytest.approx(found[6:], rel=0.05)

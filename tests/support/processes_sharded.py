@@ -48,6 +48,14 @@ MODELS = {
 }
 
 
+HEADS = {
+    "frozen": own,
+    "trained": lambda: own(modules_to_save=["lm_head"]),
+    "adapted": lambda: randomize(fastlora.replace_linear(llama(), r=4, target_modules=["q_proj", "lm_head"])),
+}
+SPREAD = {"layers": {}, "one unit": {"units": False}, "head": {"head": True}}
+
+
 def sharded(model, units=True):
     """One unit a decoder layer and one for the rest; or one for all, which stays gathered after a forward."""
     mesh = init_device_mesh("cpu", (2,))
@@ -76,6 +84,21 @@ def step(model):
     loss.backward()
     named = {name.replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {"loss": loss.detach()} | {name: whole(grad) for name, grad in named.items()}
+
+
+def sped_up(model, units=True, head=False):
+    """A step of a model whose loss is sped up, its logits, and why its loss is not, where the head is a unit too."""
+    fastlora.speed_up(model)
+    if head:
+        fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (2,)))
+    sharded(model, units)
+    with torch.no_grad():
+        out = model(input_ids=tokens(), labels=tokens())
+        found = {"logits": out.logits + 0, "evaluated": out.loss}
+    for _ in range(2):
+        model.zero_grad()
+        found |= step(model)
+    return found | {"reason": [row.reason for row in fastlora.report(model).parts if row.part == "loss"]}
 
 
 def weights(model):
@@ -132,6 +155,9 @@ def main(out):
     for backend in ("aot_eager", "inductor"):
         found["compiled", backend] = step(torch.compile(sharded(own()), backend=backend))
         torch._dynamo.reset()
+    for kind in HEADS:
+        for how in SPREAD:
+            found["sped up", kind, how] = sped_up(HEADS[kind](), **SPREAD[how])
     for name in ("own", "nf4", "tokens"):
         found["weights", name] = weights(sharded(MODELS[name]()))
     mine = [{key: value.chunk(2)[rank] for key, value in batch.items()} for batch in batches()]

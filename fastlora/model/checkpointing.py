@@ -1,0 +1,207 @@
+"""Which layers of a model recompute what: as little as a device's memory allows.
+
+Of a checkpointed layer its input is held ("full"), or that and what its linears return ("selective", `keep_linears`);
+of one that is not, whatever its backward reads ("none"). How much that is for a token is counted in a forward over a
+few tokens, in the model as it is, on the device where it is.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlora.layers import between
+from fastlora.ops import loss
+from fastlora.ops.keeping import keep_linears
+
+POLICIES = ("full", "selective", "none", "auto")
+_COUNTED = 64  # tokens
+_MARGIN = 0.05  # of the memory, for what the allocator cannot use
+_PRODUCT = 2**28  # bytes of a base product that is held in fp32
+_TRAINED = 12  # bytes of a trained number: its gradient and AdamW's moments
+
+
+class Checkpointing(NamedTuple):
+    """What `checkpoint_layers` chose: numbers of layers, and bytes of the step's memory above the model's, by count."""
+
+    full: int
+    selective: int
+    none: int
+    needed: int
+    memory: int
+
+    def __str__(self) -> str:
+        held = {"all": self.full, "all but the linears": self.selective, "nothing": self.none}
+        chosen = ", ".join(f"{count} layers recompute {what}" for what, count in held.items() if count)
+        if not self.memory:
+            return chosen
+        counted = f"{chosen}; counted {self.needed / 1e9:.2f} GB of {self.memory / 1e9:.2f}"
+        return counted if self.needed <= self.memory else f"{counted}, which is too little: use fewer tokens"
+
+
+class Counted(NamedTuple):
+    """Bytes a token that layers hold for backward; one number a layer."""
+
+    none: list[int]
+    linears: list[int]
+    input: int
+
+
+def checkpoint_layers(model: Any, policy: str = "auto", *, tokens: int = 0, memory: int | None = None) -> Checkpointing:
+    """Set gradient checkpointing of a transformers model, layer by layer; gradients stay the same.
+
+    Instead of `gradient_checkpointing_enable`, and of `gradient_checkpointing=True` in TrainingArguments. Call it after
+    `replace_linear` and `speed_up`, with the model on its device.
+
+    Args:
+        policy: "full", "selective", "none", or "auto": "selective" for as many layers as fit, then "none" for as many
+            of them as fit.
+        tokens: of a micro-batch at most, for "auto".
+        memory: bytes that a step may take above the model's own, for "auto"; by default what is free now.
+    Returns:
+        What was chosen. The bytes are a count for a part and an estimate for the rest: gradients and moments of what is
+        trained, expanded weights, a part of the loss, one layer's backward.
+    Raises:
+        ValueError: an unknown policy, "auto" without tokens, or a model without layers that can be checkpointed.
+            Nothing is changed.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed")
+    if policy == "auto" and tokens < 1:
+        raise ValueError("policy 'auto' needs the tokens of a micro-batch")
+    count, needed, free = len(layers), 0, 0
+    kinds = [policy] * count
+    if policy == "auto":
+        free = _free(model) if memory is None else memory
+        kinds, needed = plan(count_bytes(model, layers), _fixed(model, tokens), tokens, int(free * (1 - _MARGIN)))
+    _enable(model)
+    for layer, kind in zip(layers, kinds, strict=True):
+        context: dict[str, Any] = {"context_fn": keep_linears} if kind == "selective" else {}
+        layer.gradient_checkpointing = kind != "none"
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False, **context)
+    full, selective, none = (kinds.count(kind) for kind in ("full", "selective", "none"))
+    return Checkpointing(full, selective, none, needed, free)
+
+
+def plan(counted: Counted, fixed: int, tokens: int, memory: int) -> tuple[list[str], int]:
+    """(each layer's policy, bytes of all): the last layers hold most, for theirs is freed before others recompute.
+
+    Args:
+        fixed: bytes that no policy changes.
+    """
+    count = len(counted.none)
+    kinds = ["full"] * count
+    needed = fixed + tokens * (
+        count * counted.input + 2 * max(counted.none)
+    )  # one is computed again, and its gradients
+    for place in reversed(range(count)):
+        more = tokens * counted.linears[place]
+        if needed + more > memory:
+            return kinds, needed
+        kinds[place], needed = "selective", needed + more
+    for place in reversed(range(count)):
+        more = tokens * max(0, counted.none[place] - counted.linears[place] - counted.input)
+        if needed + more > memory:
+            break
+        kinds[place], needed = "none", needed + more
+    return kinds, needed
+
+
+@torch.enable_grad()
+def count_bytes(model: Any, layers: list[Any]) -> Counted:
+    """What each layer holds, a token: by a forward over `_COUNTED` tokens, with its saved tensors watched."""
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(_COUNTED, device=embedding.weight.device)[None] % embedding.weight.shape[0]
+    none, linears, inside = [0] * len(layers), [0] * len(layers), [-1]
+    seen = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def watch(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if inside[0] >= 0 and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())  # the graph holds it until all is counted
+            none[inside[0]] += storage.nbytes()
+        return tensor
+
+    with _watched(layers, inside, linears), torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
+        hook = embedding.register_forward_hook(lambda module, args, y: y.requires_grad_() if y.is_leaf else None)
+        try:
+            found = model(input_ids=ids, use_cache=False)
+        finally:
+            hook.remove()
+    hidden = model.config.get_text_config().hidden_size * embedding.weight.element_size()
+    del found
+    return Counted([n // _COUNTED for n in none], [n // _COUNTED for n in linears], hidden)
+
+
+@contextmanager
+def _watched(layers: list[Any], inside: list[int], linears: list[int]) -> Iterator[None]:
+    """While this is open, `inside` holds the number of the layer that runs; `linears` gets what its linears keep."""
+    hooks, was, contexts = [], [layer.gradient_checkpointing for layer in layers], {}
+
+    def enter(place: int) -> Any:
+        def before(module: nn.Module, args: Any) -> None:
+            inside[0], contexts[place] = place, keep_linears()[0]
+            contexts[place].__enter__()
+
+        return before
+
+    def leave(place: int) -> Any:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            recorder: Any = contexts[place]
+            recorder.__exit__(None, None, None)
+            for call in recorder.taken.calls:
+                linears[place] += sum(t.untyped_storage().nbytes() for t in (call.y, call.h) if t is not None)
+            inside[0] = -1
+
+        return after
+
+    for place, layer in enumerate(layers):
+        layer.gradient_checkpointing = False
+        hooks += [layer.register_forward_pre_hook(enter(place)), layer.register_forward_hook(leave(place))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, on in zip(layers, was, strict=True):
+            layer.gradient_checkpointing = on
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """The blocks of which a model has a list, and which can be checkpointed."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [child for each in lists for child in each if hasattr(child, "gradient_checkpointing")]
+
+
+def _enable(model: Any) -> None:
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
+    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+
+
+def _fixed(model: Any, tokens: int) -> int:
+    """Bytes of a step that do not depend on what is recomputed."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = model.config.get_text_config()
+    on_cuda = next(model.parameters()).is_cuda
+    if any(between.part_of(module) == "loss" for module in model.modules()):
+        logits = 6 * min(loss._VALUES["cuda" if on_cuda else "cpu"], tokens * config.vocab_size)
+    else:
+        logits = 10 * tokens * config.vocab_size  # in 16 bits, in fp32, and the gradient in fp32
+    widest = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features")), default=0)
+    return _TRAINED * trained + logits + 2 * 2 * widest + (_PRODUCT if on_cuda else 0)
+
+
+def _free(model: nn.Module) -> int:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,142 @@
+"""`checkpoint_layers`: gradients stay the same, and what a policy holds is what was counted."""
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.model import checkpointing
+from fastlora.model.checkpointing import Counted, checkpoint_layers, plan
+from fastlora.training import graphed_step
+from tests.support.models import llama, qwen2, randomize, tokens
+
+MIB = 2**20
+
+
+def model_of(sped_up=True, **options):
+    model = randomize(fastlora.replace_linear(llama(num_hidden_layers=4), r=4, **options)).train()
+    return fastlora.speed_up(model) if sped_up else model
+
+
+def gradients(model):
+    model.zero_grad()
+    loss = model(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def policies(model):
+    """Of each layer, as the model has it."""
+    found = []
+    for layer in model.model.layers:
+        context = layer._gradient_checkpointing_func.keywords.get("context_fn")
+        found.append("none" if not layer.gradient_checkpointing else "selective" if context else "full")
+    return found
+
+
+def test_more_memory_recomputes_less():
+    counted, seen = Counted([100] * 3, [30] * 3, 10), []
+    for memory in range(0, 600, 10):
+        kinds, needed = plan(counted, 50, 1, memory)
+        least = 50 + 3 * 10 + 2 * 100
+        each = {"full": 0, "selective": 30, "none": 90}
+        assert needed == least + sum(each[kind] for kind in kinds)
+        assert needed <= max(memory, least)
+        rank = [("full", "selective", "none").index(kind) for kind in kinds]
+        assert rank == sorted(rank), "the last layers hold most"
+        seen.append(sum(rank))
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, 6)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_every_policy_gives_the_same_gradients(quantize):
+    model = model_of(quantize=quantize)
+    expected, seen = gradients(model), set()
+    fixed = checkpointing._fixed(model, 24)
+    for policy, memory in (
+        ("full", None), ("selective", None), ("none", None), ("auto", None), ("auto", 1),
+        *(("auto", fixed + share * MIB // 8) for share in range(1, 12)),
+    ):  # fmt: skip
+        chosen = checkpoint_layers(model, policy, tokens=24, memory=memory)
+        found = policies(model)
+        assert [found.count(kind) for kind in ("full", "selective", "none")] == list(chosen[:3])
+        seen.add(tuple(found))
+        for got, want in zip(gradients(model), expected, strict=True):
+            assert torch.equal(got, want)
+    assert len(seen) >= 5
+    assert ("full",) * 4 in seen
+    assert ("none",) * 4 in seen
+
+
+@pytest.mark.parametrize("make", [model_of, lambda: model_of(sped_up=False), lambda: model_of(lora_dropout=0.1), qwen2])
+def test_what_is_counted_is_what_backward_holds(make):
+    model = make().train()
+    layers = checkpointing._layers(model)
+    counted = checkpointing.count_bytes(model, layers)
+    ids = torch.randint(0, 60, (3, 40))
+    held, parameters = {}, {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def watch(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs = [None]
+    layers[0].register_forward_pre_hook(lambda module, args: inputs.__setitem__(0, args[0]))
+    model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_() if y.is_leaf else y)
+    with torch.autograd.graph.saved_tensors_hooks(watch, lambda t: t):
+        out = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert out.requires_grad
+    assert sum(counted.none) * ids.numel() == pytest.approx(sum(held.values()), rel=0.1)
+    assert all(0 <= linears < none for linears, none in zip(counted.linears, counted.none, strict=True))
+    assert counted.input == 64 * 4
+
+
+def test_a_linears_output_is_counted_once():
+    model = model_of()
+    counted = checkpointing.count_bytes(model, checkpointing._layers(model))
+    layer = model.model.layers[0]
+    widths = [m.out_features for m in layer.modules() if isinstance(m, fastlora.LoRALinear)]
+    values, ranks = 4 * sum(widths), 4 * 4 * len(widths)
+    assert values <= counted.linears[0] <= values + ranks
+
+
+def test_counting_leaves_no_trace():
+    model = model_of()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    checkpointing.count_bytes(model, checkpointing._layers(model))
+    after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    for name, members in before.items():
+        assert members.keys() - {"gradient_checkpointing"} == after[name].keys() - {"gradient_checkpointing"}
+        assert not after[name]["_forward_hooks"]
+        assert not after[name]["_forward_pre_hooks"]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bad_calls_change_nothing():
+    model = model_of()
+    for call, message in (
+        (lambda: checkpoint_layers(model, "most"), "policy must be one of full, selective, none, auto"),
+        (lambda: checkpoint_layers(model), "needs the tokens of a micro-batch"),
+        (lambda: checkpoint_layers(torch.nn.Linear(2, 2), "full"), "Linear has no layers that can be checkpointed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_what_was_chosen_is_told():
+    told = str(checkpoint_layers(model_of(), "auto", tokens=10**6, memory=10**6))
+    assert told.startswith("4 layers recompute all; counted ")
+    assert told.endswith("which is too little: use fewer tokens")
+    assert str(checkpoint_layers(model_of(), "selective")) == "4 layers recompute all but the linears"
+    assert str(checkpoint_layers(model_of(), "auto", tokens=1)).startswith("4 layers recompute nothing; counted 0.0")
+
+
+def test_a_recorded_step_can_have_it(monkeypatch):
+    model = model_of()
+    checkpoint_layers(model, "selective")
+    with graphed_step._no_random_states(model):
+        for layer in model.model.layers:
+            options = layer._gradient_checkpointing_func.keywords
+            assert (options["preserve_rng_state"], options["context_fn"]) == (False, fastlora.keep_linears)
