@@ -97,10 +97,10 @@ def probe(module: Any) -> tuple[Any, ...] | str:
     routes = "output_router_logits" in inspect.signature(type(module).forward).parameters
     quiet = {"output_router_logits": False} if routes else {}  # whose loss is added to that of the tokens
 
-    def run(values: Tensor, **options: Any) -> Any:
+    def run(values: Tensor, members: dict[str, Any] | None = None, **options: Any) -> Any:
         kind = cast(Any, type(module))
         likeness = kind.__new__(kind)
-        likeness.__dict__ = {**module.__dict__}
+        likeness.__dict__ = {**module.__dict__, **(members or {})}
         stand_ins = {backbone: _Gives(_Output([torch.zeros(1, len(_SIZES), 1)])), head: _Gives(values, given)}
         likeness.__dict__["_modules"] = {**module._modules, **stand_ins}
         return kind.forward(likeness, input_ids=torch.zeros(1, len(_SIZES), dtype=torch.int64), **quiet, **options)
@@ -115,6 +115,9 @@ def probe(module: Any) -> tuple[Any, ...] | str:
     expected = F.cross_entropy(made[0, :-1], labels[0, 1:], ignore_index=IGNORED)
     if not torch.allclose(loss, expected, rtol=1e-5):
         return "its loss is something else than the cross-entropy of the next token"
+    sentinel = torch.tensor(0.5)
+    if run(z, {"_loss_function": lambda *_, **__: sentinel}, labels=labels)["loss"] is not sentinel:
+        return "its loss does not come from its loss_function"
     wide = run(z.to(torch.bfloat16))["logits"].dtype
     if wide not in (torch.bfloat16, torch.float32):
         return f"its logits are in {wide}"
@@ -160,15 +163,23 @@ class _Targets(NamedTuple):
         return None if self.order is None else self.order[: self.number()]
 
 
+class _UnforeseenError(Exception):
+    """This call does with its head, its labels or its loss what the trial did not show."""
+
+
 class _Call:
     """One call of a model that computes its loss."""
 
-    def __init__(self, model: Any, head: nn.Module, logits: Logits, targets: _Targets) -> None:
-        self.model, self.head, self.logits, self.targets = model, head, logits, targets
+    def __init__(self, model: Any, head: nn.Module, logits: Logits, labels: Tensor, shifted: Tensor | None) -> None:
+        self.model, self.head, self.logits, self.labels = model, head, logits, labels
+        self.targets = _targets(labels, shifted)
         self.x: Tensor | None = None
+        self.found: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """In the place of the head."""
+        if self.x is not None:
+            raise _UnforeseenError
         self.x = x
         return x.new_empty(*x.shape[:-2], 0, self.width)
 
@@ -177,16 +188,23 @@ class _Call:
         return getattr(self.head, "out_features", None) or self.head.weight.shape[0]  # type: ignore[union-attr, index, return-value]
 
     def loss(
-        self, logits: Any = None, labels: Any = None, vocab_size: int = 0, num_items_in_batch: Any = None, **_: Any
-    ) -> Tensor:
+        self, logits: Any = None, labels: Any = None, vocab_size: int = 0, num_items_in_batch: Any = None,
+        ignore_index: int = IGNORED, shift_labels: Tensor | None = None, **_: Any,
+    ) -> Tensor:  # fmt: skip
         """In the place of `ForCausalLMLoss`."""
-        assert self.x is not None
+        if self.x is None or self.found is not None or ignore_index != IGNORED:
+            raise _UnforeseenError
+        if labels is not self.labels:  # the model has changed them
+            self.targets = _targets(labels, shift_labels)
+        if self.targets.labels.numel() != self.x.shape[:-1].numel():
+            raise _UnforeseenError
         x, places, targets = self.x.flatten(0, -2), self.targets.places(), self.targets.labels.to(self.x.device)
         places = None if places is None else places.to(x.device)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum() if places is None else len(places)
         options = {"places": places, "logits": self.logits, "divisor": num_items_in_batch}
-        return linear_cross_entropy(x, self.head, targets, **options)
+        self.found = linear_cross_entropy(x, self.head, targets, **options)
+        return self.found
 
     def lazy(self, to_float: bool) -> LazyLogits:
         """The logits, for whoever reads them."""
@@ -213,14 +231,17 @@ def body(plain: Any, head: str, scale: float, cap: float, to_float: bool) -> dic
         labels = options.get(_LABELS, args[place] if place < len(args) else None)
         if labels is None or gathered_by(self._modules[head]) or not _takes(self, labels, options, args[place + 1 :]):
             return plain.forward(self, *args, **options)
-        call = _Call(self, self._modules[head], logits, _targets(labels, options.get("shift_labels")))
+        call = _Call(self, self._modules[head], logits, labels, options.get("shift_labels"))
         _active.calls.append(call)
         try:
             found = plain.forward(self, *args, **options)
+        except _UnforeseenError:
+            call.found = None
         finally:
             _active.calls.pop()
-        if call.x is not None:
-            found["logits"] = call.lazy(to_float)
+        if call.found is None:
+            return plain.forward(self, *args, **options)
+        found["logits"] = call.lazy(to_float)
         return found
 
     def own_or(stand_in: Callable[[_Call], Any], own: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -240,7 +240,80 @@ class Squared(transformers.LlamaForCausalLM):
         return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(Tripled, "something else"), (Squared, "neither a factor nor a cap")])
+class ByHand(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **options):
+        logits = self.lm_head(self.model(input_ids=input_ids, **options).last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class Masking(transformers.LlamaForCausalLM):
+    """Has no loss where the attention mask is 0."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **options):
+        if labels is not None and attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, -100)
+        return super().forward(input_ids=input_ids, labels=labels, attention_mask=attention_mask, **options)
+
+
+class Cutting(transformers.LlamaForCausalLM):
+    """Has a loss over the last tokens, where it is told."""
+
+    def forward(self, input_ids=None, labels=None, last=0, **options):
+        logits = self.lm_head(self.model(input_ids=input_ids, **options).last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits[:, -last:].contiguous(), labels[:, -last:], self.config.vocab_size)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class Twice(transformers.LlamaForCausalLM):
+    """Multiplies by its head once more, where it is told."""
+
+    def forward(self, input_ids=None, labels=None, more=False, **options):
+        found = super().forward(input_ids=input_ids, labels=labels, **options)
+        if more:
+            found.loss = found.loss + self.lm_head(self.model(input_ids=input_ids).last_hidden_state).mean()
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(Masking, {"attention_mask": True}), (Cutting, {"last": 4}), (Twice, {"more": True})]
+)
+def test_a_call_that_does_more_than_the_trial_showed_gives_its_own_loss(kind, options):
+    model, batch = kind(llama().config), batch_of()
+    if "attention_mask" in options:
+        options = {"attention_mask": torch.ones_like(batch["input_ids"]).index_fill(1, torch.tensor([5, 6]), 0)}
+    for more in ({}, options):
+        _, expected = step(model, **batch, **more)
+        wanted = model(**batch, **more).loss
+        fastlora.speed_up(model, **OURS)
+        out, found = step(model, **batch, **more)
+        torch.testing.assert_close(out.loss, wanted)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+        fastlora.restore(model)
+    assert causal_loss._active.calls == []
+
+
+def test_under_inference_mode():
+    model = model_of_sped_up()
+    with torch.inference_mode():
+        out = model(**batch_of())
+        torch.testing.assert_close(out.loss, model_of()(**batch_of()).loss)
+    assert torch.equal(out.logits.argmax(-1), model_of()(**batch_of()).logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Tripled, "something else"),
+        (Squared, "neither a factor nor a cap"),
+        (ByHand, "does not come from its loss_function"),
+    ],
+)
 def test_what_only_looks_like_a_causal_loss_is_left_and_named(kind, reason):
     model = kind(llama().config)
     with pytest.raises(ValueError, match=reason):
