@@ -57,6 +57,8 @@ def linear_cross_entropy(
         RuntimeError: a second derivative is asked for.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
+    if not torch.is_grad_enabled():
+        x, trained = x.detach(), []
     if not isinstance(divisor, Tensor):
         divisor = torch.full((), divisor, dtype=torch.float32, device=x.device)
     factor = divisor.detach().to(x.device, torch.float32).reciprocal().reshape(())

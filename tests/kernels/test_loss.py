@@ -160,13 +160,16 @@ def test_a_label_that_is_no_class_is_never_silent(way):
     assert x.grad.isnan().any(1).tolist() == [False, True, True]
 
 
-def test_only_the_sum_is_wanted(way):
-    head, labels = head_of(100, 16, torch.bfloat16), labels_of(8, 100)
-    x = draw(8, 16).bfloat16()
-    with torch.no_grad():
-        alone = loss.linear_cross_entropy(x, head, labels)
-    assert not alone.requires_grad
-    assert torch.equal(alone, loss.linear_cross_entropy(x.requires_grad_(), head, labels).detach())
+def test_only_the_sum_is_wanted(way, monkeypatch):
+    labels, x, asked = labels_of(8, 100), draw(8, 16).bfloat16().requires_grad_(), []
+    own = loss._of_part
+    monkeypatch.setattr(loss, "_of_part", lambda *a: asked.append(a[-1]) or own(*a))
+    for head in (head_of(100, 16, torch.bfloat16), head_of(100, 16, torch.bfloat16, trained=True)):
+        with torch.no_grad():
+            alone = loss.linear_cross_entropy(x, head, labels)
+        assert not alone.requires_grad
+        assert torch.equal(alone, loss.linear_cross_entropy(x, head, labels).detach())
+    assert asked == [(False, False), (True, False), (False, False), (True, True)]
 
 
 def test_autocast_computes_in_its_dtype(way):
