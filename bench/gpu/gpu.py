@@ -4,6 +4,7 @@
     build        the compiled libraries, CPU and CUDA, for this GPU
     checks       linears of every kind against fp64
     steps        bench steps: whole training steps beside peft, and the kernels that take most of them
+    train        bench train: a whole model's tokens/s beside peft's
     tests        pytest -m gpu; rehearsed on the CPU as `bench.gpu.rehearsal` says
     many         bench kernels at 4,096 and 16,384 tokens
     tune         bench tune: the table of choices for this GPU, in kernels/choice.csv; a copy is kept with the results

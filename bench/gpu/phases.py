@@ -79,6 +79,8 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
     tests = Step((*_TESTS, *_in_parallel()), {"TORCHINDUCTOR_COMPILE_THREADS": "1"})  # a pool of them ends minutes late
     measured = ("--out", str(out / "steps.csv"), "--profile", str(out / "step-kernels.csv"), "--limit", SECONDS)
     steps = Step(("bench", "steps", "--device", "cuda", *measured))
+    whole = ("--model", "0.6b", "--steps", "10", "--no-exact", "--checkpointing", "full")
+    train = Step(("bench", "train", "--device", "cuda", *whole, "--out", str(out / "train.csv")))
     host = Step(("bench", "host", "--device", "cuda", "--rounds", "9", "--calls", "40", "--out", str(out / "host.csv")))
     many = ("--shapes", "4096x4096", "4096x12288", "12288x4096", "--m", "4096", "16384", "--dropout", "0")
     small_m = ("--shapes", "4096x14336", "--m", "1", "16", "64", "256", "--kernels", "nf4_linear", "--dropout", "0")
@@ -91,6 +93,7 @@ def on_gpu(out: Path, arch: int) -> list[Phase]:
         Phase("build", 0.5, (build, _STATUS), least_s=60),
         Phase("checks", 0.5, (Step(("bench.gpu.each_kind",)),), least_s=60),
         Phase("steps", 2.0, (steps,), _no_transformers, least_s=75),
+        Phase("train", 1.0, (train,), _no_transformers),
         Phase("tests", 2.5, (tests,), _no_pytest),
         Phase("many", 1.5, (_kernels(out, "cuda", *many, "--no-launches", "--limit", SECONDS),)),
         Phase("tune", 4.0, (tune,), keep=(TABLE,)),
@@ -113,6 +116,8 @@ def rehearsed(out: Path) -> list[Phase]:
     tests = Step((*_TESTS, *rehearsal), interpreted | {"FASTLORA_BACKEND": "triton"})
     steps = Step(("bench", "steps", "--device", "cpu", "--quick", "--models", "qwen3-8b-4", "--tokens", "24", "--limit",
                   SECONDS, "--out", str(out / "steps.csv")))  # fmt: skip
+    once = ("--model", "tiny", "--steps", "1", "--length", "16", "--providers", "fastlora", "--no-exact")
+    train = Step(("bench", "train", "--device", "cpu", *once, "--out", str(out / "train.csv")))
     few = ("--rounds", "2", "--calls", "2", "--out", str(out / "host.csv"))
     host = Step(("bench", "host", "--device", "cuda", *few), compiled)
     tiny: tuple[str, ...] = ("--shapes", "256x192", "--m", "1", "5", "--r", "4", "--kernels", "nf4_linear")
@@ -125,6 +130,7 @@ def rehearsed(out: Path) -> list[Phase]:
         Phase("build", 0.5, (_STATUS,)),
         Phase("checks", 0.5, (Step(("bench.gpu.each_kind",), interpreted),)),
         Phase("steps", 1.0, (steps,), _no_transformers),
+        Phase("train", 0.5, (train,), _no_transformers),
         Phase("tests", 1.0, (tests,), _no_pytest),
         Phase("many", 1.0, (_kernels(out, "cpu", *tiny),)),
         Phase("tune", 2.0, (tune,)),

@@ -227,7 +227,7 @@ def parse(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--dry-run", "--phases", "teste"], "no phase called 'teste'; there are install, build, checks, steps, tests"),
+        (["--dry-run", "--phases", "teste"], "no phase called 'teste'; there are install, build, checks, steps, train"),
         (["--dry-run", "--seconds", "0"], "--seconds must be above 0"),
         pytest.param(
             [], "finds no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -255,7 +255,7 @@ def test_the_whole_is_rehearsed_without_a_gpu(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     logs = "\n".join(log.read_text()[-1500:] for log in tmp_path.glob("*.log"))
     assert status == 0, shown + logs
-    for name in ("kernels.csv", "static.csv", "choice.csv", "steps.csv", "host.csv", "report.html"):
+    for name in ("kernels.csv", "static.csv", "choice.csv", "steps.csv", "train.csv", "host.csv", "report.html"):
         assert (tmp_path / name).stat().st_size > 0, logs
     assert list((tmp_path / "plots").iterdir())
     for known in phases.rehearsed(tmp_path):
