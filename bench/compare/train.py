@@ -142,7 +142,7 @@ class Bench:
             self.losses["exact"] = [exact.step() for _ in range(self.asked.steps + 1)]
             del exact
         runners = {}
-        for provider in self._providers():
+        for provider in self.providers():
             gc.collect()
             try:
                 runners[provider] = self._runner(provider)
@@ -162,7 +162,8 @@ class Bench:
                 if self.device.type == "cuda":
                     self.peaks[provider] = torch.cuda.max_memory_allocated() - held
 
-    def _providers(self) -> list[str]:
+    def providers(self) -> list[str]:
+        """Those that were asked for and can run here; a line says why others cannot."""
         if self.asked.ladder:
             found, kept = ["peft-lean", *RUNGS], self.asked.checkpointing != "none"
             probe: Any = fastlora.speed_up(_random("tiny").to(self.device))
@@ -179,7 +180,7 @@ class Bench:
         return [name for name in found if not absent.get(name)]
 
     def _runner(self, provider: str) -> Runner:
-        model = self._model(provider)
+        model = self.model(provider)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.asked.lr, weight_decay=0.0)
         casts = provider in ("peft", "peft-lean", "in-place", "liger")
@@ -194,7 +195,8 @@ class Bench:
 
         return Runner(model, step)
 
-    def _model(self, provider: str) -> Any:
+    def model(self, provider: str) -> Any:
+        """A provider's model with its adapters, B zero, in training mode."""
         config = type(self.config)(**self.config.to_dict())
         config._attn_implementation = "sdpa"
         with default_dtype(torch.bfloat16), torch.device("meta"):

@@ -92,7 +92,7 @@ def test_bad_input_is_one_line_and_code_2(recipe: Path, words: list[str], messag
         ("a: [1,\n  b: {", "not valid YAML"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("a: !!timestamp x", "not valid YAML"),
-        ("packing: true", "unknown key 'packing': not yet"),
+        ("packing: true", "unknown key 'packing': padding_free puts"),
     ],
 )
 def test_a_bad_recipe_is_one_line(tmp_path: Path, content: str | None, message: str) -> None:

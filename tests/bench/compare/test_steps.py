@@ -41,7 +41,7 @@ def changed(monkeypatch, provider, change):
 
 
 def layers(model):
-    return {steps._plain_name(name): part for name, part in model.named_modules() if hasattr(part, "lora_A")}
+    return {steps.plain_name(name): part for name, part in model.named_modules() if hasattr(part, "lora_A")}
 
 
 def test_over_nf4_peft_runs_its_own_4_bit_layers_on_the_same_codes_and_adapters():

@@ -64,17 +64,31 @@ def test_losses_that_fall_short_fail_the_run(capsys):
 
 
 def test_a_provider_that_fails_leaves_the_others(monkeypatch, capsys):
-    own = train.Bench._model
+    own = train.Bench.model
 
     def model(self, provider):
         if provider == "in-place":
             raise MemoryError("no room")
         return own(self, provider)
 
-    monkeypatch.setattr(train.Bench, "_model", model)
+    monkeypatch.setattr(train.Bench, "model", model)
     bench = bench_of("--providers", "in-place", "fastlora", "--base", "bf16", "--no-exact", "--steps", "1")
     assert list(bench.times) == ["fastlora"]
     assert "in-place left out" in capsys.readouterr().out
+
+
+def test_generate_says_how_far_all_agree_with_fp32(tmp_path, capsys):
+    path = tmp_path / "generate.csv"
+    options = ("--base", "bf16", "--samples", "2", "--prompt", "8", "--new", "4", "--rounds", "1")
+    status = main(["generate", "--device", "cpu", "--out", str(path), *options])
+    shown = capsys.readouterr().out
+    assert status == 0, shown
+    rows = read([path])
+    assert {row.provider for row in rows} == {"peft-lean", "in-place", "fastlora"}
+    assert all(row.p50 > 0 and row.M == 2 for row in rows)
+    assert shown.count("%") == 3
+    with pytest.raises(SystemExit):
+        main(["generate", "--new", "0", "--out", str(path)])
 
 
 @pytest.mark.parametrize("words", [("--steps", "0"), ("--share", "0"), ("--length", "1")])
