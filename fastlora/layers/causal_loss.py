@@ -229,6 +229,8 @@ def body(plain: Any, head: str, scale: float, cap: float, to_float: bool) -> dic
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
         labels = options.get(_LABELS, args[place] if place < len(args) else None)
+        if not hasattr(type(self), "fastlora_plain"):  # kept by a wrapper since before `restore`
+            labels = None
         if labels is None or gathered_by(self._modules[head]) or not _takes(self, labels, options, args[place + 1 :]):
             return plain.forward(self, *args, **options)
         call = _Call(self, self._modules[head], logits, labels, options.get("shift_labels"))

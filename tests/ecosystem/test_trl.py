@@ -128,6 +128,28 @@ def test_sft_packs_without_padding(tmp_path, tokenizer):
     assert counts(trainer.model)[:2] == (7 * STEPS, 0)
 
 
+@pytest.mark.parametrize(("make", "options"), [(sft, {"in_peft": False}), (dpo, {})])
+def test_a_model_that_is_sped_up_before_trains_the_same(tmp_path, tokenizer, make, options):
+    """TRL puts a forward of its own around the model's."""
+    found = []
+    for sped_up in (False, True):
+        model = base(torch.float32)
+        if sped_up:
+            fastlora.speed_up(model)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, config())
+        given = {**options, "model": adapted, "gradient_checkpointing": False}
+        trainer = make(tmp_path / str(sped_up), tokenizer, torch.float32, **given)
+        losses = Losses(trainer)
+        trainer.train()
+        found.append(torch.stack(losses.values))
+    assert len(found[0]) == STEPS
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)
+    fastlora.restore(model)
+    ids = torch.arange(24).view(2, 12)
+    assert trainer.model.get_base_model()(input_ids=ids, labels=ids).loss.isfinite()
+
+
 def test_the_adapter_of_sft_is_saved_and_loaded(tmp_path, tokenizer):
     _, adapter, trainer = trained(sft, tmp_path, tokenizer, sped_up=True, gradient_checkpointing=False)
     trainer.save_model(tmp_path / "saved")
