@@ -278,15 +278,6 @@ def _linears_of_mlp(module: nn.Module) -> tuple[str, ...]:
     return ("gate_up_proj",) if "gate_up_proj" in names else ()
 
 
-class _Gives(nn.Module):
-    def __init__(self, y: Tensor) -> None:
-        super().__init__()
-        self.y = y
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.y
-
-
 def _probe_mlp(module: Any) -> Facts | str:
     gate, up = _of_all_sizes(8), _of_all_sizes(8, seed=1).flip(0)
     linears, kind = _linears_of_mlp(module), cast(Any, type(module))
@@ -296,7 +287,7 @@ def _probe_mlp(module: Any) -> Facts | str:
     others = [child for name, child in module.named_children() if name not in (*linears, "down_proj")]
     if any(isinstance(part, _DropoutNd) and part.p > 0 for child in others for part in child.modules()):
         return "it has dropout of its own"
-    stand_ins = {name: _Gives(y) for name, y in zip(linears, given, strict=True)}
+    stand_ins = {name: causal_loss.Gives(y) for name, y in zip(linears, given, strict=True)}
     likeness.__dict__["_modules"] = {**module._modules, **stand_ins, "down_proj": nn.Identity()}
     found = kind.forward(likeness, _random(len(_SIZES), 8, seed=2))
     for act, function in gated.ACTIVATIONS.items():

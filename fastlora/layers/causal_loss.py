@@ -71,7 +71,9 @@ class _Output(tuple[Any, ...]):
         return self[0] if name == "last_hidden_state" else None
 
 
-class _Gives(nn.Module):
+class Gives(nn.Module):
+    """Returns what it was made with, whatever it is called with; it may have a weight for others to look at."""
+
     def __init__(self, found: Any, of: nn.Module | None = None) -> None:
         super().__init__()
         self.found = found
@@ -101,7 +103,7 @@ def probe(module: Any) -> tuple[Any, ...] | str:
         kind = cast(Any, type(module))
         likeness = kind.__new__(kind)
         likeness.__dict__ = {**module.__dict__, **(members or {})}
-        stand_ins = {backbone: _Gives(_Output([torch.zeros(1, len(_SIZES), 1)])), head: _Gives(values, given)}
+        stand_ins = {backbone: Gives(_Output([torch.zeros(1, len(_SIZES), 1)])), head: Gives(values, given)}
         likeness.__dict__["_modules"] = {**module._modules, **stand_ins}
         return kind.forward(likeness, input_ids=torch.zeros(1, len(_SIZES), dtype=torch.int64), **quiet, **options)
 

@@ -154,34 +154,41 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, longest: i
     return attend(*rows, begins, begins, longest, longest, **options)[None]  # type: ignore[no-any-return]
 
 
+@contextmanager
+def watched_embeddings(model: Any) -> Iterator[list[Tensor]]:
+    """While this is open, the embeddings of a call are leaves, and in the list that this yields."""
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1].clone()  # some models scale it in place
+
+    hook = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def _what_goes_wrong(model: Any) -> str:
     """Why examples in one row are not what each is alone, by a trial on a few tokens; "" if they are.
 
     A later example's gradient at an earlier one's embeddings is 0, not merely small, if it does not see it.
     """
-    seen: list[Tensor] = []
-
-    def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[-1].clone()
-
     embedding = model.get_input_embeddings()
     device, rows = embedding.weight.device, embedding.weight.shape[0]
     ids = ((rows // 2 + torch.arange(7)) % rows).numpy()
     examples = TokenSet(ids, ids, np.array([0, 3, 7]))
     batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in pack(examples, [0, 1], 0).items()}
     del batch["labels"]
-    hook = embedding.register_forward_hook(watch)
     try:
-        with packed():
+        with packed(), watched_embeddings(model) as seen:
             found = model.eval()(**batch, use_cache=False).logits[0, 3:7]
-        (gradient,) = torch.autograd.grad(found[0].float().sum(), seen[0])
+        (gradient,) = torch.autograd.grad(found.float().sum(), seen[0])
         with torch.no_grad():
             alone = model(input_ids=batch["input_ids"][:, 3:7], use_cache=False).logits[0]
     except Exception as error:
         return f"a packed row could not be tried: {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
-    finally:
-        hook.remove()
     if gradient[0, :3].abs().max() > 0:
         return "its examples see each other in one row"
     off = (found.float() - alone.float()).norm() / alone.float().norm()

@@ -307,20 +307,11 @@ def check_causal(model: Any, recipe: Recipe) -> None:
     In a causal model that gradient is 0, not merely small, whatever its architecture: nothing is left to rounding. In
     encoders with random weights it is 0.7% of the token's own and more; the line between is drawn at 0.01%.
     """
-    seen: list[torch.Tensor] = []
-
-    def watch(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[-1].clone()  # some models scale it in place
-
     embedding = model.get_input_embeddings()
     rows, length = embedding.weight.shape[0], 4
     ids = (rows // 2 + torch.arange(length, device=embedding.weight.device)) % rows  # a padding token's row may be 0
-    hook = embedding.register_forward_hook(watch)
-    try:
+    with packing.watched_embeddings(model) as seen:
         logits = model.eval()(input_ids=ids[None], use_cache=False).logits  # [1, length, vocabulary]
-    finally:
-        hook.remove()
     (gradient,) = torch.autograd.grad(logits[:, 0].float().sum(), seen[0])
     each = gradient.float().reshape(length, -1).abs().amax(1)  # the batch of 1 is the first axis, XLNet's second
     if each[1:].max() > 1e-4 * each[0]:
