@@ -8,10 +8,12 @@ import torch
 import fastlora
 from fastlora.layers import causal_loss
 from fastlora.training import data, packing
+from fastlora.training.loop import train
 from tests.kernels import test_loss as cases
 from tests.kernels.test_loss import way  # noqa: F401
 from tests.support.models import randomize
 from tests.support.numerics import rms
+from tests.support.runs import QUIET, losses, make_base, recipe
 from tests.training import test_packing as rows
 
 pytestmark = pytest.mark.gpu
@@ -115,6 +117,20 @@ def test_an_example_in_a_row_is_what_it_is_alone(dtype, heads):
     loss.backward()
     for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
         assert rms(ours.grad - theirs.grad) <= (5e-2 if dtype is torch.bfloat16 else 1e-4) * rms(theirs.grad)
+
+
+@pytest.mark.gpu(rehearsed=False)
+def test_runs_with_and_without_padding_and_replayed(tmp_path):
+    base, found = make_base(tmp_path), {}
+    for name, options in (
+        ("padded", {"padding_free": False}), ("free", {}), ("replayed", {"cuda_graphs": True}),
+        ("replayed, checkpointed", {"cuda_graphs": True, "gradient_checkpointing": "auto"}),
+    ):  # fmt: skip
+        options = {"use_cpu": False, "bf16": None, "max_steps": 24, "learning_rate": 1e-3, "quantize": "nf4", **options}
+        train(recipe(base, tmp_path / name, **options), console=QUIET)
+        found[name] = [loss for _, loss in losses(tmp_path / name)]
+    for name, values in found.items():
+        assert values == pytest.approx(found["padded"], rel=0.02), name
 
 
 def test_targets_are_found_on_the_device():
