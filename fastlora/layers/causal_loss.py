@@ -12,6 +12,7 @@ device never waits; while a CUDA graph is captured, all tokens are taken.
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -244,6 +245,11 @@ def body(plain: Any, head: str, scale: float, cap: float, to_float: bool) -> dic
         finally:
             _active.calls.pop()
         if call.found is None:
+            warnings.warn(
+                f"{plain.__name__} does with its head, its labels or its loss what a trial did not show: this forward "
+                "is made twice, the second time by its own code; speed_up(model, loss=False) leaves its loss alone",
+                stacklevel=2,
+            )
             return plain.forward(self, *args, **options)
         found["logits"] = call.lazy(to_float)
         return found

@@ -39,7 +39,7 @@ class Checkpointing(NamedTuple):
         held = {"all": self.full, "all but the linears": self.selective, "nothing": self.none}
         chosen = ", ".join(f"{count} layers recompute {what}" for what, count in held.items() if count)
         if not self.memory:
-            return chosen
+            return chosen or "as the model's own switch has it"
         counted = f"{chosen}; counted {self.needed / 1e9:.2f} GB of {self.memory / 1e9:.2f}"
         return counted if self.needed <= self.memory else f"{counted}, which is too little: use fewer tokens"
 
@@ -73,20 +73,22 @@ def checkpoint_layers(model: Any, policy: str = "auto", *, tokens: int = 0, memo
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
     layers = _layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed")
+    if not layers and (policy in ("none", "auto") or not getattr(model, "supports_gradient_checkpointing", False)):
+        raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed one by one")
     if policy == "auto" and tokens < 1:
         raise ValueError("policy 'auto' needs the tokens of a micro-batch")
+    if not layers:  # one switch for all that it checkpoints
+        _enable(model, policy)
+        return Checkpointing(0, 0, 0, 0, 0)
     count, needed, free = len(layers), 0, 0
     kinds = [policy] * count
     if policy == "auto":
         free = _free(model) if memory is None else memory
         kinds, needed = plan(count_bytes(model, layers), _fixed(model, tokens), tokens, int(free * (1 - _MARGIN)))
-    _enable(model)
+    _enable(model, "full")
     for layer, kind in zip(layers, kinds, strict=True):
-        context: dict[str, Any] = {"context_fn": keep_linears} if kind == "selective" else {}
         layer.gradient_checkpointing = kind != "none"
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False, **context)
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, **_options(kind))
     full, selective, none = (kinds.count(kind) for kind in ("full", "selective", "none"))
     return Checkpointing(full, selective, none, needed, free)
 
@@ -117,7 +119,10 @@ def plan(counted: Counted, fixed: int, tokens: int, memory: int) -> tuple[list[s
 
 @torch.enable_grad()
 def count_bytes(model: Any, layers: list[Any]) -> Counted:
-    """What each layer holds, a token: by a forward over `_COUNTED` tokens, with its saved tensors watched."""
+    """What each layer holds, a token: by a forward in training mode over `_COUNTED` tokens, watching what is saved.
+
+    The model's modes and the random states are as before.
+    """
     embedding = model.get_input_embeddings()
     ids = torch.arange(_COUNTED, device=embedding.weight.device)[None] % embedding.weight.shape[0]
     none, linears, inside = [0] * len(layers), [0] * len(layers), [-1]
@@ -130,12 +135,20 @@ def count_bytes(model: Any, layers: list[Any]) -> Counted:
             none[inside[0]] += storage.nbytes()
         return tensor
 
-    with _watched(layers, inside, linears), torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
+    devices = [ids.device] if ids.is_cuda else []
+    modes = [(module, module.training) for module in model.modules()]
+    with (
+        torch.random.fork_rng(devices),
+        _watched(layers, inside, linears),
+        torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor),
+    ):
         hook = embedding.register_forward_hook(lambda module, args, y: y.requires_grad_() if y.is_leaf else None)
         try:
-            found = model(input_ids=ids, use_cache=False)
+            found = model.train()(input_ids=ids, use_cache=False)
         finally:
             hook.remove()
+            for module, mode in modes:
+                module.training = mode
     hidden = model.config.get_text_config().hidden_size * embedding.weight.element_size()
     del found
     return Counted([n // _COUNTED for n in none], [n // _COUNTED for n in linears], hidden)
@@ -181,9 +194,14 @@ def _layers(model: nn.Module) -> list[Any]:
     return [child for each in lists for child in each if hasattr(child, "gradient_checkpointing")]
 
 
-def _enable(model: Any) -> None:
+def _options(kind: str) -> dict[str, Any]:
+    """Of torch's checkpoint."""
+    return {"use_reentrant": False} | ({"context_fn": keep_linears} if kind == "selective" else {})
+
+
+def _enable(model: Any, kind: str) -> None:
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
-    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": _options(kind)})
 
 
 def _fixed(model: Any, tokens: int) -> int:

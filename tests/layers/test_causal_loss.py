@@ -1,5 +1,6 @@
 """The loss of a causal model from hidden states: equal to transformers', and logits for whoever reads them."""
 
+import contextlib
 import copy
 import io
 
@@ -290,7 +291,9 @@ def test_a_call_that_does_more_than_the_trial_showed_gives_its_own_loss(kind, op
         _, expected = step(model, **batch, **more)
         wanted = model(**batch, **more).loss
         fastlora.speed_up(model, **OURS)
-        out, found = step(model, **batch, **more)
+        made_again = bool(more) and kind is not Masking
+        with pytest.warns(match="made twice") if made_again else contextlib.nullcontext():
+            out, found = step(model, **batch, **more)
         torch.testing.assert_close(out.loss, wanted)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
@@ -321,8 +324,16 @@ def test_what_only_looks_like_a_causal_loss_is_left_and_named(kind, reason):
     assert type(model) is kind
 
 
-def test_trainer_trains_evaluates_and_measures_the_same(tmp_path):
-    pytest.importorskip("accelerate")
+@pytest.fixture
+def own_precision():
+    """accelerate keeps the precision of a process's first trainer for all later ones."""
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
+
+
+def test_trainer_trains_evaluates_and_measures_the_same(tmp_path, own_precision):
     rows = [{key: value[0] for key, value in batch_of().items() if key != "use_cache"} for _ in range(4)]
 
     def run(model, **options):

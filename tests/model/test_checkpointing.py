@@ -102,7 +102,9 @@ def test_a_linears_output_is_counted_once():
 
 
 def test_counting_leaves_no_trace():
-    model = model_of()
+    model = model_of(lora_dropout=0.1).eval()
+    model.model.layers[1].train()
+    state = torch.get_rng_state()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     checkpointing.count_bytes(model, checkpointing._layers(model))
     after = {name: dict(vars(module)) for name, module in model.named_modules()}
@@ -110,7 +112,16 @@ def test_counting_leaves_no_trace():
         assert members.keys() - {"gradient_checkpointing"} == after[name].keys() - {"gradient_checkpointing"}
         assert not after[name]["_forward_hooks"]
         assert not after[name]["_forward_pre_hooks"]
+        assert members["training"] == after[name]["training"]
     assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_dropout_holds_is_counted_in_evaluation_mode_too():
+    model = model_of(lora_dropout=0.1)
+    layers = checkpointing._layers(model)
+    counted = checkpointing.count_bytes(model.train(), layers)
+    assert checkpointing.count_bytes(model.eval(), layers) == counted
 
 
 def test_bad_calls_change_nothing():
@@ -118,11 +129,26 @@ def test_bad_calls_change_nothing():
     for call, message in (
         (lambda: checkpoint_layers(model, "most"), "policy must be one of full, selective, none, auto"),
         (lambda: checkpoint_layers(model), "needs the tokens of a micro-batch"),
-        (lambda: checkpoint_layers(torch.nn.Linear(2, 2), "full"), "Linear has no layers that can be checkpointed"),
+        (
+            lambda: checkpoint_layers(torch.nn.Linear(2, 2), "full"),
+            "Linear has no layers that can be checkpointed one by one",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_a_model_with_one_switch_for_all_keeps_it(monkeypatch):
+    model, given = model_of(), []
+    monkeypatch.setattr(checkpointing, "_layers", lambda model: [])
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        monkeypatch.setattr(type(model), name, lambda self, **options: given.append(*options.values()), raising=False)
+    assert str(checkpoint_layers(model, "selective")) == "as the model's own switch has it"
+    checkpoint_layers(model, "full")
+    assert given == [{"use_reentrant": False, "context_fn": fastlora.keep_linears}, {"use_reentrant": False}]
+    with pytest.raises(ValueError, match="one by one"):
+        checkpoint_layers(model, "auto", tokens=1)
 
 
 def test_what_was_chosen_is_told():
