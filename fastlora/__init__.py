@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastlora.model.replace import replace_linear, report, restore
     from fastlora.model.speed_up import speed_up
     from fastlora.ops.backend import backend
+    from fastlora.ops.expanded import expand_once, keep_weights
     from fastlora.ops.grouped import grouped_lora_linear
     from fastlora.ops.keeping import keep_linears
     from fastlora.ops.linear import lora_linear, nf4_dequantize, nf4_linear
@@ -51,9 +52,11 @@ __all__ = [
     "Report",
     "backend",
     "checkpoint_layers",
+    "expand_once",
     "extract_adapter",
     "grouped_lora_linear",
     "keep_linears",
+    "keep_weights",
     "load_adapter",
     "lora_linear",
     "merge",
@@ -79,6 +82,7 @@ _HOMES = {
     "fastlora.model.checkpointing": ("checkpoint_layers",),
     "fastlora.model.merging": ("merge",),
     "fastlora.ops.backend": ("backend",),
+    "fastlora.ops.expanded": ("expand_once", "keep_weights"),
     "fastlora.ops.grouped": ("grouped_lora_linear",),
     "fastlora.ops.keeping": ("keep_linears",),
     "fastlora.ops.linear": ("lora_linear", "nf4_dequantize", "nf4_linear"),

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.layers import between
+from fastlora.layers import bases, between
+from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import loss
+from fastlora.ops.expanded import keep_weights
 from fastlora.ops.keeping import keep_linears
 
 POLICIES = ("full", "selective", "none", "auto")
@@ -88,7 +90,7 @@ def checkpoint_layers(model: Any, policy: str = "auto", *, tokens: int = 0, memo
     _enable(model, "full")
     for layer, kind in zip(layers, kinds, strict=True):
         layer.gradient_checkpointing = kind != "none"
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, **_options(kind))
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, **_options(kind, _on_cuda(model)))
     full, selective, none = (kinds.count(kind) for kind in ("full", "selective", "none"))
     return Checkpointing(full, selective, none, needed, free)
 
@@ -194,27 +196,40 @@ def _layers(model: nn.Module) -> list[Any]:
     return [child for each in lists for child in each if hasattr(child, "gradient_checkpointing")]
 
 
-def _options(kind: str) -> dict[str, Any]:
-    """Of torch's checkpoint."""
-    return {"use_reentrant": False} | ({"context_fn": keep_linears} if kind == "selective" else {})
+def _options(kind: str, on_cuda: bool) -> dict[str, Any]:
+    """Of torch's checkpoint. A CPU expands weights into the same memory again and again, faster than into fresh."""
+    if kind == "selective":
+        return {"use_reentrant": False, "context_fn": keep_linears}
+    return {"use_reentrant": False} | ({"context_fn": keep_weights} if on_cuda else {})
+
+
+def _on_cuda(model: nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 def _enable(model: Any, kind: str) -> None:
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
-    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": _options(kind)})
+    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": _options(kind, _on_cuda(model))})
 
 
 def _fixed(model: Any, tokens: int) -> int:
     """Bytes of a step that do not depend on what is recomputed."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = model.config.get_text_config()
-    on_cuda = next(model.parameters()).is_cuda
+    on_cuda = _on_cuda(model)
     if any(between.part_of(module) == "loss" for module in model.modules()):
         logits = 6 * min(loss._VALUES["cuda" if on_cuda else "cpu"], tokens * config.vocab_size)
     else:
         logits = 10 * tokens * config.vocab_size  # in 16 bits, in fp32, and the gradient in fp32
     widest = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features")), default=0)
-    return _TRAINED * trained + logits + 2 * 2 * widest + (_PRODUCT if on_cuda else 0)
+    kept = max((_expanded_bytes(layer) for layer in _layers(model)), default=0) if on_cuda else 0
+    return _TRAINED * trained + logits + 2 * 2 * widest + kept + (_PRODUCT if on_cuda else 0)
+
+
+def _expanded_bytes(layer: nn.Module) -> int:
+    """Of a layer's NF4 weights in 16 bits, which `keep_weights` holds for one layer at a time."""
+    packed: list[Any] = [m for m in layer.modules() if isinstance(m, NF4Linear) or bases.is_linear4bit(m)]
+    return sum(2 * module.in_features * module.out_features for module in packed)
 
 
 def _free(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from fastlora.kernels.operands import Packed
 from fastlora.native import cpu
 from fastlora.ops.autograd import seen_by_others
 from fastlora.ops.backend import backend
+from fastlora.ops.expanded import expanded
 
 
 class _Scratch(threading.local):
@@ -100,5 +101,12 @@ def nf4_dequantize(
 def nf4_expand(
     weight: Packed, dtype: torch.dtype, lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 0.0
 ) -> Tensor:
-    """As `nf4_dequantize`, but below every operator, for use at once: on a CPU the thread's next call overwrites it."""
-    return _dequantize(weight, dtype, lora_a, lora_b, scaling, in_scratch=True)
+    """As `nf4_dequantize`, but below every operator, for use at once and for reading only.
+
+    On a CPU the thread's next call may overwrite it; where `expanded` keeps weights, it may be one that was kept.
+    """
+
+    def expand(at_once: bool) -> Tensor:
+        return _dequantize(weight, dtype, lora_a, lora_b, scaling, in_scratch=at_once)
+
+    return expanded(weight, dtype, lora_a, lora_b, scaling, expand)

@@ -28,6 +28,7 @@ from fastlora.kernels.choice import Choice
 from fastlora.kernels.lora_plan import Dropout
 from fastlora.kernels.operands import Lora
 from fastlora.native import cuda
+from fastlora.ops import expanded
 from fastlora.ops.backend import compiled_decode, read_once
 from fastlora.ops.nf4 import NF4Weight
 from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, affine, dense, merged, wide_product
@@ -171,7 +172,7 @@ def _choose(
     op: str, rows: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, run: Callable[[Choice], object]
 ) -> Choice:
     """The kernel for a product with these operands; `run` does it by a given choice, for a search."""
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, NF4Weight) or (rows.shape[0] > choice.DECODE_UP_TO_M and expanded.holds(rows.device)):
         return _DEQUANTIZE
     r, drops = (0, False) if lora is None else (lora.a.shape[0], lora.seed is not None)
     asked = op, rows.shape[0], weight.shape, weight.blocksize, r, drops, rows.dtype, rows.device

@@ -41,6 +41,7 @@ from fastlora.layers.causal_loss import targets_known
 from fastlora.layers.quoted import clipped
 from fastlora.training import checkpoint, data, lock, packing, plots
 from fastlora.training.graphed_step import GraphedStep
+from fastlora.training.kept_weights import KeptWeights
 from fastlora.training.recipe import Recipe, learning_rate
 from fastlora.training.run import Run, checked_directory, has_bf16, prepare, resume_from
 
@@ -99,6 +100,8 @@ def _train(recipe: Recipe, resume: bool, hooks: Hooks, console: Console) -> Resu
     run = prepare(recipe, console, saved[1] if saved else None)
     if recipe.cuda_graphs:
         run.graphed = GraphedStep(run.model, lambda model, batch: target_loss(run, model, batch), most=MOST_GRAPHS)
+    if recipe.keep_expanded:
+        run.kept = KeptWeights(run)
     if saved is not None:
         resume_from(run, *saved)
     else:
@@ -175,16 +178,11 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
     targets, tokens = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
 
     run.wrapped.train()
-    loss = torch.zeros((), device=accelerator.device)
-    for index, batch in enumerate(batches):
-        if run.graphed is not None:
-            loss += _replayed(run, batch, targets)
-            continue
-        more_follow = index < len(batches) - 1
-        with accelerator.no_sync(run.wrapped) if more_follow else nullcontext():
-            part = target_loss(run, run.wrapped, batch) / targets
-            accelerator.backward(part * accelerator.num_processes)  # gradients are averaged over processes
-        loss += part.detach()
+    if run.kept is None:
+        loss = _gradients(run, batches, targets)
+    else:
+        most = max(int(batch["input_ids"].numel()) for batch in batches)
+        loss = run.kept.compute(lambda: _gradients(run, batches, targets), most)
     totals = accelerator.reduce(torch.stack([loss, loss.new_tensor(float(len(caught)))]), "sum").tolist()
     grad_norm = float(accelerator.clip_grad_norm_(run.trainable, recipe.max_grad_norm or math.inf))
     if not (math.isfinite(totals[0]) and math.isfinite(grad_norm)):
@@ -204,6 +202,22 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
         "grad_norm": grad_norm,
     }
     return record, int(totals[1])
+
+
+def _gradients(run: Run, batches: list[dict[str, Any]], targets: int) -> Tensor:
+    """The loss of a step's micro-batches on this process, over `targets`; adds to the parameters' gradients."""
+    accelerator = run.accelerator
+    loss = torch.zeros((), device=accelerator.device)
+    for index, batch in enumerate(batches):
+        if run.graphed is not None:
+            loss += _replayed(run, batch, targets)
+            continue
+        more_follow = index < len(batches) - 1
+        with accelerator.no_sync(run.wrapped) if more_follow else nullcontext():
+            part = target_loss(run, run.wrapped, batch) / targets
+            accelerator.backward(part * accelerator.num_processes)  # gradients are averaged over processes
+        loss += part.detach()
+    return loss
 
 
 def _replayed(run: Run, batch: dict[str, Any], targets: int) -> Tensor:

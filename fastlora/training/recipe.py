@@ -45,6 +45,7 @@ FREE_ON_RESUME = frozenset(
         "per_device_eval_batch_size",
         "gradient_checkpointing",
         "cuda_graphs",
+        "keep_expanded",
         "train_file",
         "dataset_name",
         "dataset_config",
@@ -103,6 +104,9 @@ class Recipe:
     speed_up: Annotated[bool, "norms, rotary embedding, gated MLPs, head and loss by fastlora, where it can"] = True
     padding_free: Annotated[bool | None, "a micro-batch's examples in one row; null: if the model can"] = None
     cuda_graphs: Annotated[bool, "record steps of few shapes and replay them: one launch where Python is slow"] = False
+    keep_expanded: Annotated[bool, "NF4 weights expanded once a step, not in each micro-batch; 2 bytes a weight"] = (
+        False
+    )
     use_cpu: Annotated[bool, "use the CPU even if there is a GPU"] = False
     seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
     logging_steps: Annotated[int, "steps between two printed lines if there is no live display"] = 10
@@ -219,6 +223,12 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("dataset_test_split: needs dataset_name; with files, give eval_file")
     if recipe.cuda_graphs and recipe.padding_free is False:
         raise ValueError("cuda_graphs: needs padding_free, which gives rows of few shapes")
+    if recipe.keep_expanded and recipe.quantize is None:
+        raise ValueError("keep_expanded: only NF4 weights are expanded; set quantize to nf4, or keep_expanded to false")
+    if recipe.keep_expanded and recipe.gradient_accumulation_steps == 1:
+        raise ValueError("keep_expanded: with one micro-batch a step nothing is expanded twice; set it to false")
+    if recipe.keep_expanded and recipe.cuda_graphs:
+        raise ValueError("keep_expanded, cuda_graphs: a recorded step expands its weights itself; give one of the two")
     if recipe.warmup_steps and recipe.warmup_ratio:
         raise ValueError("warmup_steps, warmup_ratio: give one of the two")
     if recipe.lr_scheduler_type == "constant" and (recipe.warmup_steps or recipe.warmup_ratio):

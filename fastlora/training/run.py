@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +33,9 @@ from fastlora.training import checkpoint, data, packing, plots
 from fastlora.training.graphed_step import GraphedStep, obstacle
 from fastlora.training.recipe import Recipe, check_resumable
 
+if TYPE_CHECKING:
+    from fastlora.training.kept_weights import KeptWeights
+
 # The files that show a directory to hold a run.
 RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
 OTHER_FILES = ("recipe.yaml", "loss.png")
@@ -48,6 +51,7 @@ class Run:
         eval_losses: by the number of steps made, in nats per target token.
         padding_free: whether a micro-batch is one row, as `fastlora.training.packing` makes it.
         graphed: computes loss and gradients of a micro-batch where `cuda_graphs` is asked for.
+        kept: keeps expanded weights over a step's micro-batches where `keep_expanded` is asked for.
     """
 
     recipe: Recipe
@@ -66,6 +70,12 @@ class Run:
     eval_losses: dict[int, float] = field(default_factory=dict)
     padding_free: bool = False
     graphed: GraphedStep | None = None
+    kept: "KeptWeights | None" = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a micro-batch at most."""
+        return _most_tokens(self.train_set, self.recipe)
 
     @property
     def directory(self) -> Path:

@@ -1,6 +1,7 @@
 """The loop: normalisation, resuming bit for bit, damaged checkpoints, interruption, and what it refuses."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
+from fastlora.ops import dequantize
 from fastlora.training import checkpoint, loop, plots
 from fastlora.training.loop import Hooks, train
 from fastlora.training.run import Run, prepare
@@ -160,6 +162,49 @@ def test_gradient_checkpointing_changes_no_loss(base: Path, tmp_path: Path) -> N
     found = {name: [r[1] for r in losses(tmp_path / name)] for name in ("with", "without", "selective")}
     assert found["with"] == pytest.approx(found["without"])
     assert found["selective"] == found["with"]
+
+
+ACCUMULATED = {"quantize": "nf4", "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "bf16": False}
+
+
+def test_weights_kept_over_micro_batches_change_no_loss(base: Path, tmp_path: Path, monkeypatch) -> None:
+    made = []
+    expand = dequantize._dequantize
+    monkeypatch.setattr(dequantize, "_dequantize", lambda *a, **b: [made.append(0), expand(*a, **b)][1])
+    counts = []
+    for name, on in (("with", True), ("without", False)):
+        made.clear()
+        train(recipe(base, tmp_path / name, keep_expanded=on, lora_dropout=0.1, **ACCUMULATED), console=QUIET)
+        counts.append(len(made))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert counts[0] * 5 < counts[1]  # 3 micro-batches, twice in each
+
+
+def test_a_step_that_ran_out_of_memory_is_made_again_without_kept_weights(base: Path, tmp_path: Path) -> None:
+    class Scarce(Hooks):
+        """Runs out of memory in the second micro-batch of the third step."""
+
+        def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            real, calls = loop.target_loss, []
+
+            def target_loss(run: Run, model: Any, batch: Any) -> Any:
+                calls.append(run.step)
+                loss = real(run, model, batch)
+                if run.step == 2 and calls.count(2) == 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return loss
+
+            monkeypatch.setattr(loop, "target_loss", target_loss)
+
+    said = Console(record=True, width=200, file=io.StringIO())
+    options = {"lora_dropout": 0.1, **ACCUMULATED}
+    with pytest.MonkeyPatch.context() as patch:
+        train(recipe(base, tmp_path / "with", keep_expanded=True, **options), hooks=Scarce(patch), console=said)
+    train(recipe(base, tmp_path / "without", **options), console=QUIET)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert said.export_text().count("memory ran out; no weights are kept") == 1
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        train(recipe(base, tmp_path / "plain", **options), hooks=Scarce(patch), console=QUIET)
 
 
 def test_speed_up_is_the_default_and_changes_no_loss_on_a_cpu(base: Path, tmp_path: Path) -> None:
