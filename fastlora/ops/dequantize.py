@@ -77,14 +77,19 @@ def _dequantize(
         a, b = (None if adapter is None else adapter.detach().float().contiguous() for adapter in (lora_a, lora_b))
         cpu.nf4_dequantize(weight, out, a, b, scaling)
         return out
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    fill(weight, out, lora_a, lora_b, scaling)
+    return out
+
+
+def fill(weight: Packed, out: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float) -> None:
+    """Write W, or W + scaling · B A, to `out` [N, K] with contiguous rows, by the Triton kernel."""
     from fastlora.kernels import nf4 as kernel
 
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if lora_a is not None and lora_b is not None and lora_a.dtype is not lora_b.dtype:
         kernel.dequantize(weight, out, lora_a, lora_b, scaling)
     else:
         kernel.fill(weight, out, lora_a, lora_b, scaling)
-    return out
 
 
 def nf4_dequantize(
@@ -109,4 +114,5 @@ def nf4_expand(
     def expand(at_once: bool) -> Tensor:
         return _dequantize(weight, dtype, lora_a, lora_b, scaling, in_scratch=at_once)
 
-    return expanded(weight, dtype, lora_a, lora_b, scaling, expand)
+    key = weight.codes.data_ptr(), lora_a is None, dtype, scaling
+    return expanded(key, (weight.codes, weight.absmax), (lora_a, lora_b), expand)

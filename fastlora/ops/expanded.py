@@ -21,8 +21,6 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from fastlora.kernels.operands import Packed
-
 _Parts = tuple[Tensor | None, ...]
 
 
@@ -157,23 +155,24 @@ def holds(device: torch.device) -> bool:
     return _kept is not None and not _captures(device)
 
 
-def expanded(
-    weight: Packed, dtype: torch.dtype, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
-    expand: Callable[[bool], Tensor],
-) -> Tensor:  # fmt: skip
-    """What `expand` gives, or what it gave before. Its argument: whether the result is for use at once only."""
+def expanded(key: tuple[Any, ...], frozen: _Parts, adapters: _Parts, expand: Callable[[bool], Tensor]) -> Tensor:
+    """What `expand` gives, or what it gave before for this key and these parts.
+
+    Args:
+        key: of what is expanded, whatever its adapters are now; a pointer to the codes is in it.
+        frozen: codes and scales. adapters: what is merged into them.
+        expand: makes it; its argument tells whether the result is for use at once only.
+    """
     latest = None if _recomputed is None else _recomputed()
-    if (_kept is None and latest is None and _recording.store is None) or _captures(weight.device):
+    device = frozen[0].device  # type: ignore[union-attr]
+    if (_kept is None and latest is None and _recording.store is None) or _captures(device):
         return expand(True)
-    parts = weight.codes, weight.absmax, lora_a, lora_b
-    key = weight.codes.data_ptr(), lora_a is None, dtype, scaling
-    stream = torch._C._cuda_getCurrentRawStream(weight.device.index or 0) if weight.device.type == "cuda" else 0
-    keeps = None
-    if _kept is not None and all(part is None or isinstance(part, torch.nn.Parameter) for part in parts[2:]):
+    parts = *frozen, *adapters
+    stream = torch._C._cuda_getCurrentRawStream(device.index or 0) if device.type == "cuda" else 0
+    keeps = _recording.store
+    if _kept is not None and all(part is None or isinstance(part, torch.nn.Parameter) for part in adapters):
         keeps = _kept
-    elif _recording.store is not None:
-        keeps = _recording.store
-    for store in (keeps, None if latest is None else latest.store):
+    for store in (keeps, _kept, None if latest is None else latest.store):
         if store is not None and (found := store.take(key, parts, stream)) is not None:
             return found
     if keeps is None:

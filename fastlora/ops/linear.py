@@ -70,15 +70,26 @@ def lora_linear(
         ValueError: shapes, dtypes or devices do not fit, or dropout_p is not in [0, 1).
     Source: arXiv:2106.09685, section 4.1; arXiv:2305.14314, section 3.
     """
+    return _call(*prepared(x, weight, (lora_a, lora_b, scaling), bias, dropout_p, training))
+
+
+def prepared(
+    x: Tensor, weight: Any, adapter: tuple[Tensor, Tensor, float] | None, bias: Tensor | None, dropout_p: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor, Tensor | NF4Weight, Lora | None, Tensor | None]:  # fmt: skip
+    """(x, weight, adapter with the seed of its mask, bias) as a linear multiplies them; raises as `lora_linear`."""
     if not 0.0 <= dropout_p < 1.0 - LEAST_DROPOUT:
         raise ValueError(f"dropout_p must be at least 0 and below 1 - 2**-17; got {dropout_p}")
     x, weight, bias = as_autocast(x, weight, bias)
     check_linear(x, weight, bias)
+    if adapter is None:
+        return x, weight, None, bias
+    lora_a, lora_b, scaling = adapter
     check_adapters(x, weight.shape, lora_a, lora_b)
     seed = None
     if training and dropout_p >= LEAST_DROPOUT:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    return _call(x, weight, Lora(lora_a, lora_b, float(scaling), dropout_p, seed), bias)
+    return x, weight, Lora(lora_a, lora_b, float(scaling), dropout_p, seed), bias
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -91,9 +102,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    x, _, bias = as_autocast(x, weight, bias)
-    check_linear(x, weight, bias)
-    return _call(x, weight, None, bias)
+    return _call(*prepared(x, weight, None, bias))
 
 
 def nf4_dequantize(

@@ -35,7 +35,7 @@ from fastlora.ops.operands import ANY_M, Gradients, Needs, Step, affine, dense, 
 
 _DECODERS = {"decode-cuda": cuda, "decode": decode}
 _NEXT = {"decode-cuda": "decode", "decode": "fused", "fused": "dequantize"}
-_DEQUANTIZE = Choice("dequantize")
+DEQUANTIZE = Choice("dequantize")
 _NO_DROPOUT = Dropout()
 MOST_BASE_VALUES = 1 << 26  # of a base product kept in fp32: 256 MiB
 
@@ -49,13 +49,12 @@ def forward(
 
 
 def forward_by(
-    chosen: Choice, x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool
-) -> tuple[Tensor, Tensor | None]:
-    """As `forward`, by a given kernel, which must support the operands."""
+    chosen: Choice, x: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None, save_h: bool,
+    h: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `forward`, by a given kernel, which must support the operands. h: if it is there already."""
     a, b, scaling, dropout = _parts(lora)
-    merges = chosen.kernel == "dequantize" and _merges(weight, lora)
-    h = None
-    if a is not None and (save_h or not (merges or chosen.kernel in _DECODERS)):
+    if h is None and a is not None and lora is not None and (save_h or needs_h(chosen, weight, lora)):
         h = kernel.shrink(x, a, dropout)  # [M, R]
     if isinstance(weight, NF4Weight) and chosen.kernel in _DECODERS:
         y = _DECODERS[chosen.kernel].decode(x, weight, a, b, scaling, bias)
@@ -63,7 +62,7 @@ def forward_by(
         y = fused.linear(x, weight, h, b, scaling, bias, chosen.config)
     elif lora is None:
         y = affine(x, dense(weight, x.dtype), bias)
-    elif isinstance(weight, NF4Weight) and merges:
+    elif isinstance(weight, NF4Weight) and merges(weight, lora):
         y = affine(x, merged(weight, x.dtype, lora), bias)
     else:
         assert h is not None
@@ -92,7 +91,7 @@ def backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, weight: Tensor | NF4Weight, lora: Lora | None, needs: Needs
 ) -> Gradients:
     """Gradients of everything except a dense weight and the bias. dy: [M, N]; x is needed for dA, h for dB."""
-    chosen = _DEQUANTIZE
+    chosen = DEQUANTIZE
     if needs.x:
         chosen = _choose("linear_t", dy, weight, lora, lambda other: backward_by(other, dy, x, h, weight, lora, needs))
     return backward_by(chosen, dy, x, h, weight, lora, needs)
@@ -110,15 +109,58 @@ def backward_by(
     """As `backward`, with dx by a given kernel, which must support the operands."""
     if lora is None:
         return Gradients(dx_by(chosen, dy, None, weight, lora) if needs.x else None, None, None)
+    x, h = x if needs.lora_a else None, h if needs.lora_b else None
+    g, da, db = gradients(dy, x, h, lora, needs.x and needs_g(chosen, weight, lora))
+    return Gradients(dx_by(chosen, dy, g, weight, lora) if needs.x else None, da, db)
+
+
+def gradients(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, lora: Lora, need_g: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """g = scaling · dy B [M, R] in fp32, dA, and dB; x is given where dA is wanted, h where dB is."""
     a, b, scaling, dropout = _parts(lora)
     assert a is not None
     assert b is not None
-    needs_g = needs.x and not (chosen.kernel == "dequantize" and _merges(weight, lora))
-    x, h = x if needs.lora_a else None, h if needs.lora_b else None
-    g, da, db = kernel.gradients(dy, x, h, a, b, scaling, dropout, needs_g)
+    g, da, db = kernel.gradients(dy, x, h, a, b, scaling, dropout, need_g)
     if a.dtype is not lora.a.dtype or b.dtype is not lora.b.dtype:
         da, db = None if da is None else da.to(lora.a.dtype), None if db is None else db.to(lora.b.dtype)
-    return Gradients(dx_by(chosen, dy, g, weight, lora) if needs.x else None, da, db)
+    return g, da, db
+
+
+def shrink(x: Tensor, lora_a: Tensor, lora: Lora | None = None) -> Tensor:
+    """h = dropout(x) Aᵀ [M, R] in fp32, with the mask of `lora`, if it has one. x: [M, K]."""
+    return kernel.shrink(x, lora_a, _parts(lora)[3])
+
+
+def x_gradient(x: Tensor, g: Tensor, lora: Lora) -> Tensor:
+    """dA = gᵀ dropout(x), in A's dtype, with the mask of `lora`. x: [M, K]; g: [M, R]."""
+    return kernel.total(kernel.x_parts(x, g, _parts(lora)[3], lora.dtype), lora.a.dtype)
+
+
+def needs_h(chosen: Choice, weight: Tensor | NF4Weight, lora: Lora) -> bool:
+    """Whether y is made of h."""
+    return chosen.kernel not in _DECODERS and needs_g(chosen, weight, lora)
+
+
+def needs_g(chosen: Choice, weight: Tensor | NF4Weight, lora: Lora) -> bool:
+    """Whether dx is made of g: not where the update is merged into an expanded weight."""
+    return not (chosen.kernel == "dequantize" and merges(weight, lora))
+
+
+def choose(op: str, rows: Tensor, weight: Tensor | NF4Weight, lora: Lora | None, bias: Tensor | None = None) -> Choice:
+    """The kernel for y ("linear", from rows x) or dx ("linear_t", from rows dy)."""
+
+    def run(other: Choice) -> object:
+        if op == "linear":
+            return forward_by(other, rows, weight, lora, bias, False)
+        return backward_by(other, rows, None, None, weight, lora, Needs(True, False, False))
+
+    return _choose(op, rows, weight, lora, run)
+
+
+def merged_or_dense(weight: NF4Weight, dtype: torch.dtype, lora: Lora | None) -> Tensor:
+    """W, or W + scaling · B A, as [N, K] for use at once."""
+    return dense(weight, dtype) if lora is None else merged(weight, dtype, lora)
 
 
 def base_product(op: str, rows: Tensor, weight: Tensor | NF4Weight) -> Tensor:
@@ -146,7 +188,7 @@ def dx_by(chosen: Choice, dy: Tensor, g: Tensor | None, weight: Tensor | NF4Weig
         return fused.linear_t(dy, weight, g, a, dropout, chosen.config)
     if lora is None:
         return dy @ dense(weight, dy.dtype)
-    if isinstance(weight, NF4Weight) and _merges(weight, lora):
+    if isinstance(weight, NF4Weight) and merges(weight, lora):
         return dy @ merged(weight, dy.dtype, lora)
     assert g is not None
     assert a is not None
@@ -173,7 +215,7 @@ def _choose(
 ) -> Choice:
     """The kernel for a product with these operands; `run` does it by a given choice, for a search."""
     if not isinstance(weight, NF4Weight) or (rows.shape[0] > choice.DECODE_UP_TO_M and expanded.holds(rows.device)):
-        return _DEQUANTIZE
+        return DEQUANTIZE
     r, drops = (0, False) if lora is None else (lora.a.shape[0], lora.seed is not None)
     asked = op, rows.shape[0], weight.shape, weight.blocksize, r, drops, rows.dtype, rows.device
     return _by_table(*asked) or _by_search(*asked, run)
@@ -250,5 +292,6 @@ def _parts(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float, Drop
     return a, b, lora.scaling, Dropout(lora.dropout_p, lora.seed) if lora.seed is not None else _NO_DROPOUT
 
 
-def _merges(weight: Tensor | NF4Weight, lora: Lora | None) -> bool:
+def merges(weight: Tensor | NF4Weight, lora: Lora | None) -> bool:
+    """Whether an expanded weight can have the update merged in."""
     return isinstance(weight, NF4Weight) and lora is not None and lora.seed is None
