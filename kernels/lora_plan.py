@@ -135,8 +135,13 @@ def plan(
     stride: of the activation, the larger one.
     """
     cut = cut or tile_for(op, m, length, r, how, dropout, device, stride)
+    return divide(op, m, length, r, cut, programs_wanted(device.index), segments)
+
+
+def divide(op: str, m: int, length: int, r: int, cut: Tile, wanted: int, segments: int = 0) -> Plan:
+    """`plan` for a tile and for a device that so many programs fill."""
     parts = block_r(r), triton.cdiv(r, block_r(r))
-    rows, columns, wanted = triton.cdiv(m, cut.rows), triton.cdiv(length, cut.columns), programs_wanted(device.index)
+    rows, columns = triton.cdiv(m, cut.rows), triton.cdiv(length, cut.columns)
     if op == "shrink":
         tiles, total, block = rows + segments, length, cut.columns
     elif segments:

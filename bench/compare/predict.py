@@ -12,15 +12,18 @@ read or written once:
     peft-bf16           + expanding W each way, and with dropout 11 X + 10 Y: forward 3.5 X + 6 Y (dropout, the two
                         low-rank products, scale, add), backward 7.5 X + 4 Y; without dropout 6 X + 10 Y
 
-GPU data sheets give peaks. The share of them that is reached is taken from the one GPU measured, an H200: 4.3 of
-4.8 TB/s, 780 of 989 TFLOP/s. Peaks (memory bandwidth; dense bf16 with fp32 accumulation), NVIDIA's figures:
+`--step` predicts whole training micro-steps instead: `bench.compare.predict_step` has their terms.
 
-    A100 SXM 80 GB   2.039 TB/s   312 TFLOP/s     data sheet, June 2021
-    H100 SXM         3.35 TB/s    989 TFLOP/s     data sheet, 2023 (1979 with sparsity)
-    H200 SXM         4.8 TB/s     989 TFLOP/s     data sheet, 2024
-    RTX 3090         0.936 TB/s   71 TFLOP/s      GA102 white paper, version 2, appendix A
-    RTX 4090         1.008 TB/s   165.2 TFLOP/s   Ada white paper, appendix A
-    RTX 5090         1.792 TB/s   209.5 TFLOP/s   RTX Blackwell white paper, appendix A
+GPU data sheets give peaks. The share of them that is reached is taken from the one GPU measured, an H200: 4.3 of
+4.8 TB/s, 780 of 989 TFLOP/s. Peaks (memory bandwidth; dense bf16 with fp32 accumulation) and multiprocessors, NVIDIA's
+figures:
+
+    A100 SXM 80 GB   2.039 TB/s   312 TFLOP/s     108   data sheet, June 2021; GA100 white paper
+    H100 SXM         3.35 TB/s    989 TFLOP/s     132   data sheet, 2023 (1979 with sparsity); GH100 white paper
+    H200 SXM         4.8 TB/s     989 TFLOP/s     132   data sheet, 2024
+    RTX 3090         0.936 TB/s   71 TFLOP/s      82    GA102 white paper, version 2, appendix A
+    RTX 4090         1.008 TB/s   165.2 TFLOP/s   128   Ada white paper, appendix A
+    RTX 5090         1.792 TB/s   209.5 TFLOP/s   170   RTX Blackwell white paper, appendix A
 
 Decoding is given twice: issued call by call, and replayed from a CUDA graph, whose launches are taken to cost nothing.
 A launch costs the CPU at least 3.8 us (NVIDIA, "Getting Started with CUDA Graphs", 2019, back-to-back launches of a
@@ -32,6 +35,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fastlora.kernels.lora_plan import PROGRAMS_PER_SM
+
+from bench.compare import predict_step
 from bench.compare.linear import PRESETS
 from bench.measure.floors import (
     BF16_BYTES,
@@ -42,7 +48,7 @@ from bench.measure.floors import (
     packed_product_ms,
     share_of_floor,
 )
-from bench.measure.models import MODEL_SHAPES, model_shapes, parse_shape
+from bench.measure.models import DECODERS, MODEL_SHAPES, model_shapes, parse_shape
 from bench.measure.operands import DECODE_MAX_M, DEQUANTIZE
 from bench.measure.record import GRAPH, HEADER, PREDICTED, Point, commit, lines, timestamp
 
@@ -58,11 +64,13 @@ LAUNCHES = {  # kernels of a call; bitsandbytes expands a nested weight in three
 
 
 class Gpu(NamedTuple):
-    """A GPU by its data sheet: bytes and FLOP a second."""
+    """A GPU by its data sheet: bytes and FLOP a second, multiprocessors."""
 
     name: str
     peak_bytes_per_s: float
     peak_flop_per_s: float
+    processors: int
+    major: int  # of the compute capability
 
     @property
     def rates(self) -> Rates:
@@ -71,12 +79,12 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "a100": Gpu("NVIDIA A100 SXM 80GB", 2.039e12, 312e12),
-    "h100": Gpu("NVIDIA H100 SXM", 3.35e12, 989e12),
-    "h200": Gpu("NVIDIA H200", 4.8e12, 989e12),
-    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 0.936e12, 71e12),
-    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 1.008e12, 165.2e12),
-    "rtx5090": Gpu("NVIDIA GeForce RTX 5090", 1.792e12, 209.5e12),
+    "a100": Gpu("NVIDIA A100 SXM 80GB", 2.039e12, 312e12, 108, 8),
+    "h100": Gpu("NVIDIA H100 SXM", 3.35e12, 989e12, 132, 9),
+    "h200": Gpu("NVIDIA H200", 4.8e12, 989e12, 132, 9),
+    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 0.936e12, 71e12, 82, 8),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 1.008e12, 165.2e12, 128, 8),
+    "rtx5090": Gpu("NVIDIA GeForce RTX 5090", 1.792e12, 209.5e12, 170, 12),
 }
 
 
@@ -186,12 +194,24 @@ def _point(gpu: Gpu, layer: Layer, name: str, mode: str, suffix: str = "") -> Po
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench predict`."""
     preset = PRESETS["cuda"]
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), metavar="GPU", help=", ".join(GPUS))
+    parser.add_argument("--gpu", nargs="+", choices=GPUS, metavar="GPU", help=", ".join(GPUS) + " (all; a step's h100)")
     parser.add_argument("--shapes", nargs="+", metavar="KxN", help="in_features x out_features")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"their linear layers: {', '.join(MODEL_SHAPES)}")
+    models = f"their linear layers: {', '.join(MODEL_SHAPES)}; their steps: {', '.join(DECODERS)} (qwen3-8b)"
+    parser.add_argument("--models", nargs="+", metavar="NAME", help=models)
     parser.add_argument("--m", nargs="+", type=int, metavar="M", default=sorted(preset.tokens), help="tokens")
     parser.add_argument("--r", nargs="+", type=int, metavar="R", default=[16], help="ranks (16)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/predicted.csv"), help="CSV to overwrite")
+    parser.add_argument("--out", type=Path, help="CSV to overwrite (bench/results/predicted.csv or predicted-step.csv)")
+    step = parser.add_argument_group("whole training micro-steps")
+    step.add_argument("--step", action="store_true", help="predict these, not single layers")
+    step.add_argument("--tokens", type=int, default=4096, metavar="M", help="of a micro-step (4096)")
+    step.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of a sample at most (2048)")
+    step.add_argument("--checkpointing", choices=predict_step.CHECKPOINTING, default="full")
+    step.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapters (0)")
+    parts, present = predict_step.PARTS, predict_step.PRESENT
+    step.add_argument("--parts", nargs="*", choices=parts, default=list(present), metavar="PART", help=", ".join(parts))
+    step.add_argument(
+        "--launch-us", type=float, default=LAUNCH_MS * 1e3, metavar="US", help="host time of a launch (3.8)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -200,25 +220,55 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: a shape, model, rank or number of tokens that cannot be; a file that holds measured rows.
     """
+    default = "bench/results/predicted-step.csv" if arguments.step else "bench/results/predicted.csv"
+    out: Path = arguments.out or Path(default)
+    if out.exists() and any(f",{PREDICTED}" not in line for line in out.read_text().splitlines()[1:]):
+        raise ValueError(f"{out} holds rows that were not predicted: name another file")
+    text = HEADER + "\n"
+    for gpu, points in (_steps if arguments.step else _layers)(arguments):
+        facts = {"device": gpu.name, "torch": "none", "triton": "none", "commit": commit(), "timestamp": timestamp()}
+        text += lines(points, facts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    print(f"predicted, not measured: {len(text.splitlines()) - 1} rows in {out}")
+    return 0
+
+
+def _layers(arguments: argparse.Namespace) -> Iterator[tuple[Gpu, list[Point]]]:
+    """Each GPU and the rows of its single layers, which are printed."""
     if min(*arguments.m, *arguments.r) < 1:
         raise ValueError("--m and --r must be at least 1")
     shapes = model_shapes(arguments.models or [])
     if arguments.shapes or not shapes:
         shapes += tuple(parse_shape(text) for text in arguments.shapes or PRESETS["cuda"].shapes)
-    out: Path = arguments.out
-    if out.exists() and any(f",{PREDICTED}" not in line for line in out.read_text().splitlines()[1:]):
-        raise ValueError(f"{out} holds rows that were not predicted: name another file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = HEADER + "\n"
-    for name in arguments.gpu:
-        gpu = GPUS[name]
-        facts = {"device": gpu.name, "torch": "none", "triton": "none", "commit": commit(), "timestamp": timestamp()}
-        points = [point for shape in shapes for point in predict(gpu, shape, arguments.m, arguments.r)]
-        text += lines(points, facts)
-        _show(gpu, points)
-    out.write_text(text)
-    print(f"predicted, not measured: {len(text.splitlines()) - 1} rows in {out}")
-    return 0
+    for name in arguments.gpu or GPUS:
+        points = [point for shape in shapes for point in predict(GPUS[name], shape, arguments.m, arguments.r)]
+        _show(GPUS[name], points)
+        yield GPUS[name], points
+
+
+def _steps(arguments: argparse.Namespace) -> Iterator[tuple[Gpu, list[Point]]]:
+    """Each GPU and the rows of whole steps on it, which are printed."""
+    m, length, models = arguments.tokens, arguments.length, arguments.models or ["qwen3-8b"]
+    if arguments.shapes:
+        raise ValueError("--step takes --models, not --shapes")
+    if unknown := [name for name in models if name not in DECODERS]:
+        raise ValueError(f"no step of a model called {unknown[0]!r}; there are {', '.join(DECODERS)}")
+    if min(m, length, *arguments.r) < 1 or m % min(m, length) or not 0 <= arguments.dropout < 1:
+        raise ValueError("--tokens must be whole samples of --length, --r at least 1, --dropout in [0, 1)")
+    for gpu in (GPUS[name] for name in arguments.gpu or ["h100"]):
+        points: list[Point] = []
+        for name, r in ((name, r) for name in models for r in arguments.r):
+            sizes = DECODERS[name], m, min(m, length), r, arguments.dropout, arguments.checkpointing
+            case = predict_step.Case(*sizes, gpu.rates, PROGRAMS_PER_SM * gpu.processors, gpu.major)
+            ways = predict_step.ways(arguments.parts)
+            columns = {way.name: predict_step.step(case, way, arguments.launch_us * 1e-3) for way in ways}
+            points += predict_step.points(name, case, columns)
+            print(
+                f"\n{name}, {gpu.name}, predicted: {m} tokens in samples of {case.length}, r={r}, "
+                f"dropout {case.dropout:g}, checkpointing {case.checkpointing}\n{predict_step.table(columns, m)}"
+            )
+        yield gpu, points
 
 
 def _show(gpu: Gpu, points: list[Point]) -> None:
