@@ -50,7 +50,7 @@ def _gated_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _gated_backward_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, M, N, stride_dm, stride_gm, stride_um,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, M, N, stride_dm, stride_gm, stride_um, stride_om,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -60,8 +60,8 @@ def _gated_backward_kernel(
     gate = tl.load(gate_ptr + row * stride_gm + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_um + columns, mask=inside, other=0.0).to(tl.float32)
     y, slope = _activated(gate, ACT)
-    tl.store(dgate_ptr + row * N + columns, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
-    tl.store(dup_ptr + row * N + columns, (dy * y).to(dup_ptr.dtype.element_ty), mask=inside)
+    tl.store(dgate_ptr + row * stride_om + columns, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dup_ptr + row * stride_om + columns, (dy * y).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
 def _constants(act: str, *_: Any) -> dict[str, Any]:
@@ -84,13 +84,16 @@ def forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return out
 
 
-def backward(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """(d gate, d up), [..., N] each, in their dtype. dy: [..., N]."""
+def backward(dy: Tensor, gate: Tensor, up: Tensor, act: str, joined: bool = False) -> tuple[Tensor, Tensor]:
+    """(d gate, d up), [..., N] each, in their dtype. dy: [..., N]. joined: as the columns of one tensor [..., 2 N]."""
     dys, gates, ups = as_rows(dy), as_rows(gate), as_rows(up)
     m, n = gates.shape
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    if joined:
+        dgate, dup = torch.empty((*gate.shape[:-1], 2 * n), dtype=gate.dtype, device=gate.device).split(n, -1)
+    else:
+        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     if m and n:
-        strides = dys.stride(0), gates.stride(0), ups.stride(0)
+        strides = dys.stride(0), gates.stride(0), ups.stride(0), 2 * n if joined else n
         key, grid = (act, m, n, strides, gate.dtype, dy.dtype), (m, triton.cdiv(n, _COLUMNS))
         _backward_launcher(key, grid, (dys, gates, ups, dgate, dup), (m, n, *strides))
     return dgate, dup

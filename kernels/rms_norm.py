@@ -28,11 +28,13 @@ def _rows(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, M, N, stride_xm, eps, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    x_ptr, weight_ptr, y_ptr, rstd_ptr, M, N, heads, stride_xm, stride_xh, eps, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows, columns = _rows(BLOCK_M, BLOCK_N)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
-    x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    places = rows // heads * stride_xm + rows % heads * stride_xh
+    x = tl.load(x_ptr + places[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32) + offset
     rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / N + eps)
     y = x * rstd[:, None] * weight[None, :]
@@ -42,13 +44,14 @@ def _rms_norm_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, M, N, stride_dym, stride_xm, offset,
+    dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, M, N, heads, stride_dym, stride_xm, stride_xh, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows, columns = _rows(BLOCK_M, BLOCK_N)
+    places = rows // heads * stride_xm + rows % heads * stride_xh
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     dy = tl.load(dy_ptr + rows[:, None] * stride_dym + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + places[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=columns < N, other=0.0).to(tl.float32) + offset
     rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)[:, None]
     x *= rstd
@@ -72,26 +75,39 @@ _launcher = Launcher(_rms_norm_kernel, _constants)
 _backward_launcher = Launcher(_rms_norm_backward_kernel, _constants)
 
 
+def _headed(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
+    """(x or a copy of it, rows, columns, heads, strides of a token and of a head).
+
+    Heads that are columns of a wider tensor are read where they are; else a row is a token of one head.
+    """
+    n = x.shape[-1]
+    if x.dim() > 2 and x.stride(-1) == 1 and not x.is_contiguous() and all(x.shape):
+        tokens, heads = x.shape[:-2], x.shape[-2]
+        step = x.stride(-3)
+        even = all(x.stride(d) == x.stride(d + 1) * tokens[d + 1] for d in range(len(tokens) - 1))
+        if even and x.stride(-2) * heads != step:
+            return x, x.numel() // n, n, heads, step, x.stride(-2)
+    rows = as_rows(x)
+    return rows, rows.shape[0], n, 1, rows.stride(0), 0
+
+
 def forward(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(y [..., N] in `dtype`, 1 / sqrt(mean(x²) + eps) [M] in fp32). x: [..., N]; weight: [N]."""
-    rows = as_rows(x)
-    m, n = rows.shape
+    rows, m, n, heads, *strides = _headed(x)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rstd = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
-        cut, stride = tile(n), rows.stride(0)
-        grid, key = (triton.cdiv(m, cut["BLOCK_M"]),), (n, m, stride, x.dtype, weight.dtype, dtype)
-        _launcher(key, grid, (rows, weight, y, rstd), (m, n, stride, eps, offset))
+        grid, key = (triton.cdiv(m, tile(n)["BLOCK_M"]),), (n, m, heads, *strides, x.dtype, weight.dtype, dtype)
+        _launcher(key, grid, (rows, weight, y, rstd), (m, n, heads, *strides, eps, offset))
     return y, rstd
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
     """dx [..., N] in x's dtype. dy, x: [..., N]; rstd: [M], of `forward`."""
-    dy, rows = as_rows(dy), as_rows(x)
-    m, n = rows.shape
+    dy, (rows, m, n, heads, *strides) = as_rows(dy), _headed(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if m:
-        cut, strides = tile(n), (dy.stride(0), rows.stride(0))
-        grid, key = (triton.cdiv(m, cut["BLOCK_M"]),), (n, m, strides, dy.dtype, x.dtype, weight.dtype)
-        _backward_launcher(key, grid, (dy, rows, weight, rstd, dx), (m, n, *strides, offset))
+        strides.insert(0, dy.stride(0))
+        grid, key = (triton.cdiv(m, tile(n)["BLOCK_M"]),), (n, m, heads, *strides, dy.dtype, x.dtype, weight.dtype)
+        _backward_launcher(key, grid, (dy, rows, weight, rstd, dx), (m, n, heads, *strides, offset))
     return dx

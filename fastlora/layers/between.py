@@ -7,12 +7,15 @@ another `forward`. On a CPU, under `torch.compile` and in dispatch modes the mod
     norm     x / sqrt(mean(x²) + eps) · (weight + 0 or 1), over the last dimension
     rotary   the function `apply_rotary_pos_emb` that an attention's forward calls; the rest of that forward is its own
     mlp      down_proj(act(gate_proj(x)) · up_proj(x)), or with gate and up in one linear
+    group    the linears of an attention or MLP that share their input, computed together as `grouping` says; each
+             module opens a call around its forward, whatever else it is
     loss     of a causal model, as `causal_loss` says; everywhere
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CellType, FunctionType
 from typing import Any, cast
 
@@ -22,11 +25,16 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastlora.kernels.operands import FLOAT_DTYPES
 from fastlora.layers import causal_loss
+from fastlora.layers.grouping import Call
 from fastlora.ops import gated, rms_norm, rotary
 from fastlora.ops.autograd import seen_by_others
 from fastlora.ops.backend import backend
 
-PARTS = ("norm", "rotary", "mlp", "loss")
+PARTS = ("norm", "rotary", "mlp", "loss", "group")
+_GROUPS = (  # names of linears that are called with one x
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"),
+    ("q_a_proj", "kv_a_proj_with_mqa"), ("q_proj", "kv_a_proj_with_mqa"), ("w1", "w3"), ("wi_0", "wi_1"),
+)  # fmt: skip
 _EPS = ("variance_epsilon", "eps")
 _ROTATION = "apply_rotary_pos_emb"
 _MOST_COLUMNS = 16384  # of a norm; the kernel holds a row in registers
@@ -35,8 +43,13 @@ _FORWARD_REPLACED = "something has replaced this module's forward"
 Facts = tuple[Any, ...]
 
 
-def find_part(module: nn.Module) -> str:
-    """Which part a module looks like; "" for none. `facts_of` tells whether it is one."""
+def find_parts(module: nn.Module) -> list[str]:
+    """The parts that a module looks like, "group" last. `facts_of` tells whether it is one."""
+    found = [part] if (part := _find_part(module)) else []
+    return [*found, "group"] if any(_is_adapted(module._modules.get(name)) for name in _members(module)) else found
+
+
+def _find_part(module: nn.Module) -> str:
     if sum(1 for _ in module.parameters(recurse=False)) == 1 and not module._modules and _eps_of(module):
         return "norm"
     if _ROTATION in _names_in(type(module)):
@@ -51,16 +64,34 @@ def facts_of(module: nn.Module, part: str) -> Facts | str:
     if "forward" in module.__dict__:
         return _FORWARD_REPLACED
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_group(module):
             return _PROBES[part](module)
     except Exception as error:  # another signature, weights that are elsewhere
         return f"its forward could not be tried: {type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
 
 
 def speed_up(module: nn.Module, part: str, facts: Facts) -> None:
-    """Give a module its faster class."""
+    """Give a module its faster class; that of a group is around all others."""
+    with _without_group(module):
+        _wrap(module, part, facts)
+
+
+def _wrap(module: nn.Module, part: str, facts: Facts) -> None:
     kind: Any = type(module)
     module.__class__ = _faster_class(kind, part, facts)
+
+
+@contextmanager
+def _without_group(module: nn.Module) -> Iterator[None]:
+    """While this is open, the class of a group, which is around all others, is off."""
+    outer = vars(type(module)).get("fastlora_group")
+    if outer is not None:
+        _peel(module)
+    try:
+        yield
+    finally:
+        if outer is not None:
+            _wrap(module, "group", outer)
 
 
 def can_restore(module: nn.Module) -> bool:
@@ -70,19 +101,28 @@ def can_restore(module: nn.Module) -> bool:
 
 def restore(module: nn.Module) -> None:
     """Give it back its own."""
+    while parts_of(module):
+        _peel(module)
+
+
+def _peel(module: nn.Module) -> None:
     kind: Any = type(module)
     module.__class__ = kind.fastlora_plain
+    if kind.fastlora_part == "group":
+        module.__dict__.pop("fastlora_group_off", None)
 
 
-def part_of(module: nn.Module) -> str:
-    """The part that a sped-up module is; "" for others."""
-    return getattr(type(module), "fastlora_part", "")
+def parts_of(module: nn.Module) -> list[str]:
+    """The parts as which a module is sped up, the outermost first."""
+    return [part for kind in type(module).__mro__ if (part := vars(kind).get("fastlora_part"))]
 
 
-def standing_reason(module: nn.Module) -> str:
-    """Why a sped-up module runs its own code where it is now; "" if it does not."""
-    if part_of(module) == "loss":
+def standing_reason(module: nn.Module, part: str) -> str:
+    """Why a part of a sped-up module runs the module's own code where it is now; "" if it does not."""
+    if part == "loss":
         return causal_loss.standing_reason(module)
+    if part == "group" and (reason := module.__dict__.get("fastlora_group_off")):
+        return str(reason)
     device = next((p.device for p in module.parameters()), None)
     if device is None or backend(device).name == "triton":
         return ""
@@ -94,15 +134,25 @@ def _faster_class(plain: Any, part: str, facts: Facts) -> Any:
     """A subclass under the same name, for wrapping policies go by names."""
     body = {
         **_BODIES[part](plain, *facts), "fastlora_plain": plain, "fastlora_part": part,
+        "fastlora_group": facts if part == "group" else None,
+        "fastlora_made": (*vars(plain).get("fastlora_made", ()), (part, facts)),
         "__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__,
-        "__reduce_ex__": lambda self, protocol: (_empty, (plain, part, facts), self.__dict__.copy()),
+        "__reduce_ex__": lambda self, protocol: (_empty, _made(type(self)), self.__dict__.copy()),
     }  # fmt: skip
     return type(plain.__name__, (plain,), body)
 
 
-def _empty(plain: Any, part: str, facts: Facts) -> nn.Module:
-    kind = _faster_class(plain, part, facts)
-    return cast(nn.Module, kind.__new__(kind))
+def _made(kind: Any) -> tuple[Any, tuple[tuple[str, Facts], ...]]:
+    """(a module's own class, what has been made of it, from the inside out)."""
+    faster = next(each for each in kind.__mro__ if "fastlora_made" in vars(each))
+    own = next(each for each in kind.__mro__ if "fastlora_made" not in vars(each) and issubclass(faster, each))
+    return own, faster.fastlora_made
+
+
+def _empty(plain: Any, made: tuple[tuple[str, Facts], ...]) -> nn.Module:
+    for part, facts in made:
+        plain = _faster_class(plain, part, facts)
+    return cast(nn.Module, plain.__new__(plain))
 
 
 def _runs_kernels(x: Tensor, weight: Tensor | None = None) -> bool:
@@ -309,13 +359,55 @@ def _mlp(plain: Any, act: str, linears: tuple[str, ...]) -> Callable[..., Tensor
     return forward
 
 
+# Groups
+
+
+def _members(module: nn.Module) -> tuple[str, ...]:
+    """The names of linears that share their input, if it has at least two of a group."""
+    modules = module._modules
+    return next((names for names in _GROUPS if sum(_features(modules.get(name)) > 0 for name in names) > 1), ())
+
+
+def _features(linear: Any) -> int:
+    found = getattr(linear, "in_features", 0)
+    return found if isinstance(found, int) else 0
+
+
+def _probe_group(module: Any) -> Facts | str:
+    names = _members(module)
+    adapted = [name for name in names if _is_adapted(module._modules.get(name))]
+    if len(adapted) < 2:
+        return f"fewer than two of {', '.join(names)} have adapters or are fastlora's"
+    if len({_features(module._modules[name]) for name in adapted}) > 1:
+        return "its linears have inputs of different widths"
+    return tuple(adapted)
+
+
+def _is_adapted(layer: Any) -> bool:
+    """Whether it is one of our layers, or one of peft's, which `replace_linear` may have sped up."""
+    return hasattr(layer, "operands") or hasattr(layer, "lora_A")
+
+
+def _group(plain: Any, *names: str) -> Callable[..., Any]:
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return plain.forward(self, *args, **options)
+        with Call(self, names):
+            return plain.forward(self, *args, **options)
+
+    return forward
+
+
 def _only(forward: Callable[..., Callable[..., Any]]) -> Callable[..., dict[str, Any]]:
     return lambda plain, *facts: {"forward": forward(plain, *facts)}
 
 
 _PROBES: dict[str, Callable[[Any], Facts | str]] = {
     "norm": _probe_norm, "rotary": _probe_rotary, "mlp": _probe_mlp, "loss": causal_loss.probe,
+    "group": _probe_group,
 }  # fmt: skip
 _BODIES: dict[str, Callable[..., dict[str, Any]]] = {
     "norm": _only(_norm), "rotary": _only(_rotary), "mlp": _only(_mlp), "loss": causal_loss.body,
+    "group": _only(_group),
 }  # fmt: skip

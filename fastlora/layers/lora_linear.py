@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastlora.layers import starts
 from fastlora.layers.bases import AdoptedWeight, base_weight, check_adapter_dtype, frozen, is_linear4bit
 from fastlora.layers.dense import is_conv1d, parameter, plain_layer
+from fastlora.layers.grouping import Operands, taken
 from fastlora.layers.on_top import check_unwrapped
 from fastlora.layers.sharded import whole
 from fastlora.ops.linear import lora_linear, nf4_dequantize
@@ -164,10 +165,18 @@ class LoRALinear(nn.Module):
 
         Over a `Linear4bit` the result is computed in that layer's `compute_dtype` and has the dtype of x, as its own.
         """
-        lora_a, lora_b, scaling = self.adapter()
-        x, weight, bias, given = frozen(self._modules["base_layer"], x, self._adopted)
-        y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, self._dropout_p(), self.training)
+        if not torch.compiler.is_compiling() and (shared := taken(self, x)) is not None:
+            return shared
+        x, weight, adapter, bias, dropout_p, training, given = self.operands(x)
+        assert adapter is not None
+        y = lora_linear(x, weight, *adapter, bias, dropout_p, training)
         return y if given is None or y.dtype is given else y.to(given)
+
+    def operands(self, x: Tensor) -> Operands:
+        """What `forward` multiplies."""
+        adapter = self.adapter()
+        x, weight, bias, given = frozen(self._modules["base_layer"], x, self._adopted)
+        return Operands(x, weight, adapter, bias, self._dropout_p(), self.training, given)
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.layers import starts
 from fastlora.layers.dense import as_linear, is_conv1d, plain_layer
+from fastlora.layers.grouping import Operands, taken
 from fastlora.ops.linear import nf4_linear
 from fastlora.ops.nf4 import NF4Weight, quantize
 
@@ -83,7 +84,13 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], dtype of x."""
+        if not torch.compiler.is_compiling() and (shared := taken(self, x)) is not None:
+            return shared
         return nf4_linear(x, self.weight, self.bias_for(x))
+
+    def operands(self, x: Tensor) -> Operands:
+        """What `forward` multiplies."""
+        return Operands(x, self.weight, None, self.bias_for(x), 0.0, False, None)
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in x's dtype or fp32: an NF4 weight takes input of any dtype, so the bias must too."""

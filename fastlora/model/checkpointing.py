@@ -217,7 +217,7 @@ def _fixed(model: Any, tokens: int) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config = model.config.get_text_config()
     on_cuda = _on_cuda(model)
-    if any(between.part_of(module) == "loss" for module in model.modules()):
+    if any("loss" in between.parts_of(module) for module in model.modules()):
         logits = 6 * min(loss._VALUES["cuda" if on_cuda else "cpu"], tokens * config.vocab_size)
     else:
         logits = 10 * tokens * config.vocab_size  # in 16 bits, in fp32, and the gradient in fp32

@@ -16,7 +16,7 @@ _HOW = {"loss": "from the hidden states of target tokens, in parts; logits are c
 
 
 def speed_up(
-    model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: bool = True, loss: bool = True
+    model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: bool = True, loss: bool = True, group: bool = True
 ) -> nn.Module:
     """Let fastlora compute what stands between a model's linears, and its LoRA layers where peft still does.
 
@@ -33,13 +33,16 @@ def speed_up(
         mlp: SwiGLU and GEGLU in its MLPs; experts that are no modules of their own keep their code.
         loss: output head and cross-entropy of a causal model, capped and scaled logits included, in training and
             evaluation; its head may be adapted, quantized or trained. On any device.
+        group: linears with adapters that share their input, as q, k and v do, and gate and up: together they read it
+            once, and their gradients with respect to it are summed as they are computed.
     Returns:
         The same model. `model.fastlora_report.parts`, and `fastlora.report(model)`, say of each part whether it is
         sped up, and why not.
     Raises:
         ValueError: the model has neither adapters nor parts that can be sped up. It is unchanged.
     """
-    wanted = [part for part, asked in (("norm", norm), ("rotary", rotary), ("mlp", mlp), ("loss", loss)) if asked]
+    asked = {"norm": norm, "rotary": rotary, "mlp": mlp, "loss": loss, "group": group}
+    wanted = [part for part, on in asked.items() if on]
     with clean_names(model):
         found = _look(model, wanted)
         adapted, able = carries_peft(model), any(not isinstance(facts, str) for *_, facts in found)
@@ -70,14 +73,10 @@ def _look(model: nn.Module, wanted: list[str]) -> list[tuple[str, nn.Module, str
     """(name, module, part, what its faster class must know or why it has none; None if it has one already)."""
     found: list[tuple[str, nn.Module, str, Any]] = []
     for name, module in model.named_modules():
-        if done := between.part_of(module):
-            found.append((name, module, done, None))
-            continue
-        part = between.find_part(module)
-        if not part:
-            continue
-        if part not in wanted:
-            found.append((name, module, part, _NOT_ASKED))
-            continue
-        found.append((name, module, part, between.facts_of(module, part)))
+        done = between.parts_of(module)
+        for part in dict.fromkeys([*reversed(done), *between.find_parts(module)]):
+            facts: Any = None
+            if part not in done:
+                facts = between.facts_of(module, part) if part in wanted else _NOT_ASKED
+            found.append((name, module, part, facts))
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.ops.autograd import refuse_second_derivative
+from fastlora.ops.group import neighbours
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -38,7 +39,8 @@ class _Gated(torch.autograd.Function):
         from fastlora.kernels import gated as kernel
 
         ctx.save_for_backward(gate, up)
-        ctx.act = act
+        # two linears in one product, whose gradients are then multiplied as one; aligned, as kernels want it
+        ctx.act, ctx.joined = act, gate.shape[-1] % 16 == 0 and neighbours([gate, up]) is not None
         return kernel.forward(gate, up, act)
 
     @staticmethod
@@ -46,7 +48,7 @@ class _Gated(torch.autograd.Function):
         from fastlora.kernels import gated as kernel
 
         refuse_second_derivative()
-        return *kernel.backward(dy, *ctx.saved_tensors, ctx.act), None
+        return *kernel.backward(dy, *ctx.saved_tensors, ctx.act, ctx.joined), None
 
 
 _apply = super(torch.autograd.Function, _Gated).apply  # without its search for torch.func's wrappers

@@ -26,6 +26,7 @@ from torch import Tensor, compiler, nn
 
 from fastlora.kernels.operands import Lora
 from fastlora.layers.bases import AdoptedWeight, frozen
+from fastlora.layers.grouping import Operands, taken
 from fastlora.layers.report import Calls
 from fastlora.ops.dora import dora_linear, dora_linear_with_dropout
 from fastlora.ops.linear import lora_linear
@@ -63,11 +64,13 @@ class _SpedUpLinear(SpedUp):
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, by our forward where the conditions hold, else by peft's."""
         if not args and not kwargs and not compiler.is_compiling():
-            only = conditions.only_adapter(self, x)
-            if only is not None:
+            if (shared := taken(self, x)) is not None:
                 self.fastlora_calls.sped_up += 1
-                x, weight, bias, given = frozen(self._modules["base_layer"], x, self.fastlora_adopted)
-                y = lora_linear(x, weight, only.a, only.b, only.scaling, bias, only.dropout_p, True)
+                return shared
+            if (only := self.operands(x)) is not None:
+                self.fastlora_calls.sped_up += 1
+                x, weight, (a, b, scaling), bias, dropout_p, training, given = only
+                y = lora_linear(x, weight, a, b, scaling, bias, dropout_p, training)
                 return y if given is None or y.dtype is given else y.to(given)
         reason, active = at_a_call(self, x, args, kwargs)
         if not compiler.is_compiling():
@@ -89,6 +92,14 @@ class _SpedUpLinear(SpedUp):
                 bias = total_bias(bias, lora)
                 y = lora_linear(x, weight, lora.a, lora.b, lora.scaling, bias, lora.dropout_p, True)
         return y if given is None or y.dtype is given else y.to(given)
+
+    def operands(self: Any, x: Tensor) -> Operands | None:
+        """What `forward` multiplies where one plain adapter is active, as it usually is; else None."""
+        only = conditions.only_adapter(self, x)
+        if only is None:
+            return None
+        x, weight, bias, given = frozen(self._modules["base_layer"], x, self.fastlora_adopted)
+        return Operands(x, weight, (only.a, only.b, only.scaling), bias, only.dropout_p, True, given)
 
     def _dora(self: Any, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, lora: Lora, name: str) -> Tensor:
         magnitude = self.lora_magnitude_vector._modules[name]
