@@ -1,8 +1,8 @@
 """Which layers of a model recompute what: as little as a device's memory allows.
 
-Of a checkpointed layer its input is held ("full"), or that and what its linears return ("selective", `keep_linears`);
-of one that is not, whatever its backward reads ("none"). How much that is for a token is counted in a forward over a
-few tokens, in the model as it is, on the device where it is.
+Of a checkpointed layer its input is held ("full"), or that and what its linears and its attention return ("selective",
+`keep_linears`); of one that is not, whatever its backward reads ("none"). How much that is for a token is counted in a
+forward over a few tokens, in the model as it is, on the device where it is.
 """
 
 import functools
@@ -38,7 +38,7 @@ class Checkpointing(NamedTuple):
     memory: int
 
     def __str__(self) -> str:
-        held = {"all": self.full, "all but the linears": self.selective, "nothing": self.none}
+        held = {"all": self.full, "all but linears and attention": self.selective, "nothing": self.none}
         chosen = ", ".join(f"{count} layers recompute {what}" for what, count in held.items() if count)
         if not self.memory:
             return chosen or "as the model's own switch has it"
@@ -172,8 +172,7 @@ def _watched(layers: list[Any], inside: list[int], linears: list[int]) -> Iterat
         def after(module: nn.Module, args: Any, output: Any) -> None:
             recorder: Any = contexts[place]
             recorder.__exit__(None, None, None)
-            for call in recorder.taken.calls:
-                linears[place] += sum(t.untyped_storage().nbytes() for t in (call.y, call.h) if t is not None)
+            linears[place] += recorder.taken.nbytes
             inside[0] = -1
 
         return after

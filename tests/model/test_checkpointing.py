@@ -92,13 +92,15 @@ def test_what_is_counted_is_what_backward_holds(make):
     assert counted.input == 64 * 4
 
 
-def test_a_linears_output_is_counted_once():
+def test_what_linears_and_attention_return_is_counted_once():
     model = model_of()
     counted = checkpointing.count_bytes(model, checkpointing._layers(model))
     layer = model.model.layers[0]
     widths = [m.out_features for m in layer.modules() if isinstance(m, fastlora.LoRALinear)]
+    config = model.config
     values, ranks = 4 * sum(widths), 4 * 4 * len(widths)
-    assert values <= counted.linears[0] <= values + ranks
+    attention = 4 * (config.hidden_size + config.num_attention_heads)  # its output, and a number a head
+    assert values + attention <= counted.linears[0] <= values + attention + ranks
 
 
 def test_counting_leaves_no_trace():
@@ -155,7 +157,7 @@ def test_what_was_chosen_is_told():
     told = str(checkpoint_layers(model_of(), "auto", tokens=10**6, memory=10**6))
     assert told.startswith("4 layers recompute all; counted ")
     assert told.endswith("which is too little: use fewer tokens")
-    assert str(checkpoint_layers(model_of(), "selective")) == "4 layers recompute all but the linears"
+    assert str(checkpoint_layers(model_of(), "selective")) == "4 layers recompute all but linears and attention"
     assert str(checkpoint_layers(model_of(), "auto", tokens=1)).startswith("4 layers recompute nothing; counted 0.0")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
@@ -279,3 +280,83 @@ def test_trainer_takes_it(tmp_path, computed):
     data = [{"input_ids": row, "labels": row} for row in tokens().repeat(2, 1)]
     transformers.Trainer(model, arguments, train_dataset=data).train()
     assert len(computed) == 2 * sum(1 for module in model.modules() if hasattr(module, "lora_A"))
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """The kernels of attention that ran, by name, where the keeper's mode saw them."""
+    calls = []
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.name().partition(".")[0] in keeping._KERNELS:
+                calls.append(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    with Seeing():
+        yield calls
+
+
+def attention_of(dropout=0.0, change=lambda y: y):
+    """A block with attention as transformers' models call it, and its leaves."""
+    generator = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(2, 4, 24, 16, generator=generator).requires_grad_() for _ in range(3)]
+    module = torch.nn.Module().train()
+
+    def block(q, k, v):
+        attend = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        y, _ = attend(module, q.sin(), k, v, None, dropout=dropout, is_causal=True)
+        return change(y).cos() * torch.rand(())
+
+    return block, leaves
+
+
+@pytest.mark.parametrize(("dropout", "times"), [(0.0, 1), (0.2, 0)])
+def test_attention_is_kept_and_changes_no_bit(attended, dropout, times):
+    fastlora.keep_linears()  # now the function has its name
+    block, leaves = attention_of(dropout)
+    found = []
+    for run in (lambda: block(*leaves), lambda: kept(block, *leaves)):
+        torch.manual_seed(3)
+        attended.clear()
+        found.append(gradients(run(), leaves))
+        assert len(attended) == times  # with dropout torch has no kernel for a CPU
+    check_equal(*found)
+    attended.clear()
+    gradients(checkpoint(block, *leaves, use_reentrant=False), leaves)
+    assert len(attended) == 2 * times
+
+
+@pytest.mark.parametrize("change", ["version", "key"])
+def test_attention_that_is_another_in_recomputation_is_computed_again(change):
+    recorder = keeping.keep_linears()[0]
+    y = torch.ones(3)
+    with recorder:
+        assert recorder.attend(("this",), lambda: (y, None))[0] is y
+    if change == "version":
+        y.add_(1)
+    giver, other = keeping._Giver(recorder.taken), (torch.zeros(3), None)
+    with giver:
+        assert giver.attend(("this" if change == "version" else "other",), lambda: other) is other
+        assert giver.attend(("this",), lambda: other) is other
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_a_model_attends_once_a_step(attended, fraction):
+    fastlora.keep_linears()
+    model = fastlora.replace_linear(llama(attn_implementation="sdpa"), r=4, lora_dropout=fraction).train()
+    randomize(model)
+
+    def step():
+        torch.manual_seed(7)
+        for p in model.parameters():
+            p.grad = None
+        attended.clear()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, layers = step(), model.config.num_hidden_layers
+    assert len(attended) == layers
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": fastlora.keep_linears})
+    check_equal(step(), plain)
+    assert len(attended) == layers
