@@ -14,7 +14,7 @@
     loss_fall     nats       how far a loss fell in the steps that the mode names
 
 A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: only the kernels, in order. One called
-predicted-NAME or counted-NAME was computed, not measured, and is kept in a file of its own. Of the latter peak_memory is
+predicted-NAME or counted-NAME was computed, not measured, and is kept in a file of its own. The latter's peak_memory is
 all that is held, weights included.
 
 `share_of_floor` is the floor's time over this row's; `bench.measure.floors` says what the floor is. Rows of
