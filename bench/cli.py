@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module
     "host": "bench.compare.host",
     "steps": "bench.compare.steps",
     "train": "bench.compare.train",
+    "count": "bench.compare.count",
     "generate": "bench.compare.generate",
     "static": "bench.machine_code.static",
     "predict": "bench.compare.predict",

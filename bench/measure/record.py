@@ -14,7 +14,8 @@
     loss_fall     nats       how far a loss fell in the steps that the mode names
 
 A provider called NAME-graph is NAME's decode calls replayed from a CUDA graph: only the kernels, in order. One called
-predicted-NAME was computed, not measured, and is kept in a file of its own.
+predicted-NAME or counted-NAME was computed, not measured, and is kept in a file of its own. The latter's peak_memory is
+all that is held, weights included.
 
 `share_of_floor` is the floor's time over this row's; `bench.measure.floors` says what the floor is. Rows of
 `nf4_dequantize` have M = 0, and R = 0 where nothing is merged. Rows of kernel `copy` and `matmul` hold the machine's
@@ -48,7 +49,7 @@ UNITS = {
 GRAPH = "-graph"
 ROOT = Path(__file__).parents[2]  # of the checkout
 RESULTS = ROOT / "bench" / "results"
-PREDICTED = "predicted-"
+PREDICTED, COUNTED = "predicted-", "counted-"
 
 
 @dataclass(frozen=True)

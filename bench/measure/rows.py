@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bench.measure.record import COLUMNS, PREDICTED, Point
+from bench.measure.record import COLUMNS, COUNTED, PREDICTED, Point
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Row(Point):
     @property
     def predicted(self) -> bool:
         """Whether the row was computed, not measured."""
-        return self.provider.startswith(PREDICTED)
+        return self.provider.startswith((PREDICTED, COUNTED))
 
     @property
     def key(self) -> tuple[object, ...]:
