@@ -251,9 +251,14 @@ def _between_specimens() -> Iterator[Specimen]:
 
     plain: dict[str, Any] = {"uses_tensor_cores": False}
     norm = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "rstd_ptr": "*fp32", "offset": "fp32"}
-    norm |= dict.fromkeys(("M", "N", "stride_xm", "stride_dym"), "i32")
+    norm |= dict.fromkeys(("M", "N", "stride_xm", "stride_xh", "stride_dym"), "i32")
     for n in (128, 4096, 16384):
         cut = rms_norm.tile(n)
+        if n == 128:
+            norm["heads"] = "i32"
+        else:
+            norm.pop("heads", None)
+            cut["heads"] = 1  # which a launch makes a constant
         warps = cut.pop("num_warps")
         forward = norm | {"y_ptr": "*bf16", "eps": "fp32"}
         del forward["stride_dym"]
@@ -274,7 +279,8 @@ def _between_specimens() -> Iterator[Specimen]:
         types = dict.fromkeys(("gate_ptr", "up_ptr"), "*bf16")
         types |= dict.fromkeys(("M", "N", "stride_gm", "stride_um"), "i32")
         yield Specimen(f"gated_{act}", gated._gated_kernel, types | {"out_ptr": "*bf16"}, constants, warps, **plain)
-        types |= dict.fromkeys(("dy_ptr", "dgate_ptr", "dup_ptr"), "*bf16") | {"stride_dm": "i32"}
+        types |= dict.fromkeys(("dy_ptr", "dgate_ptr", "dup_ptr"), "*bf16")
+        types |= {"stride_dm": "i32", "stride_om": "i32"}
         kernel = gated._gated_backward_kernel
         yield Specimen(f"gated_{act}_backward", kernel, types, constants, warps, **plain)
     for name, flags, z in (

@@ -101,7 +101,8 @@ def _train(recipe: Recipe, resume: bool, hooks: Hooks, console: Console) -> Resu
     if recipe.cuda_graphs:
         run.graphed = GraphedStep(run.model, lambda model, batch: target_loss(run, model, batch), most=MOST_GRAPHS)
     if recipe.keep_expanded:
-        run.kept = KeptWeights(run)
+        alone = run.accelerator.num_processes == 1
+        run.kept = KeptWeights(run.accelerator.device, run.most_tokens, alone, partial(console.print, style="yellow"))
     if saved is not None:
         resume_from(run, *saved)
     else:
@@ -182,7 +183,7 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
         loss = _gradients(run, batches, targets)
     else:
         most = max(int(batch["input_ids"].numel()) for batch in batches)
-        loss = run.kept.compute(lambda: _gradients(run, batches, targets), most)
+        loss = run.kept.compute(lambda: _gradients(run, batches, targets), run.optimizer.zero_grad, most)
     totals = accelerator.reduce(torch.stack([loss, loss.new_tensor(float(len(caught)))]), "sum").tolist()
     grad_norm = float(accelerator.clip_grad_norm_(run.trainable, recipe.max_grad_norm or math.inf))
     if not (math.isfinite(totals[0]) and math.isfinite(grad_norm)):

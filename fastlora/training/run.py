@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +31,8 @@ from fastlora.model.sites import output_head
 from fastlora.model.speed_up import speed_up
 from fastlora.training import checkpoint, data, packing, plots
 from fastlora.training.graphed_step import GraphedStep, obstacle
+from fastlora.training.kept_weights import KeptWeights
 from fastlora.training.recipe import Recipe, check_resumable
-
-if TYPE_CHECKING:
-    from fastlora.training.kept_weights import KeptWeights
 
 # The files that show a directory to hold a run.
 RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
@@ -70,7 +68,7 @@ class Run:
     eval_losses: dict[int, float] = field(default_factory=dict)
     padding_free: bool = False
     graphed: GraphedStep | None = None
-    kept: "KeptWeights | None" = None
+    kept: KeptWeights | None = None
 
     @property
     def most_tokens(self) -> int:
