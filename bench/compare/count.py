@@ -154,8 +154,9 @@ def build(name: str, provider: str, policy: str, r: int) -> Any:
         setattr(model.get_submodule(parent), last, adapted)
     if provider == "fastlora":
         for module in list(model.modules()):
-            if part := between.find_part(module):
-                between.speed_up(module, part, facts[type(module), part])
+            for part in between.find_parts(module):
+                known: Any = between.facts_of(module, part) if part == "group" else facts[type(module), part]
+                between.speed_up(module, part, known)
     fastlora.checkpoint_layers(model, "full" if policy == "min" else policy)
     return model.train()
 
@@ -185,7 +186,7 @@ def _facts(name: str) -> dict[tuple[type, str], Any]:
     """(class, part) -> what its faster class must know, tried on a small model: a fake one cannot be tried."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 64}
     modules = _plain(name, **small, num_attention_heads=2, num_key_value_heads=1).modules()
-    return {(type(m), part): between.facts_of(m, part) for m in modules if (part := between.find_part(m))}
+    return {(type(m), part): between.facts_of(m, part) for m in modules for part in between.find_parts(m)}
 
 
 def packed(n: int, k: int) -> NF4Weight:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bench.measure.pretend import pretend
+from fastlora.ops import keeping
 
 _ROWS, _COLUMNS = 128, 32  # to which flash attention's backward rounds a length and the size of a head
 
@@ -31,7 +32,7 @@ def unlaunched(arch: int) -> None:
     pretend(arch)
     linear_cuda.wide_product = operands.wide_product
     fake: Any = FakeTensor
-    fake.is_cuda, fake.data_ptr = property(lambda self: True), lambda self: 0
+    fake.is_cuda, fake.data_ptr = property(lambda self: True), lambda self: self.untyped_storage()._cdata
     launcher: Any = Launcher
     launcher.__call__ = triton.runtime.jit.JITFunction.run = lambda *_, **__: None
     for name, module in list(sys.modules.items()):
@@ -59,9 +60,15 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, length, size = q.shape
-        out = q.new_empty(batch, length, heads, size).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(batch, heads, length, dtype=torch.float32))
-        return out
+
+        def compute() -> tuple[Tensor, Tensor]:
+            out = q.new_empty(batch, length, heads, size).transpose(1, 2)
+            return out, q.new_empty(batch, heads, length, dtype=torch.float32)
+
+        keeper = keeping.keeper()
+        out, lse = compute() if keeper is None else keeper.attend(("flash", q.shape), compute)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]

@@ -237,7 +237,7 @@ def neighbours(parts: Sequence[Tensor | None]) -> Tensor | None:
     for part in parts:
         if (
             part is None or part.stride() != first.stride() or part.storage_offset() != place + columns
-            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.dtype is not first.dtype
+            or part.untyped_storage()._cdata != first.untyped_storage()._cdata or part.dtype is not first.dtype
         ):  # fmt: skip
             return None
         columns += part.shape[-1]
