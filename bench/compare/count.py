@@ -8,8 +8,9 @@ the peak. Nothing is measured: rows are called counted-NAME and go to a file of 
     peft-lean   a model of peft over bitsandbytes, under autocast: a product with the expanded weight, a clone of its
                 result, two products in bf16 and a sum; the rest is transformers' own code
 
-    none        nothing is recomputed                       selective   all but the linears' products
-    full        every layer                                 min         full, and the loss 128 rows at a time
+    none        nothing is recomputed             selective   all but products and attention
+    full        every layer, weights kept for its backward
+    min         every layer, whose inputs wait on the host, and the loss 128 rows at a time
 
 The optimizer's moments exist before the step, as from the second step on. Attention is torch's flash attention. Counted
 besides tensors: cuBLAS's workspaces, which torch takes from its allocator, 32 MiB on sm_90 for each of the threads of
@@ -41,7 +42,8 @@ from bench.measure.tracker import Tracker
 from fastlora.layers import between, causal_loss
 from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
-from fastlora.ops import loss, operands
+from fastlora.model import checkpointing
+from fastlora.ops import group, loss, operands
 from fastlora.ops.nf4 import NF4Weight
 
 SUMMARY = "the peak memory of a whole model's step, counted without a GPU; marked as counted"
@@ -157,7 +159,8 @@ def build(name: str, provider: str, policy: str, r: int) -> Any:
             for part in between.find_parts(module):
                 known: Any = between.facts_of(module, part) if part == "group" else facts[type(module), part]
                 between.speed_up(module, part, known)
-    fastlora.checkpoint_layers(model, "full" if policy == "min" else policy)
+    with mock.patch.object(checkpointing, "_on_cuda", return_value=True):
+        fastlora.checkpoint_layers(model, policy, offload=policy == "min")
     return model.train()
 
 
@@ -294,6 +297,7 @@ def _named(tracker: Tracker, model: Any, after: list[int], policy: str) -> Itera
     values = dict.fromkeys(loss._VALUES, 0) if policy == "min" else loss._VALUES  # 0: the fewest rows
     with (
         mock.patch.object(operands, "nf4_expand", named("expanded weight", operands.nf4_expand)),
+        mock.patch.object(group, "_joined", named("expanded weight", group._joined)),
         mock.patch.object(causal_loss, "linear_cross_entropy", named("loss", causal_loss.linear_cross_entropy)),
         mock.patch.object(loss, "_VALUES", values),
         mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None),  # nothing is packed

@@ -9,6 +9,7 @@ It changes this process for good.
 """
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bench.measure.pretend import pretend
-from fastlora.ops import keeping
+from fastlora.ops import keeping, offload
 
 _ROWS, _COLUMNS = 128, 32  # to which flash attention's backward rounds a length and the size of a head
 
@@ -39,11 +40,33 @@ def unlaunched(arch: int) -> None:
         if name.startswith("fastlora.") and "seen_by_others" in vars(module):
             vars(module)["seen_by_others"] = lambda *_: False
     causal_loss._takes, loss._plain_weight = lambda *_: True, _plain_weight  # which ask for plain tensors
+    offload._Waiting = _Waiting  # type: ignore[misc,assignment]
     torch.nn.functional.scaled_dot_product_attention = _attend  # type: ignore[assignment]
 
 
 def _plain_weight(head: Any, x: Tensor) -> Tensor | None:
     return head.weight.detach() if type(head) is torch.nn.Linear and head.bias is None else None
+
+
+class _Waiting:
+    """As `offload._Waiting`; what is on the host has no memory."""
+
+    def __init__(self, tensor: Tensor, previous: "_Waiting | None") -> None:
+        self._facts = tensor.shape, tensor.dtype
+        self._back: Tensor | None = None
+        self._previous = None if previous is None else weakref.ref(previous)
+
+    def fetch(self) -> None:
+        if self._back is None:
+            self._back = torch.empty(self._facts[0], dtype=self._facts[1])
+
+    def take(self) -> Tensor:
+        self.fetch()
+        back, self._back = self._back, None
+        if self._previous is not None and (previous := self._previous()) is not None:
+            previous.fetch()
+        assert back is not None
+        return back
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:

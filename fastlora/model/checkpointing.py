@@ -20,8 +20,9 @@ from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops import loss
 from fastlora.ops.expanded import keep_weights
 from fastlora.ops.keeping import keep_linears
+from fastlora.ops.offload import offloaded
 
-POLICIES = ("full", "selective", "none", "auto")
+POLICIES = ("min", "full", "selective", "none", "auto")
 _COUNTED = 64  # tokens
 _MARGIN = 0.05  # of the memory, for what the allocator cannot use
 _PRODUCT = 2**28  # bytes of a base product that is held in fp32
@@ -54,7 +55,9 @@ class Counted(NamedTuple):
     input: int
 
 
-def checkpoint_layers(model: Any, policy: str = "auto", *, tokens: int = 0, memory: int | None = None) -> Checkpointing:
+def checkpoint_layers(
+    model: Any, policy: str = "auto", *, tokens: int = 0, memory: int | None = None, offload: bool = False
+) -> Checkpointing:
     """Set gradient checkpointing of a transformers model, layer by layer; gradients stay the same.
 
     Instead of `gradient_checkpointing_enable`, and of `gradient_checkpointing=True` in TrainingArguments. Call it after
@@ -62,15 +65,17 @@ def checkpoint_layers(model: Any, policy: str = "auto", *, tokens: int = 0, memo
 
     Args:
         policy: "full", "selective", "none", or "auto": "selective" for as many layers as fit, then "none" for as many
-            of them as fit.
+            of them as fit. On CUDA a "full" layer's expanded weights are held from its recomputation to its backward;
+            with "min" they are expanded again.
         tokens: of a micro-batch at most, for "auto".
         memory: bytes that a step may take above the model's own, for "auto"; by default what is free now.
+        offload: let the inputs of checkpointed layers wait in host memory, copied while layers compute; on CUDA.
     Returns:
         What was chosen. The bytes are a count for a part and an estimate for the rest: gradients and moments of what is
         trained, expanded weights, a part of the loss, one layer's backward.
     Raises:
-        ValueError: an unknown policy, "auto" without tokens, or a model without layers that can be checkpointed.
-            Nothing is changed.
+        ValueError: an unknown policy, "auto" without tokens, a model without layers that can be checkpointed, or
+            `offload` of a model that is not on a CUDA device. Nothing is changed.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {policy!r}")
@@ -79,6 +84,8 @@ def checkpoint_layers(model: Any, policy: str = "auto", *, tokens: int = 0, memo
         raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed one by one")
     if policy == "auto" and tokens < 1:
         raise ValueError("policy 'auto' needs the tokens of a micro-batch")
+    if offload and not (layers and _on_cuda(model)):
+        raise ValueError("offload moves inputs of a model's layers from a CUDA device to the host; this model has none")
     if not layers:  # one switch for all that it checkpoints
         _enable(model, policy)
         return Checkpointing(0, 0, 0, 0, 0)
@@ -90,8 +97,10 @@ def checkpoint_layers(model: Any, policy: str = "auto", *, tokens: int = 0, memo
     _enable(model, "full")
     for layer, kind in zip(layers, kinds, strict=True):
         layer.gradient_checkpointing = kind != "none"
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, **_options(kind, _on_cuda(model)))
-    full, selective, none = (kinds.count(kind) for kind in ("full", "selective", "none"))
+        function = _offloading if offload else checkpoint
+        layer._gradient_checkpointing_func = functools.partial(function, **_options(kind, _on_cuda(model)))
+    selective, none = (kinds.count(kind) for kind in ("selective", "none"))
+    full = count - selective - none
     return Checkpointing(full, selective, none, needed, free)
 
 
@@ -199,7 +208,13 @@ def _options(kind: str, on_cuda: bool) -> dict[str, Any]:
     """Of torch's checkpoint. A CPU expands weights into the same memory again and again, faster than into fresh."""
     if kind == "selective":
         return {"use_reentrant": False, "context_fn": keep_linears}
-    return {"use_reentrant": False} | ({"context_fn": keep_weights} if on_cuda else {})
+    return {"use_reentrant": False} | ({"context_fn": keep_weights} if on_cuda and kind == "full" else {})
+
+
+def _offloading(*args: Any, **options: Any) -> Any:
+    """torch's checkpoint, whose own inputs wait on the host."""
+    with offloaded():
+        return checkpoint(*args, **options)
 
 
 def _on_cuda(model: nn.Module) -> bool:

@@ -30,6 +30,7 @@ BUILT_IN = Path(__file__).resolve().parent / "recipes"
 _UNUSABLE = re.compile(r"[\0-\x1f\ud800-\udfff]")  # in a path
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 SAMPLING = ("random", "sequential", "group_by_length")
+CHECKPOINTING = ("min", "selective", "auto")
 
 # A resumed run may change these: they affect what is shown, kept or evaluated, never a training loss.
 # The training data are compared by content, so a file may move.
@@ -46,6 +47,7 @@ FREE_ON_RESUME = frozenset(
         "gradient_checkpointing",
         "cuda_graphs",
         "keep_expanded",
+        "offload_activations",
         "train_file",
         "dataset_name",
         "dataset_config",
@@ -100,13 +102,14 @@ class Recipe:
     adam_epsilon: Annotated[float, "AdamW's"] = 1e-8
     max_grad_norm: Annotated[float, "gradients are scaled down to this norm; 0: never"] = 1.0
     bf16: Annotated[bool | None, "compute in bfloat16; null: if the hardware has it"] = None
-    gradient_checkpointing: Annotated[bool | str, "recompute activations in backward; selective | auto"] = False
+    gradient_checkpointing: Annotated[bool | str, "recompute activations in backward; min | selective | auto"] = False
     speed_up: Annotated[bool, "norms, rotary embedding, gated MLPs, head and loss by fastlora, where it can"] = True
     padding_free: Annotated[bool | None, "a micro-batch's examples in one row; null: if the model can"] = None
     cuda_graphs: Annotated[bool, "record steps of few shapes and replay them: one launch where Python is slow"] = False
     keep_expanded: Annotated[bool, "NF4 weights expanded once a step, not in each micro-batch; 2 bytes a weight"] = (
         False
     )
+    offload_activations: Annotated[bool, "inputs of recomputed layers wait in host memory; on CUDA"] = False
     use_cpu: Annotated[bool, "use the CPU even if there is a GPU"] = False
     seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
     logging_steps: Annotated[int, "steps between two printed lines if there is no live display"] = 10
@@ -197,7 +200,7 @@ def _check_ranges(recipe: Recipe) -> None:
         ("lr_scheduler_type", lambda v: v in SCHEDULES, " | ".join(SCHEDULES)),
         ("train_sampling_strategy", lambda v: v in SAMPLING, " | ".join(SAMPLING)),
         ("output_dir", lambda v: v != "", "a directory"),
-        ("gradient_checkpointing", lambda v: v in (True, False, "selective", "auto"), "true, false, selective or auto"),
+        ("gradient_checkpointing", lambda v: v in (True, False, *CHECKPOINTING), "true, false, min, selective or auto"),
     ]
     for key, holds, expected in rules:
         value = getattr(recipe, key)
@@ -223,6 +226,10 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("dataset_test_split: needs dataset_name; with files, give eval_file")
     if recipe.cuda_graphs and recipe.padding_free is False:
         raise ValueError("cuda_graphs: needs padding_free, which gives rows of few shapes")
+    if recipe.offload_activations and not recipe.gradient_checkpointing:
+        raise ValueError("offload_activations: moves inputs of recomputed layers; set gradient_checkpointing too")
+    if recipe.offload_activations and recipe.cuda_graphs:
+        raise ValueError("offload_activations, cuda_graphs: a recorded step keeps its tensors; give one of the two")
     if recipe.keep_expanded and recipe.quantize is None:
         raise ValueError("keep_expanded: only NF4 weights are expanded; set quantize to nf4, or keep_expanded to false")
     if recipe.keep_expanded and recipe.gradient_accumulation_steps == 1:

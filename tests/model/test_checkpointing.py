@@ -6,6 +6,7 @@ import torch
 import fastlora
 from fastlora.model import checkpointing
 from fastlora.model.checkpointing import Counted, checkpoint_layers, plan
+from fastlora.ops import offload
 from fastlora.training import graphed_step
 from tests.support.models import llama, qwen2, randomize, tokens
 
@@ -129,7 +130,7 @@ def test_what_dropout_holds_is_counted_in_evaluation_mode_too():
 def test_bad_calls_change_nothing():
     model = model_of()
     for call, message in (
-        (lambda: checkpoint_layers(model, "most"), "policy must be one of full, selective, none, auto"),
+        (lambda: checkpoint_layers(model, "most"), "policy must be one of min, full, selective, none, auto"),
         (lambda: checkpoint_layers(model), "needs the tokens of a micro-batch"),
         (
             lambda: checkpoint_layers(torch.nn.Linear(2, 2), "full"),
@@ -168,3 +169,32 @@ def test_a_recorded_step_can_have_it(monkeypatch):
         for layer in model.model.layers:
             options = layer._gradient_checkpointing_func.keywords
             assert (options["preserve_rng_state"], options["context_fn"]) == (False, fastlora.keep_linears)
+
+
+def test_min_is_full_without_kept_weights(monkeypatch):
+    monkeypatch.setattr(checkpointing, "_on_cuda", lambda model: True)
+    contexts = {}
+    for policy in ("min", "full", "selective"):
+        model = model_of()
+        checkpoint_layers(model, policy)
+        options = [layer._gradient_checkpointing_func.keywords for layer in checkpointing._layers(model)]
+        contexts[policy] = {each.get("context_fn") for each in options}
+    assert contexts == {"min": {None}, "full": {fastlora.keep_weights}, "selective": {fastlora.keep_linears}}
+
+
+def test_inputs_that_wait_on_the_host_change_no_bit(monkeypatch):
+    model = model_of()
+    with pytest.raises(ValueError, match="from a CUDA device to the host"):
+        checkpoint_layers(model, "full", offload=True)
+    plain = gradients(model)
+    waiting = []
+    real = offload._Waiting.__init__
+    monkeypatch.setattr(offload._Waiting, "__init__", lambda self, *args: [waiting.append(0), real(self, *args)][1])
+    monkeypatch.setattr(checkpointing, "_on_cuda", lambda model: True)
+    monkeypatch.setattr(checkpointing, "offloaded", lambda: offload.offloaded(least=1))
+    for policy in ("min", "full", "selective"):
+        checkpoint_layers(model, policy, offload=True)
+        waiting.clear()
+        for ours, theirs in zip(gradients(model), plain, strict=True):
+            assert torch.equal(ours, theirs)
+        assert len(waiting) == 4

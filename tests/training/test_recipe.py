@@ -50,7 +50,7 @@ def test_unknown_key_that_is_like_no_other(key: Any) -> None:
         ("learning_rate", "fast", "a number"),
         ("learning_rate", 0, "more than 0"),
         ("learning_rate", "nan", "more than 0"),
-        ("gradient_checkpointing", "maybe", "true, false, selective or auto"),
+        ("gradient_checkpointing", "maybe", "true, false, min, selective or auto"),
         ("bf16", 1, "true or false or null"),
         ("target_modules", 3, "a list of strings"),
         ("target_modules", [1], "a list of strings"),
