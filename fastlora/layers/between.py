@@ -103,6 +103,9 @@ def restore(module: nn.Module) -> None:
     """Give it back its own."""
     while parts_of(module):
         _peel(module)
+    if "fastlora_compiled" in module.__dict__:
+        module._compiled_call_impl = None
+        del module.fastlora_compiled
 
 
 def _peel(module: nn.Module) -> None:
@@ -113,12 +116,19 @@ def _peel(module: nn.Module) -> None:
 
 
 def parts_of(module: nn.Module) -> list[str]:
-    """The parts as which a module is sped up, the outermost first."""
+    """The parts as which a module has faster classes, the outermost first."""
     return [part for kind in type(module).__mro__ if (part := vars(kind).get("fastlora_part"))]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `speed_up` has compiled it, and no copy or pickle has lost that since."""
+    return "fastlora_compiled" in module.__dict__ and module._compiled_call_impl is not None
 
 
 def standing_reason(module: nn.Module, part: str) -> str:
     """Why a part of a sped-up module runs the module's own code where it is now; "" if it does not."""
+    if part == "compile":
+        return ""
     if part == "loss":
         return causal_loss.standing_reason(module)
     if part == "group" and (reason := module.__dict__.get("fastlora_group_off")):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora.layers import bases, between
 from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.model.sites import blocks as _layers
 from fastlora.ops import loss
 from fastlora.ops.expanded import keep_weights
 from fastlora.ops.keeping import keep_linears
@@ -196,12 +197,6 @@ def _watched(layers: list[Any], inside: list[int], linears: list[int]) -> Iterat
             hook.remove()
         for layer, on in zip(layers, was, strict=True):
             layer.gradient_checkpointing = on
-
-
-def _layers(model: nn.Module) -> list[Any]:
-    """The blocks of which a model has a list, and which can be checkpointed."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return [child for each in lists for child in each if hasattr(child, "gradient_checkpointing")]
 
 
 def _options(kind: str, on_cuda: bool) -> dict[str, Any]:

@@ -182,12 +182,16 @@ def _parts(model: nn.Module) -> list[PartRow]:
     modules, rows = dict(model.named_modules()), []
     for row in getattr(model, "fastlora_parts", []):
         module: Any = modules.get(row.name)
-        if row.sped_up and (module is None or row.part not in between.parts_of(module)):
+        if row.sped_up and not (module is not None and _is(module, row.part)):
             row = dataclasses.replace(row, sped_up=False, reason="taken back since")
         elif row.sped_up and (reason := between.standing_reason(module, row.part)):
             row = dataclasses.replace(row, sped_up=False, reason=reason)
         rows.append(row)
     return rows
+
+
+def _is(module: nn.Module, part: str) -> bool:
+    return between.is_compiled(module) if part == "compile" else part in between.parts_of(module)
 
 
 def _weight_reads(modules: dict[str, Any]) -> list[str]:
@@ -211,8 +215,8 @@ def restore(model: nn.Module) -> nn.Module:
         ValueError: nothing to undo: the model has no parts that `speed_up` sped up, and none of peft's layers that
             `replace_linear` did, or a part has become an FSDP unit of its own. Nothing is changed.
     """
-    parts = [module for module in model.modules() if between.parts_of(module)]
-    if not all(map(between.can_restore, parts)):
+    parts = [m for m in model.modules() if between.parts_of(m) or between.is_compiled(m)]
+    if not all(between.can_restore(module) for module in parts if between.parts_of(module)):
         raise ValueError(
             "a norm, attention or MLP is an FSDP unit of its own: call restore before the model is sharded"
         )

@@ -226,3 +226,9 @@ def _reason(site: Site, head: str | None) -> str:
         return f"{adapter}, weight in NF4 already"
     dtype = str(site.module.weight.dtype).removeprefix("torch.")
     return f"{adapter}, {dtype} weight" + (f", not quantized: {site.nf4_obstacle}" if site.nf4_obstacle else "")
+
+
+def blocks(model: nn.Module) -> list[Any]:
+    """The blocks of which a transformers model has a list, and which can be checkpointed one by one."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [child for each in lists for child in each if hasattr(child, "gradient_checkpointing")]

@@ -10,13 +10,21 @@ from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.report import PartRow
 from fastlora.layers.sharded import clean_names
 from fastlora.model.replace import carries_peft, replace_linear, report
+from fastlora.model.sites import blocks
 
 _NOT_ASKED = "not asked for"
 _HOW = {"loss": "from the hidden states of target tokens, in parts; logits are computed if they are read"}
 
 
 def speed_up(
-    model: nn.Module, *, norm: bool = True, rotary: bool = True, mlp: bool = True, loss: bool = True, group: bool = True
+    model: nn.Module,
+    *,
+    norm: bool = True,
+    rotary: bool = True,
+    mlp: bool = True,
+    loss: bool = True,
+    group: bool = True,
+    compile: bool = False,
 ) -> nn.Module:
     """Let fastlora compute what stands between a model's linears, and its LoRA layers where peft still does.
 
@@ -35,11 +43,15 @@ def speed_up(
             evaluation; its head may be adapted, quantized or trained. On any device.
         group: linears with adapters that share their input, as q, k and v do, and gate and up: together they read it
             once, and their gradients with respect to it are summed as they are computed.
+        compile: each block of a transformers model by `torch.compile`, for all lengths at once. The linears are opaque
+            there, called through torch's dispatcher, and Inductor computes what stands between them in the place of
+            fastlora's kernels: for models of whose parts few are recognised.
     Returns:
         The same model. `model.fastlora_report.parts`, and `fastlora.report(model)`, say of each part whether it is
         sped up, and why not.
     Raises:
-        ValueError: the model has neither adapters nor parts that can be sped up. It is unchanged.
+        ValueError: the model has neither adapters nor parts that can be sped up, or `compile` finds no blocks. It is
+            unchanged.
     """
     asked = {"norm": norm, "rotary": rotary, "mlp": mlp, "loss": loss, "group": group}
     wanted = [part for part, on in asked.items() if on]
@@ -51,9 +63,14 @@ def speed_up(
                 "it has no norms, rotary embedding, gated MLPs or causal loss"
             ]
             raise ValueError(f"nothing in this model can be sped up: {'; '.join(reasons)}")
+        if compile and not blocks(model):
+            raise ValueError(f"compile: {type(model).__name__} has no blocks of transformers that can be compiled")
         if adapted:
             replace_linear(model)
-        model.fastlora_parts = [_speed_up(*each) for each in found]  # type: ignore[assignment]
+        rows = [_speed_up(*each) for each in found]
+        if compile:
+            rows += [_compile(name, block) for name, block in model.named_modules() if block in set(blocks(model))]
+        model.fastlora_parts = rows  # type: ignore[assignment]
         model.fastlora_report = report(model)  # type: ignore[assignment]
     return model
 
@@ -67,6 +84,13 @@ def _speed_up(name: str, module: nn.Module, part: str, facts: Any) -> PartRow:
     if facts is not None:
         between.speed_up(module, part, facts)
     return row
+
+
+def _compile(name: str, block: nn.Module) -> PartRow:
+    if not between.is_compiled(block):
+        block.compile(dynamic=True)
+        block.fastlora_compiled = True  # type: ignore[assignment]
+    return PartRow(name, "compile", type(block).__name__, True, "by torch.compile")
 
 
 def _look(model: nn.Module, wanted: list[str]) -> list[tuple[str, nn.Module, str, Any]]:

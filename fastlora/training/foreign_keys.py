@@ -99,7 +99,6 @@ MEANINGS = {
     "dataloader_num_workers": _LOADER,
     "dataloader_pin_memory": _LOADER,
     "remove_unused_columns": "columns that nothing reads are named when a run starts",
-    "torch_compile": _OWN_SCRIPT,
     "deepspeed": _OWN_SCRIPT,
     "fsdp": _OWN_SCRIPT,
     "fsdp_config": _OWN_SCRIPT,

@@ -46,6 +46,7 @@ FREE_ON_RESUME = frozenset(
         "per_device_eval_batch_size",
         "gradient_checkpointing",
         "cuda_graphs",
+        "torch_compile",
         "keep_expanded",
         "offload_activations",
         "train_file",
@@ -106,6 +107,7 @@ class Recipe:
     speed_up: Annotated[bool, "norms, rotary embedding, gated MLPs, head and loss by fastlora, where it can"] = True
     padding_free: Annotated[bool | None, "a micro-batch's examples in one row; null: if the model can"] = None
     cuda_graphs: Annotated[bool, "record steps of few shapes and replay them: one launch where Python is slow"] = False
+    torch_compile: Annotated[bool, "blocks by torch.compile; for models of whose parts speed_up knows few"] = False
     keep_expanded: Annotated[bool, "NF4 weights expanded once a step, not in each micro-batch; 2 bytes a weight"] = (
         False
     )
@@ -226,6 +228,10 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("dataset_test_split: needs dataset_name; with files, give eval_file")
     if recipe.cuda_graphs and recipe.padding_free is False:
         raise ValueError("cuda_graphs: needs padding_free, which gives rows of few shapes")
+    if recipe.torch_compile and not recipe.speed_up:
+        raise ValueError("torch_compile: is a part of speed_up; set that to true")
+    if recipe.torch_compile and recipe.cuda_graphs:
+        raise ValueError("torch_compile, cuda_graphs: give one of the two")
     if recipe.offload_activations and not recipe.gradient_checkpointing:
         raise ValueError("offload_activations: moves inputs of recomputed layers; set gradient_checkpointing too")
     if recipe.offload_activations and recipe.cuda_graphs:

@@ -129,7 +129,7 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     replace_linear(model, **{key: getattr(recipe, key) for key in keys})
     model.to(accelerator.device)  # with quantize only now, so that no whole model in 16 bits is ever on the device
     if recipe.speed_up:
-        speed_up(model)
+        speed_up(model, compile=recipe.torch_compile)
     padding_free = _goes_without_padding(recipe, model, console)
     if recipe.cuda_graphs and (reason := _no_graphs(model, accelerator, padding_free)):
         raise ValueError(f"cuda_graphs: {reason}; set it to false")

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 import fastlora
 from tests.support.models import bnb_llama, llama, randomize, tokens
+from tests.support.numerics import rms
 
 peft = pytest.importorskip("peft")
 hotswap = pytest.importorskip("peft.utils.hotswap")
@@ -126,3 +127,38 @@ def test_adapters_are_swapped_without_recompiling(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(tokens(), use_cache=False).logits, expected["one"])
     assert all(row.calls.sped_up == 1 and row.calls.stepped_back == 0 for row in model.fastlora_report.replaced)
+
+
+@pytest.mark.parametrize("context", [None, "keep_linears"])
+def test_blocks_compile_without_a_break_and_for_all_lengths(context, monkeypatch):
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="aot_eager", **options))
+    model = fastlora.speed_up(randomize(fastlora.replace_linear(llama(num_hidden_layers=3), r=4, quantize="nf4")))
+    model.train()
+    lengths = [tokens().repeat(1, 3)[:, :length] for length in (24, 40, 33, 17)]
+
+    def losses():
+        found = []
+        for ids in lengths:
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        return found
+
+    if context:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": fastlora.keep_linears})
+    expected, states = losses(), set(model.state_dict())
+    fastlora.speed_up(model, compile=True)
+    for ours, theirs in zip(losses(), expected, strict=True):
+        for got, want in zip(ours, theirs, strict=True):
+            assert rms(got - want) <= 1e-5 * rms(want)
+    assert graphs() <= 2  # one for blocks after the first, whose input needs no gradient
+    assert [row.sped_up for row in fastlora.report(model).parts if row.part == "compile"] == [True] * 3
+    assert set(model.state_dict()) == states
+    other = copy.deepcopy(model)
+    assert [row.reason for row in fastlora.report(other).parts if row.part == "compile"] == ["taken back since"] * 3
+    fastlora.restore(model)
+    assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+    with pytest.raises(ValueError, match="no blocks"):
+        fastlora.speed_up(torch.nn.RMSNorm(8, eps=1e-6), compile=True)
