@@ -56,7 +56,7 @@ MODES = ("forward", "both", "recompute", "reentrant", "non-reentrant", "selectiv
 PROVIDERS = ("fastlora-fp32", "fastlora-bf16", "peft-sped-up", "peft", "torch-function", "empty-function")
 _FREE = ("view", "t", "transpose", "detach", "alias", "as_strided", "slice", "select", "expand", "unsqueeze", "empty",
          "empty_strided", "empty_like", "new_empty", "promote_types", "result_type", "view_as", "unbind", "narrow",
-         "split", "permute", "mT")  # fmt: skip
+         "split", "split_with_sizes", "permute", "mT")  # fmt: skip
 _BESIDE = "cpu/host-cuda-path.csv"  # where there is no GPU
 _MAYBE = ("to", "contiguous", "reshape")
 

@@ -49,6 +49,19 @@ def test_what_experts_launch_compiles(arch):
 
 
 @pytest.mark.slow
+def test_how_many_kernels_a_layer_of_qwen3_launches():
+    """Seven linears expand a weight each and share shrinks and products in groups; kept ones are not computed again."""
+    found = {tuple(words[:2]): (int(words[2]), int(words[3])) for words in printed("layer_launches")}
+    assert found == {
+        ("linears", "forward"): (21, 53), ("linears", "backward"): (33, 87),
+        ("speed_up", "forward"): (27, 9), ("speed_up", "backward"): (39, 12),
+        ("group", "forward"): (21, 10), ("group", "backward"): (38, 10),
+        ("kept", "forward"): (21, 10), ("kept", "backward"): (44, 11),
+        ("recomputed", "forward"): (21, 10), ("recomputed", "backward"): (55, 19),
+    }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_what_is_remembered_of_a_launch_is_what_triton_would_launch():
     """The kernel, the grid and every argument, over kinds of calls that differ in one thing."""
     ((compared, kinds),) = printed("remembered", 36)
