@@ -7,13 +7,15 @@
     fastlora    `replace_linear` and `speed_up`
     exact       fp32 throughout over the same values, by plain torch; its losses are the truth. Not timed
 
-`--ladder` adds the parts of `speed_up` one at a time: linears, norm, rotary, mlp, loss, then kept (`keep_linears`, with
-checkpointing). Parts that run their own code on this device have no rung.
+`--ladder` adds the parts of `speed_up` one at a time: linears, norm, rotary, mlp, loss, group, then kept
+(`keep_linears`, with checkpointing). Parts that run their own code on this device have no rung.
 
 All start from the same A, with B zero, and take AdamW steps on one batch. The steps of all providers alternate, so a
 machine that slows down slows all. "of floor" is the time of the bare bf16 products of a step and of its attention,
-measured alone, over the step's; the recomputation that checkpointing asks for is in both. "fall" is how far the loss
-fell, "of exact" its share of the exact run's fall; a provider that falls short of peft's fails the run.
+measured alone, over the step's; the recomputation that checkpointing asks for is in both. "peak MB" is what a step
+takes above the model; on a CPU it is counted tensor by tensor in one more step, without what an operator takes inside
+itself. "fall" is how far the loss fell, "of exact" its share of the exact run's fall; a provider that falls short of
+peft's fails the run.
 
 tiny and llama-57m have random weights, as have 0.6b to 70b (Qwen3 and Llama-3 by their sizes), whose losses say little;
 smollm2 is real, and its batch is text (`python -m bench.measure.smollm2` fetches it).
@@ -38,12 +40,13 @@ import fastlora
 from bench.compare.whole_models import RANK, TARGETS, default_dtype, plain_name, to_nf4
 from bench.measure import smollm2
 from bench.measure.operands import error_line, missing
-from bench.measure.record import RESULTS, Point, Recorder
+from bench.measure.record import COUNTED, RESULTS, Point, Recorder
 from bench.measure.timing import device_name, spread
+from bench.measure.tracker import Tracker, unseen
 
 SUMMARY = "training of whole models: tokens/s and losses, beside peft and the exact run"
 PROVIDERS = ("peft", "peft-lean", "in-place", "liger", "fastlora")
-PARTS = ("norm", "rotary", "mlp", "loss")
+PARTS = ("norm", "rotary", "mlp", "loss", "group")
 RUNGS = ("linears", *PARTS, "kept")
 _LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # transformers' class, and what its config has
@@ -62,9 +65,10 @@ NEAR = 0.02  # of the exact run's fall: what two right runs may differ by, as ro
 
 
 class Runner(NamedTuple):
-    """A provider's model, and one step of it, which returns the loss before the update."""
+    """A provider's model and optimizer, and one step of them, which returns the loss before the update."""
 
     model: Any
+    optimizer: torch.optim.Optimizer
     step: Callable[[], float]
 
 
@@ -161,12 +165,15 @@ class Bench:
                     self.times[provider].append(time.perf_counter() - began)
                 if self.device.type == "cuda":
                     self.peaks[provider] = torch.cuda.max_memory_allocated() - held
+        if self.device.type == "cpu":
+            self.peaks = {provider: counted_peak(runner) for provider, runner in runners.items()}
 
     def providers(self) -> list[str]:
         """Those that were asked for and can run here; a line says why others cannot."""
         if self.asked.ladder:
             found, kept = ["peft-lean", *RUNGS], self.asked.checkpointing != "none"
-            probe: Any = fastlora.speed_up(_random("tiny").to(self.device))
+            probe: Any = fastlora.replace_linear(_random("tiny").to(self.device), r=2, target_modules=TARGETS)
+            fastlora.speed_up(probe)
             idle = {row.part for row in probe.fastlora_report.parts if not row.sped_up}
             found = [name for name in found if name not in idle and (kept or name != "kept")]
         else:
@@ -193,7 +200,7 @@ class Bench:
             optimizer.zero_grad()
             return loss.item()  # type: ignore[no-any-return]
 
-        return Runner(model, step)
+        return Runner(model, optimizer, step)
 
     def model(self, provider: str) -> Any:
         """A provider's model with its adapters, B zero, in training mode."""
@@ -276,7 +283,8 @@ class Bench:
             )
             found.append(Point(case, name, mode, "tokens_per_s", *at, self.tokens / middle))
             if name in self.peaks:
-                found.append(Point(case, name, mode, "peak_memory", *at, self.peaks[name] / 1e6))
+                counted = "" if self.device.type == "cuda" else COUNTED
+                found.append(Point(case, counted + name, mode, "peak_memory", *at, self.peaks[name] / 1e6))
         after = f"{self.asked.steps} steps at {self.asked.lr:g}"
         return [*found, *(Point(case, name, after, "loss_fall", *at, self.fall(name)) for name in self.losses)]
 
@@ -322,6 +330,15 @@ class Bench:
             )
             print(f", {theirs}'s within {off[theirs]:.1%}" if theirs else "")
         return bool(behind)
+
+
+def counted_peak(runner: Runner) -> int:
+    """Bytes that one more step holds at most above model, adapters and moments, counted tensor by tensor."""
+    optimizer_states = [t for state in runner.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    with Tracker() as tracker, unseen():
+        tracker.hold([*runner.model.parameters(), *runner.model.buffers(), *optimizer_states], None)
+        runner.step()
+    return tracker.peak
 
 
 def _random(name: str) -> Any:
