@@ -77,21 +77,22 @@ class Call:
         if few or x.is_inference() or seen_by_others(x, None) or backend(x.device).name != "triton":
             return []
         members: list[Member] = []
-        dtypes, rows = [], x
+        dtypes, rows, casts = [], x, False
         for member in self._members:
             if member._forward_pre_hooks or "forward" in member.__dict__ or not hasattr(member, "operands"):
                 return []
-            operands: Operands | None = member.operands(rows)
+            operands: Operands | None = member.operands(x)
             if operands is None or not _fits(operands, x):
                 return []
-            try:
-                new, weight, lora, bias = prepared(operands.x, *operands[1:6])
+            own, given = operands.x, operands.given
+            if members and ((own is not x) is not casts or (casts and own.dtype is not rows.dtype)):
+                return []
+            try:  # x is cast once, by the first of them or by autocast
+                new, weight, lora, bias = prepared(rows if members else own, *operands[1:6])
             except ValueError:  # to be raised by the member's own call
                 return []
-            if members and new.dtype is not rows.dtype:
-                return []
-            dtypes.append(x.dtype if operands.given is None and new is x else operands.given or new.dtype)
-            rows = new
+            rows, casts = new, own is not x
+            dtypes.append(given or new.dtype)
             members.append(Member(weight, lora, bias))
         ys = group_linears(rows, members)
         return [y if y.dtype is dtype else y.to(dtype) for y, dtype in zip(ys, dtypes, strict=True)]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora.layers import between, grouping
 from tests.model.test_speed_up import count, family, interpreted, step
-from tests.support.models import randomize, tokens
+from tests.support.models import bnb_llama, randomize, tokens
 from tests.support.numerics import rms
 
 pytest.importorskip("triton")
@@ -100,6 +100,39 @@ def test_under_autocast_x_is_cast_once_and_results_have_the_dtype_that_they_had(
         assert together <= 1.1 * alone
         assert [v.dtype for v in found[0].values()] == [v.dtype for v in found[1].values()]
     assert grouped == [3, 2, 3, 2] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_over_bitsandbytes_that_computes_in_another_dtype(dtype, autocast, grouped):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    base = bnb_llama()
+    base.is_loaded_in_4bit = True
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "up_proj"]))
+    randomize(fastlora.replace_linear(model))
+    for layer in model.modules():
+        if hasattr(layer, "compute_dtype"):
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+    attention = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn"))
+    x = torch.randn(2, 20, 64)
+
+    def outputs():
+        seen = []
+        hooks = [getattr(attention, f"{n}_proj").register_forward_hook(lambda m, a, y: seen.append(y)) for n in "qkv"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(inputs_embeds=x, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    plain = outputs()
+    fastlora.speed_up(model, norm=False, rotary=False, mlp=False, loss=False)
+    together = outputs()
+    assert grouped[0] == 3
+    assert [y.dtype for y in together] == [y.dtype for y in plain]
+    for ours, theirs in zip(together, plain, strict=True):
+        assert rms(ours.float() - theirs.float()) <= 0.02 * rms(theirs.float())
 
 
 class Crossed(nn.Module):
