@@ -68,18 +68,12 @@ def _forward(x: Tensor, members: Sequence[Member], saves: Sequence[bool]) -> lis
     return [keeper.call(key, compute(place)) for place, key in enumerate(keys)]
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    def called(x: Tensor, *operands: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):  # the low-rank products keep their own dtype
-            return function(x, *operands)
-
-    return called
-
-
-@_without_autocast
 def _computed(x: Tensor, members: Sequence[Member], saves: Sequence[bool]) -> list[_Found]:
     from fastlora.ops import linear_cuda as path
 
+    if torch.is_autocast_enabled(x.device.type):  # the low-rank products keep their own dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return _computed(x, members, saves)
     rows = x.reshape(-1, x.shape[-1])
     chosen = [path.choose("linear", rows, *member) for member in members]
     joins = all(kernel.kernel == "dequantize" and _expands(member) for kernel, member in _each(chosen, members))
@@ -97,15 +91,13 @@ def _computed(x: Tensor, members: Sequence[Member], saves: Sequence[bool]) -> li
     return [(y, h if save else None) for y, h, save in zip(ys, hs, saves, strict=True)]
 
 
-@_without_autocast
 def _backward(
-    x: Tensor, members: Sequence[Member], hs: Sequence[Tensor | None], dys: Sequence[Tensor | None],
+    x: Tensor | None, members: Sequence[Member], hs: Sequence[Tensor | None], dys: Sequence[Tensor | None],
     need_x: bool, needs: Sequence[tuple[bool, bool]],
 ) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """dx, and dA and dB of each member in turn. needs: whether A and B of a member want theirs."""
+    """dx [M, K], and dA and dB of each member in turn. needs: whether A and B want theirs; x is here where one does."""
     from fastlora.ops import linear_cuda as path
 
-    rows = x.reshape(-1, x.shape[-1])
     dy = [None if t is None else t.reshape(-1, t.shape[-1]) for t in dys]
     chosen = [
         path.choose("linear_t", t, *member) if need_x and t is not None else path.DEQUANTIZE
@@ -121,27 +113,31 @@ def _backward(
         gs.append(g)
         found += [None, db]
     wanted = [g if need_a else None for g, (need_a, _) in _each(gs, needs)]
-    for place, da in _update_gradients(rows, members, wanted):
-        found[2 * place] = da
+    if x is not None:
+        for place, da in _update_gradients(x.reshape(-1, x.shape[-1]), members, wanted):
+            found[2 * place] = da
+    present = [(t, g, kernel, m) for t, g, kernel, m in _each(dy, gs, chosen, members) if t is not None]
+    if not (need_x and present):
+        return None, found
+    if len(present) == len(members) and all(k.kernel == "dequantize" and _expands(m) for _, _, k, m in present):
+        return _dx(dy, members), found
     dx = None
-    present = [place for place, t in enumerate(dy) if t is not None]
-    if need_x and present:
-        expands = all(chosen[p].kernel == "dequantize" and _expands(members[p]) for p in present)
-        if expands and len(present) == len(members) and (whole := neighbours(dy)) is not None:
-            dx = whole @ _joined(members, x.dtype)
-        else:
-            for place in present:
-                t, member = dy[place], members[place]
-                assert t is not None
-                if dx is not None and expands:
-                    assert isinstance(member.weight, NF4Weight)
-                    dx.addmm_(t, path.merged_or_dense(member.weight, x.dtype, member.lora))
-                else:
-                    part = path.dx_by(chosen[place], t, gs[place], member.weight, member.lora)
-                    dx = part if dx is None else dx.add_(part)
-        assert dx is not None
-        dx = dx.view(x.shape)
+    for t, g, kernel, member in present:
+        part = path.dx_by(kernel, t, g, member.weight, member.lora)
+        dx = part if dx is None else dx.add_(part)
     return dx, found
+
+
+def _dx(dy: Sequence[Any], members: Sequence[Member]) -> Tensor:
+    """Σ dy (W + s B A) [M, K]: as one product, or added up in place."""
+    weight = _joined(members, dy[0].dtype)
+    if (whole := neighbours(dy)) is not None:
+        return whole @ weight
+    first, *rest = zip(dy, _split_rows(weight, members), strict=True)
+    dx = first[0] @ first[1]
+    for t, w in rest:
+        dx.addmm_(t, w)
+    return dx
 
 
 def _expands(member: Member) -> bool:
@@ -260,7 +256,8 @@ class _Group(torch.autograd.Function):
         seeds = [None if member.lora is None else member.lora.seed for member in members]
         frozen = [t for m in members for t in (m.weight.tensors() if isinstance(m.weight, NF4Weight) else (m.weight,))]
         # the frozen tensors too, so that autograd notices a change in between
-        ctx.save_for_backward(x, *(h for _, h in found), *adapters, *seeds, *frozen)
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if any(needs[::2]) else None, *(h for _, h in found), *adapters, *seeds, *frozen)
         ctx.facts = [(m.weight if isinstance(m.weight, NF4Weight) else None, m.lora and m.lora[2:4]) for m in members]
         return tuple(y for y, _ in found)
 
@@ -278,8 +275,14 @@ class _Group(torch.autograd.Function):
             lora = None if facts is None else Lora(a, b, *facts, seeds[place])
             members.append(Member(tensors[0] if packed is None else packed, lora, None))
         pairs = list(zip(needs[::2], needs[1::2], strict=True))
-        dx, found = _backward(x, members, hs, dys, need_x, pairs)
-        return dx, None, *(grad if need else None for grad, need in zip(found, needs, strict=True))
+        device = next((dy.device.type for dy in dys if dy is not None), "cpu")
+        with torch.autocast(device, enabled=False):
+            dx, found = _backward(x, members, hs, dys, need_x, pairs)
+        return (
+            None if dx is None else dx.view(ctx.shape),
+            None,
+            *(grad if need else None for grad, need in zip(found, needs, strict=True)),
+        )
 
 
 _apply = super(torch.autograd.Function, _Group).apply  # without its search for torch.func's wrappers

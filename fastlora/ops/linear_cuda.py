@@ -158,11 +158,6 @@ def choose(op: str, rows: Tensor, weight: Tensor | NF4Weight, lora: Lora | None,
     return _choose(op, rows, weight, lora, run)
 
 
-def merged_or_dense(weight: NF4Weight, dtype: torch.dtype, lora: Lora | None) -> Tensor:
-    """W, or W + scaling · B A, as [N, K] for use at once."""
-    return dense(weight, dtype) if lora is None else merged(weight, dtype, lora)
-
-
 def base_product(op: str, rows: Tensor, weight: Tensor | NF4Weight) -> Tensor:
     """x Wᵀ ("linear") or dy W ("linear_t"): in fp32 by cuBLAS, in the rows' dtype where packed codes are read."""
     forwards = op == "linear"
