@@ -31,6 +31,7 @@ A launch costs the CPU at least 3.8 us (NVIDIA, "Getting Started with CUDA Graph
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -205,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--step", action="store_true", help="predict these, not single layers")
     step.add_argument("--tokens", type=int, default=4096, metavar="M", help="of a micro-step (4096)")
     step.add_argument("--length", type=int, default=2048, metavar="L", help="tokens of a sample at most (2048)")
-    step.add_argument("--checkpointing", choices=predict_step.CHECKPOINTING, default="full")
+    step.add_argument("--checkpointing", nargs="+", choices=predict_step.CHECKPOINTING, default=["full"])
     step.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapters (0)")
     parts, present = predict_step.PARTS, predict_step.PRESENT
     step.add_argument("--parts", nargs="*", choices=parts, default=list(present), metavar="PART", help=", ".join(parts))
@@ -258,8 +259,8 @@ def _steps(arguments: argparse.Namespace) -> Iterator[tuple[Gpu, list[Point]]]:
         raise ValueError("--tokens must be whole samples of --length, --r at least 1, --dropout in [0, 1)")
     for gpu in (GPUS[name] for name in arguments.gpu or ["h100"]):
         points: list[Point] = []
-        for name, r in ((name, r) for name in models for r in arguments.r):
-            sizes = DECODERS[name], m, min(m, length), r, arguments.dropout, arguments.checkpointing
+        for name, r, checkpointing in itertools.product(models, arguments.r, arguments.checkpointing):
+            sizes = DECODERS[name], m, min(m, length), r, arguments.dropout, checkpointing
             case = predict_step.Case(*sizes, gpu.rates, PROGRAMS_PER_SM * gpu.processors, gpu.major)
             ways = predict_step.ways(arguments.parts)
             columns = {way.name: predict_step.step(case, way, arguments.launch_us * 1e-3) for way in ways}
