@@ -66,8 +66,8 @@ def checkpoint_layers(
 
     Args:
         policy: "full", "selective", "none", or "auto": "selective" for as many layers as fit, then "none" for as many
-            of them as fit. On CUDA a "full" layer's expanded weights are held from its recomputation to its backward;
-            with "min" they are expanded again.
+            of them as fit, or "min" where not even "full" does. On CUDA a "full" layer's expanded weights are held from
+            its recomputation to its backward; with "min" they are expanded again.
         tokens: of a micro-batch at most, for "auto".
         memory: bytes that a step may take above the model's own, for "auto"; by default what is free now.
         offload: let the inputs of checkpointed layers wait in host memory, copied while layers compute; on CUDA.
@@ -94,7 +94,10 @@ def checkpoint_layers(
     kinds = [policy] * count
     if policy == "auto":
         free = _free(model) if memory is None else memory
-        kinds, needed = plan(count_bytes(model, layers), _fixed(model, tokens), tokens, int(free * (1 - _MARGIN)))
+        counted, most = count_bytes(model, layers), int(free * (1 - _MARGIN))
+        kinds, needed = plan(counted._replace(input=0) if offload else counted, _fixed(model, tokens), tokens, most)
+        if needed > most:
+            kinds, needed = ["min"] * count, needed - _kept_weights(model)
     _enable(model, "full")
     for layer, kind in zip(layers, kinds, strict=True):
         layer.gradient_checkpointing = kind != "none"
@@ -231,8 +234,12 @@ def _fixed(model: Any, tokens: int) -> int:
     else:
         logits = 10 * tokens * config.vocab_size  # in 16 bits, in fp32, and the gradient in fp32
     widest = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features")), default=0)
-    kept = max((_expanded_bytes(layer) for layer in _layers(model)), default=0) if on_cuda else 0
-    return _TRAINED * trained + logits + 2 * 2 * widest + kept + (_PRODUCT if on_cuda else 0)
+    return _TRAINED * trained + logits + 2 * 2 * widest + _kept_weights(model) + (_PRODUCT if on_cuda else 0)
+
+
+def _kept_weights(model: nn.Module) -> int:
+    """Bytes of the expanded weights that a "full" layer holds at most."""
+    return max(map(_expanded_bytes, _layers(model)), default=0) if _on_cuda(model) else 0
 
 
 def _expanded_bytes(layer: nn.Module) -> int:

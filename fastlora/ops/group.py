@@ -76,7 +76,7 @@ def _computed(x: Tensor, members: Sequence[Member], saves: Sequence[bool]) -> li
             return _computed(x, members, saves)
     rows = x.reshape(-1, x.shape[-1])
     chosen = [path.choose("linear", rows, *member) for member in members]
-    joins = all(kernel.kernel == "dequantize" and _expands(member) for kernel, member in _each(chosen, members))
+    joins = _joins(chosen, members)
     wanted = [
         member.lora is not None and (save or path.needs_h(kernel, member.weight, member.lora))
         for kernel, member, save in zip(chosen, members, saves, strict=True)
@@ -119,7 +119,7 @@ def _backward(
     present = [(t, g, kernel, m) for t, g, kernel, m in _each(dy, gs, chosen, members) if t is not None]
     if not (need_x and present):
         return None, found
-    if len(present) == len(members) and all(k.kernel == "dequantize" and _expands(m) for _, _, k, m in present):
+    if len(present) == len(members) and _joins(chosen, members):
         return _dx(dy, members), found
     dx = None
     for t, g, kernel, member in present:
@@ -140,9 +140,14 @@ def _dx(dy: Sequence[Any], members: Sequence[Member]) -> Tensor:
     return dx
 
 
-def _expands(member: Member) -> bool:
-    """Whether an expanded weight has all of the update in it."""
-    return isinstance(member.weight, NF4Weight) and (member.lora is None or member.lora.seed is None)
+def _joins(chosen: Sequence[Any], members: Sequence[Member]) -> bool:
+    """Whether one expanded weight can have all members in it, updates merged, each at an address that kernels like."""
+    return all(
+        kernel.kernel == "dequantize"
+        and isinstance(weight, NF4Weight) and not (weight.shape[0] | weight.shape[1]) % 8
+        and (lora is None or lora.seed is None)
+        for kernel, (weight, lora, _) in zip(chosen, members, strict=True)
+    )  # fmt: skip
 
 
 def _shrunk(rows: Tensor, members: Sequence[Member], wanted: Sequence[bool]) -> list[Tensor | None]:

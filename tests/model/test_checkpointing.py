@@ -198,3 +198,20 @@ def test_inputs_that_wait_on_the_host_change_no_bit(monkeypatch):
         for ours, theirs in zip(gradients(model), plain, strict=True):
             assert torch.equal(ours, theirs)
         assert len(waiting) == 4
+
+
+def test_where_full_does_not_fit_its_kept_weights_go(monkeypatch):
+    monkeypatch.setattr(checkpointing, "_on_cuda", lambda model: True)
+    model = llama(num_hidden_layers=4)
+    fastlora.replace_linear(model, r=4, quantize="nf4")
+    kept = checkpointing._kept_weights(model)
+    assert kept == 2 * sum(
+        m.in_features * m.out_features for m in model.model.layers[0].modules() if hasattr(m, "codes")
+    )
+    little = checkpoint_layers(model, "auto", tokens=8, memory=1)
+    contexts = {layer._gradient_checkpointing_func.keywords.get("context_fn") for layer in model.model.layers}
+    assert contexts == {None}
+    enough = int((little.needed + kept) / 0.95) + 100
+    assert checkpoint_layers(model, "auto", tokens=8, memory=enough).needed == little.needed + kept
+    contexts = {layer._gradient_checkpointing_func.keywords.get("context_fn") for layer in model.model.layers}
+    assert contexts == {fastlora.keep_weights}
