@@ -34,6 +34,7 @@ class _Stack(threading.local):
     def __init__(self) -> None:
         self.calls: list[_Call] = []
         self.targets: Tensor | None = None
+        self.smoothing = 0.0
 
 
 _active = _Stack()
@@ -50,6 +51,16 @@ def targets_known(places: Tensor) -> Iterator[None]:
         yield
     finally:
         _active.targets = outer
+
+
+@contextmanager
+def smoothed(share: float) -> Iterator[None]:
+    """For the calls of a model inside: a share of each target is spread over the vocabulary."""
+    outer, _active.smoothing = _active.smoothing, share
+    try:
+        yield
+    finally:
+        _active.smoothing = outer
 
 
 def looks_like(module: nn.Module) -> bool:
@@ -206,6 +217,7 @@ class _Call:
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum() if places is None else len(places)
         options = {"places": places, "logits": self.logits, "divisor": num_items_in_batch}
+        options["smoothing"] = _active.smoothing
         self.found = linear_cross_entropy(x, self.head, targets, **options)
         return self.found
 
@@ -244,6 +256,11 @@ def body(plain: Any, head: str, scale: float, cap: float, to_float: bool) -> dic
             call.found = None
         finally:
             _active.calls.pop()
+        if call.found is None and _active.smoothing:
+            raise RuntimeError(
+                f"{plain.__name__} does with its head, its labels or its loss what a trial did not show, and its own "
+                "loss has no label smoothing: set label_smoothing_factor to 0, or speed_up to false"
+            )
         if call.found is None:
             warnings.warn(
                 f"{plain.__name__} does with its head, its labels or its loss what a trial did not show: this forward "

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.adapter import save_adapter
 from fastlora.files import atomic
-from fastlora.layers.causal_loss import targets_known
+from fastlora.layers.causal_loss import smoothed, targets_known
 from fastlora.layers.quoted import clipped
 from fastlora.training import checkpoint, data, lock, packing, plots
 from fastlora.training.graphed_step import GraphedStep
@@ -234,21 +234,26 @@ def _replayed(run: Run, batch: dict[str, Any], targets: int) -> Tensor:
 
 
 def target_loss(run: Run, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Cross-entropy summed over the batch's target tokens, over its `divisor` if it has one: 0-d fp32, in nats."""
+    """Cross-entropy summed over the batch's target tokens, over its `divisor` if it has one: 0-d fp32, in nats.
+
+    In training with the recipe's label smoothing.
+    """
+    smoothing = run.recipe.label_smoothing_factor if run.model.training else 0.0
     given = ("labels", "targets", "divisor")
     labels, divisor = batch["labels"], batch.get("divisor", 1)
     places = batch.get("targets")  # [targets], of the tokens before targets, in the rows one after the other
     inputs = {"use_cache": False} | {name: value for name, value in batch.items() if name not in given}
     with run.autocast(), packing.packed() if run.padding_free else nullcontext():
         if any(row.part == "loss" and row.sped_up for row in getattr(run.model, "fastlora_parts", ())):
-            with nullcontext() if places is None else targets_known(places):
+            with nullcontext() if places is None else targets_known(places), smoothed(smoothing):
                 loss: Tensor = model(**inputs, labels=labels, num_items_in_batch=divisor).loss
             return loss
         logits = model(**inputs).logits  # [rows, length, vocabulary]
     shifted = F.pad(labels, (0, 1), value=data.IGNORED)[:, 1:].flatten()
     if places is None:
         places = slice(None)
-    return F.cross_entropy(logits.flatten(0, 1)[places].float(), shifted[places], reduction="sum") / divisor
+    chosen = logits.flatten(0, 1)[places].float(), shifted[places]
+    return F.cross_entropy(*chosen, reduction="sum", label_smoothing=smoothing) / divisor
 
 
 @torch.no_grad()

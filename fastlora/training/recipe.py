@@ -48,7 +48,7 @@ FREE_ON_RESUME = frozenset(
         "cuda_graphs",
         "torch_compile",
         "keep_expanded",
-        "offload_activations",
+        "activation_offloading",
         "train_file",
         "dataset_name",
         "dataset_config",
@@ -97,6 +97,7 @@ class Recipe:
     lr_scheduler_type: Annotated[str, "linear | cosine | constant | constant_with_warmup"] = "cosine"
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
     warmup_ratio: Annotated[float, "the same, as a share of all steps"] = 0.0
+    label_smoothing_factor: Annotated[float, "share of a target spread over the vocabulary, in training"] = 0.0
     weight_decay: Annotated[float, "AdamW's, on the adapters"] = 0.0
     adam_beta1: Annotated[float, "AdamW's"] = 0.9
     adam_beta2: Annotated[float, "AdamW's"] = 0.999
@@ -111,7 +112,7 @@ class Recipe:
     keep_expanded: Annotated[bool, "NF4 weights expanded once a step, not in each micro-batch; 2 bytes a weight"] = (
         False
     )
-    offload_activations: Annotated[bool, "inputs of recomputed layers wait in host memory; on CUDA"] = False
+    activation_offloading: Annotated[bool, "inputs of recomputed layers wait in host memory; on CUDA"] = False
     use_cpu: Annotated[bool, "use the CPU even if there is a GPU"] = False
     seed: Annotated[int, "of adapters, dropout and the order of the data"] = 42
     logging_steps: Annotated[int, "steps between two printed lines if there is no live display"] = 10
@@ -182,7 +183,7 @@ def _check_ranges(recipe: Recipe) -> None:
         "save_total_limit",
     ]
     not_negative = ["warmup_steps", "weight_decay", "max_grad_norm"]
-    shares = ["lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"]
+    shares = ["lora_dropout", "label_smoothing_factor", "warmup_ratio", "adam_beta1", "adam_beta2"]
     positive = ["lora_alpha", "learning_rate", "adam_epsilon"]
     paths = ["model_name_or_path", "train_file", "eval_file", "dataset_name", "output_dir"]
     patterns = ["target_modules", "exclude_modules"]
@@ -232,10 +233,10 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("torch_compile: is a part of speed_up; set that to true")
     if recipe.torch_compile and recipe.cuda_graphs:
         raise ValueError("torch_compile, cuda_graphs: give one of the two")
-    if recipe.offload_activations and not recipe.gradient_checkpointing:
-        raise ValueError("offload_activations: moves inputs of recomputed layers; set gradient_checkpointing too")
-    if recipe.offload_activations and recipe.cuda_graphs:
-        raise ValueError("offload_activations, cuda_graphs: a recorded step keeps its tensors; give one of the two")
+    if recipe.activation_offloading and not recipe.gradient_checkpointing:
+        raise ValueError("activation_offloading: moves inputs of recomputed layers; set gradient_checkpointing too")
+    if recipe.activation_offloading and recipe.cuda_graphs:
+        raise ValueError("activation_offloading, cuda_graphs: a recorded step keeps its tensors; give one of the two")
     if recipe.keep_expanded and recipe.quantize is None:
         raise ValueError("keep_expanded: only NF4 weights are expanded; set quantize to nf4, or keep_expanded to false")
     if recipe.keep_expanded and recipe.gradient_accumulation_steps == 1:

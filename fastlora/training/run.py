@@ -136,11 +136,11 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     _check_room(recipe, model)
     if recipe.gradient_checkpointing:
         policy = "full" if recipe.gradient_checkpointing is True else recipe.gradient_checkpointing
-        tokens, offload = _most_tokens(train_set, recipe), recipe.offload_activations
+        tokens, offload = _most_tokens(train_set, recipe), recipe.activation_offloading
         try:
             chosen = checkpoint_layers(model, policy, tokens=tokens, offload=offload)
         except ValueError as error:
-            raise ValueError(f"gradient_checkpointing, offload_activations: {error}") from error
+            raise ValueError(f"gradient_checkpointing, activation_offloading: {error}") from error
         console.print(f"checkpointing: {chosen}", highlight=False)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],

@@ -23,6 +23,7 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM
+from transformers.trainer_pt_utils import LabelSmoother
 
 from fastlora.ops import dequantize
 from fastlora.training import checkpoint, loop, plots
@@ -131,6 +132,23 @@ def test_the_loss_is_over_the_target_tokens(base: Path, tmp_path: Path, speed_up
     torch.testing.assert_close(loss, expected)
     assert 0 < len(targets) < batch["labels"].numel()
     assert sum(seen) == (len(targets) if speed_up else batch["labels"].numel())
+
+
+@pytest.mark.parametrize("speed_up", [True, False])
+def test_label_smoothing_is_that_of_transformers_and_only_in_training(
+    base: Path, tmp_path: Path, speed_up: bool
+) -> None:
+    run = prepare(recipe(base, tmp_path, speed_up=speed_up, label_smoothing_factor=0.2), QUIET)
+    model: Any = run.model.train()
+    batch = loop._batch(run, run.train_set, [0, 3, 5])
+    outputs = model(**{name: value for name, value in batch.items() if name != "targets"} | {"labels": None})
+    smoother = LabelSmoother(0.2)
+    expected = smoother(outputs, batch["labels"], shift_labels=True, num_items_in_batch=1)
+    torch.testing.assert_close(loop.target_loss(run, model, batch), expected)
+    model.eval()
+    plain = LabelSmoother(0.0)(outputs, batch["labels"], shift_labels=True, num_items_in_batch=1)
+    torch.testing.assert_close(loop.target_loss(run, model, batch), plain)
+    assert abs(plain - expected) > 1e-3 * plain
 
 
 def test_clipping_bounds_the_update(base: Path, tmp_path: Path) -> None:
