@@ -93,6 +93,20 @@ def test_bad_value_names_the_key_and_what_was_expected(key: str, value: Any, exp
         ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "constant_with_warmup"),
         ({"eval_steps": 5}, "nothing to evaluate on"),
         ({"eval_on_start": True}, "nothing to evaluate on"),
+        ({"cuda_graphs": True, "padding_free": False}, "cuda_graphs: needs padding_free"),
+        ({"keep_expanded": True, "gradient_accumulation_steps": 2}, "set quantize to nf4, or keep_expanded to false"),
+        ({"keep_expanded": True, "quantize": "nf4"}, "with one micro-batch a step nothing is expanded twice"),
+        (
+            {"keep_expanded": True, "quantize": "nf4", "gradient_accumulation_steps": 2, "cuda_graphs": True},
+            "keep_expanded, cuda_graphs: .* give one of the two",
+        ),
+        ({"activation_offloading": True}, "set gradient_checkpointing too"),
+        (
+            {"activation_offloading": True, "gradient_checkpointing": True, "cuda_graphs": True},
+            "activation_offloading, cuda_graphs: .* give one of the two",
+        ),
+        ({"torch_compile": True, "speed_up": False}, "torch_compile: is a part of speed_up"),
+        ({"torch_compile": True, "cuda_graphs": True}, "torch_compile, cuda_graphs: give one of the two"),
     ],
 )
 def test_keys_that_contradict_each_other(values: dict[str, Any], message: str) -> None:
