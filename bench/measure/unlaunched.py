@@ -89,7 +89,7 @@ class _Flash(torch.autograd.Function):
             return out, q.new_empty(batch, heads, length, dtype=torch.float32)
 
         keeper = keeping.keeper()
-        out, lse = compute() if keeper is None else keeper.attend(("flash", q.shape), compute)
+        out, lse = compute() if keeper is None else keeper.call(("flash", q.shape), compute)
         ctx.save_for_backward(q, k, v, out, lse)
         return out  # type: ignore[no-any-return]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-_Found = tuple[Tensor, Tensor | None]
+_Found = tuple[Any, ...]
 
 
 def keep_linears() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -52,20 +52,11 @@ def keep_linears() -> tuple[AbstractContextManager[Any], AbstractContextManager[
 
 
 class _Kept(NamedTuple):
-    """What a linear returned, and the version of y then: one that differs has been written to since."""
-
-    key: tuple[Any, ...]
-    y: Tensor
-    h: Tensor | None
-    version: int
-
-
-class _KeptAttention(NamedTuple):
-    """What a kernel of attention returned, and the version of its first output then."""
+    """What a linear or a kernel of attention returned, output first, and that one's version then."""
 
     key: tuple[Any, ...]
     found: tuple[Any, ...]
-    version: int
+    version: int  # one that differs has been written to since
 
 
 class _Taken:
@@ -73,19 +64,16 @@ class _Taken:
 
     def __init__(self) -> None:
         self.calls: list[_Kept | None] = []
-        self.attention: list[_KeptAttention | None] = []
 
     @property
     def nbytes(self) -> int:
         """Of what is kept, but each storage once."""
-        kept = [tensor for call in self.calls if call is not None for tensor in (call.y, call.h)]
-        kept += [value for call in self.attention if call is not None for value in call.found]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if isinstance(t, Tensor)}
-        return sum(storages.values())
+        kept = [t for call in self.calls if call is not None for t in call.found if isinstance(t, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
 
 
 class _Keeper:
-    """A context in which this thread's linears go through `call`."""
+    """A context in which this thread's linears and attention go through `call`."""
 
     def __init__(self, taken: _Taken) -> None:
         self.taken = taken
@@ -101,41 +89,20 @@ class _Keeper:
     def call(self, key: tuple[Any, ...], compute: Callable[[], _Found]) -> _Found:
         raise NotImplementedError
 
-    def attend(self, key: tuple[Any, ...], compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """What a kernel of attention returns, output first."""
-        raise NotImplementedError
-
 
 class _Recorder(_Keeper):
     def call(self, key: tuple[Any, ...], compute: Callable[[], _Found]) -> _Found:
-        y, h = compute()
-        alias = y.detach()  # has y's version counter, and not the graph that y is about to get
-        self.taken.calls.append(_Kept(key, alias, h, alias._version))
-        return y, h
-
-    def attend(self, key: tuple[Any, ...], compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         found = compute()
-        kept = tuple(value.detach() if isinstance(value, Tensor) else value for value in found)
-        self.taken.attention.append(_KeptAttention(key, kept, kept[0]._version))
+        # aliases have the version counters, and not the graph that the output is about to get
+        aliases = tuple(value.detach() if isinstance(value, Tensor) else value for value in found)
+        self.taken.calls.append(_Kept(key, aliases, aliases[0]._version))
         return found
 
 
 class _Giver(_Keeper):
     def __enter__(self) -> None:
         super().__enter__()
-        self._next = self._next_attention = 0
-
-    def attend(self, key: tuple[Any, ...], compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        calls, place = self.taken.attention, self._next_attention
-        kept = calls[place] if place < len(calls) else None
-        self._next_attention += 1
-        if kept is None:
-            return compute()
-        if kept.key != key:
-            calls.clear()
-            return compute()
-        calls[place] = None
-        return kept.found if kept.found[0]._version == kept.version else compute()
+        self._next = 0
 
     def call(self, key: tuple[Any, ...], compute: Callable[[], _Found]) -> _Found:
         calls, place = self.taken.calls, self._next
@@ -147,7 +114,7 @@ class _Giver(_Keeper):
             calls.clear()
             return compute()
         calls[place] = None
-        return (kept.y, kept.h) if kept.y._version == kept.version else compute()
+        return kept.found if kept.found[0]._version == kept.version else compute()
 
 
 class _Active(threading.local):
@@ -182,7 +149,7 @@ class _Attention(TorchDispatchMode):
         if operator.name().partition(".")[0] not in _KERNELS or _drops(operator, args, kwargs):
             return operator(*args, **kwargs)
         shapes = tuple((arg.shape, arg.dtype) for arg in args if isinstance(arg, Tensor))
-        return self._keeper.attend((operator, *shapes), lambda: operator(*args, **kwargs))
+        return self._keeper.call((operator, *shapes), lambda: operator(*args, **kwargs))
 
 
 def _drops(operator: Any, args: Any, kwargs: Any) -> bool:

@@ -332,13 +332,13 @@ def test_attention_that_is_another_in_recomputation_is_computed_again(change):
     recorder = keeping.keep_linears()[0]
     y = torch.ones(3)
     with recorder:
-        assert recorder.attend(("this",), lambda: (y, None))[0] is y
+        assert recorder.call(("this",), lambda: (y, None))[0] is y
     if change == "version":
         y.add_(1)
     giver, other = keeping._Giver(recorder.taken), (torch.zeros(3), None)
     with giver:
-        assert giver.attend(("this" if change == "version" else "other",), lambda: other) is other
-        assert giver.attend(("this",), lambda: other) is other
+        assert giver.call(("this" if change == "version" else "other",), lambda: other) is other
+        assert giver.call(("this",), lambda: other) is other
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
