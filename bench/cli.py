@@ -19,6 +19,7 @@ COMMANDS = {  # name -> module
     "steps": "bench.compare.steps",
     "train": "bench.compare.train",
     "count": "bench.compare.count",
+    "forecast": "bench.compare.forecast",
     "generate": "bench.compare.generate",
     "static": "bench.machine_code.static",
     "predict": "bench.compare.predict",
