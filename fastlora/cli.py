@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"the fastlora command needs the extra `train`: {install_line('train')}") from error
 
 from fastlora.commands.doctor import doctor
+from fastlora.commands.forecast import forecast
 from fastlora.commands.keys import keys
 from fastlora.commands.train import train
 from fastlora.commands.version import version
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (train, keys, doctor, version):
+for command in (train, forecast, keys, doctor, version):
     app.command()(command)
 
 

@@ -27,14 +27,18 @@ from typing import NamedTuple
 from fastlora.memory import adapters
 from fastlora.memory.forecast import Setup, forecast
 from fastlora.memory.known import known_shape
+from fastlora.planner.estimate import EVIDENCE, kind_of, operations
+from fastlora.planner.gpus import card
 
 SUMMARY = "the memory forecast, held against measured runs of other libraries"
 CASES = Path(__file__).resolve().parents[1] / "cases" / "memory.csv"
+COUNTED = Path(__file__).resolve().parents[1] / "results" / "counted.csv"
 RUNTIMES = ("peft", "peft-lean", "fused", "liger", "hf-full")
 LONGEST = 720  # tokens of the longest sample of peft's comparison, which are at most 768
 RESERVED = 1.055  # bytes reserved a byte allocated, in peft's comparison
 _QUANTIZED = {"none": "", "nf4": "nf4-nested", "nf4 (no dq)": "nf4", "gptq 4bit": "gptq"}
 _DENSE = ("osf", "boft", "waveft")
+_POLICIES = {"none": "none", "selective": "selective", "full": "full", "min": "offload"}
 _PROMPTS = ("ptuning", "adaptionprompt", "trainable_tokens")
 
 
@@ -53,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench forecast`."""
     parser.add_argument("--cases", type=Path, default=CASES, metavar="FILE", help="CSV with the columns of bench/cases/memory.csv")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
+    parser.add_argument("--write", action="store_true", help="write the planner's table of evidence")
     parser.add_argument("--list", action="store_true", help="print every case")
 
 
@@ -70,9 +75,63 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [each for each in found if name in (each.row["runtime"], "all")]
         if rows:
             print(_line(name, rows))
+    for (name, base), errors in counted().items():
+        print(f"{name}, {base}: {len(errors)} counted steps, {min(errors):+.1%} to {max(errors):+.1%}")
     print("measured cases of trust A; a case without a forecast counts as a miss")
+    if arguments.write:
+        EVIDENCE.write_text(evidence(found))
+        print(f"wrote {EVIDENCE}")
     return 0
 
+
+def evidence(found: list[Compared]) -> str:
+    """The planner's table: by runtime and kind of base the errors, and the rates that the runs on an A100 reached."""
+    groups: dict[tuple[str, str], list[Compared]] = defaultdict(list)
+    for each in found:
+        if not each.reason:
+            groups[each.row["runtime"], kind_of(settings(each.row))].append(each)
+    lines = ["runtime,base,cases,within_5,under,over,rate_low,rate,rate_high,counted,counted_worst"]
+    by_count = counted()
+    for (name, base), rows in sorted(groups.items()):
+        errors = [each.error for each in rows]
+        rates = sorted(filter(None, (_rate(each.row) for each in rows)))
+        said = [f"{rate:.3f}" for rate in (rates[0], rates[len(rates) // 2], rates[-1])] if rates else ["", "", ""]
+        worst = f"{-min([0.0, *errors]):.3f},{max([0.0, *errors]):.3f}"
+        steps = by_count.pop((name, base), [])
+        also = f"{len(steps)},{max(map(abs, steps), default=0):.3f}"
+        lines.append(",".join([name, base, str(len(rows)), f"{share(rows, 0.05):.3f}", worst, *said, also]))
+    for (name, base), steps in sorted(by_count.items()):
+        lines.append(f"{name},{base},0,0,0,0,,,,{len(steps)},{max(map(abs, steps)):.3f}")
+    return "\n".join(lines) + "\n"
+
+
+def counted(path: Path = COUNTED) -> dict[tuple[str, str], list[float]]:
+    """Errors against the steps that `python -m bench count` counted, by runtime and kind of base."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            policy = _POLICIES.get(row["mode"].removeprefix("step-"))
+            if row["metric"] != "peak_memory" or policy is None:
+                continue
+            name, quantized = row["kernel"].removeprefix("train_").rsplit("_", 1)
+            runtime = row["provider"].removeprefix("counted-")
+            shape = known_shape(re.sub(r"^llama3-", "llama-3-", name))
+            if shape is None:
+                continue
+            setup = Setup(
+                shape, length=int(row["M"]), r=int(row["R"]), quantized="nf4-nested", runtime=runtime, checkpointing=policy,
+                autocast=runtime != "fastlora", capability=90, loss="fastlora-min" if policy == "offload" else "",
+            )  # fmt: skip
+            found[runtime, quantized].append(forecast(setup).allocated / 1e6 / float(row["p50"]) - 1)
+    return found
+
+
+def _rate(row: dict[str, str]) -> float | None:
+    """The share of an A100's dense 16-bit rate that a run reached. A run on several devices names tokens of one."""
+    found = re.search(r"([\d.]+) tok/s", row["notes"])
+    if not found or "fms" not in row["source"]:
+        return None
+    return float(found[1]) * operations(settings(row)) / card("a100-80gb").rate
 
 def _line(name: str, rows: list[Compared]) -> str:
     errors = sorted(abs(each.error) for each in rows)

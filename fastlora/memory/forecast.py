@@ -151,9 +151,10 @@ def forecast(setup: Setup) -> Forecast:
         _hold_gathered(book, setup, entries)
     if trained and not full and setup.sharding == "ddp":
         book.hold("gradients", "buckets of DDP", trained * setup.trained_width)
+    checkpointing = setup.checkpointing or kind.checkpointing
     run = _layers(setup, kind, book, norm_width, table_width)
     step = Step(
-        checkpointing=setup.checkpointing or kind.checkpointing,
+        checkpointing=checkpointing,
         again=setup.sharding == "fsdp",
         loss=setup.loss or kind.loss,
         logits_kept=kind.logits_kept if setup.logits_kept is None else setup.logits_kept,

@@ -5,7 +5,9 @@ of transformers; `tuners/lora/layer.py` and `bnb.py` of peft; `autograd/_functio
 autograd keeps, derivatives.yaml of PyTorch. Each local variable here is one there: when it is rebound, its bytes go.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastlora.memory.shape import Linear, ModelShape
 from fastlora.memory.sizes import BOOL, FP32, HALF, Book, Parameter, Sized, apply
@@ -55,6 +57,8 @@ class Layers:
     shards: int = 1
     parameters: list[Parameter] = field(default_factory=list)
     copies: dict[int, Sized] = field(default_factory=dict)  # autocast's: 16-bit copies of trained weights
+    expanded: list[Sized] | None = None  # NF4 weights kept from recomputation to backward
+    kept: deque[Sized] | None = None  # outputs of products and of attention, which are not computed again
 
     @property
     def length(self) -> int:
@@ -70,6 +74,17 @@ class Layers:
     def leave_autocast(self) -> None:
         """Free what autocast keeps."""
         self.copies.clear()
+
+    def product(self, name: str, inputs: list[Sized], elements: float, width: float, **options: Any) -> Sized:
+        """`apply` for what "selective" checkpointing keeps."""
+        if self.kept is None:
+            return apply(name, inputs, elements, width, **options)
+        if self.book.recording:
+            return apply(name, inputs, elements, width, in_place=self.kept.popleft(), **options)
+        with self.book.said(term="activations"):
+            y = apply(name, inputs, elements, width, **options)
+        self.kept.append(y.alias())
+        return y
 
 
 class Layer:
@@ -147,7 +162,7 @@ class Layer:
             k, v = (apply(f"{name} repeated", [x], x.elements * groups, x.width) for x, name in ((k, "k"), (v, "v")))
         if run.attention != "eager":
             statistics = run.book.tensor("log sums of attention", t * shape.heads, FP32)
-            return apply("attention", [q, k, v], t * shape.q_features, q.width, saves=[q, k, v, statistics], saves_result=True)
+            return run.product("attention", [q, k, v], t * shape.q_features, q.width, saves=[q, k, v, statistics], saves_result=True)
         pairs = t * run.length * shape.heads
         if run.autocast:
             q, k, v = (cast(x, HALF, f"{name} in 16 bits") for x, name in ((q, "q"), (k, "k"), (v, "v")))
@@ -262,7 +277,10 @@ class Layer:
             kept.append(dropped)
         h = run.book.tensor("x A", t * run.ranks[linear.name], FP32 if run.lora == "fastlora" else HALF)
         size = expansion(run, linear)
-        return apply(linear.name, [x, a, b], t * linear.n, HALF, saves=[*kept, h], scratch=size)
+        if run.expanded is not None and size:
+            run.expanded.append(run.book.tensor("expanded weights of a layer", size, 1, "scratch"))
+            size = 0
+        return run.product(linear.name, [x, a, b], t * linear.n, HALF, saves=[*kept, h], scratch=size)
 
 
 def norm(run: Layers, x: Sized, weight: Parameter | None, name: str = "norm") -> Sized:

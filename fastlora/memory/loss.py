@@ -4,8 +4,8 @@
     hf-shifted         before: the same and a copy of the fp32 logits without the last position
     hf-shifted-kept    the same, while the logits in 16 bits are alive
     fused, fused-kept  these two with a fused cross-entropy, which writes its gradient over the shifted copy
-    chunks        Liger-Kernel's fused linear cross-entropy: logits of some rows at a time, gradients made in forward
-    fastlora      the same by rows of `ops/loss.py`
+    chunks             Liger-Kernel's fused linear cross-entropy: logits of some rows at a time, gradients made in forward
+    fastlora           the same, by the rows of `ops/loss.py`; -min: by the fewest
 
 Sources: `modeling_llama.py` and `loss/loss_utils.py` of transformers at these versions, `ops/fused_linear_cross_entropy.py`
 of Liger-Kernel, `aten/src/ATen/native/LossNLL.cpp` of PyTorch.
@@ -14,15 +14,15 @@ of Liger-Kernel, `aten/src/ATen/native/LossNLL.cpp` of PyTorch.
 from fastlora.memory.layer import Layers, cast, norm, scaled
 from fastlora.memory.sizes import FP32, HALF, Parameter, Sized, apply
 
-KINDS = ("hf", "hf-shifted", "hf-shifted-kept", "fused", "fused-kept", "chunks", "fastlora")
-FASTLORA_VALUES = 2**26  # logits at once, at most: `_VALUES` of ops/loss.py
+KINDS = ("hf", "hf-shifted", "hf-shifted-kept", "fused", "fused-kept", "chunks", "fastlora", "fastlora-min")
+FASTLORA_VALUES, _ROWS, _TILE = 2**26, 128, 64  # logits at once, at most, and rows: `_VALUES`, `_ROWS`, `_TILE` of ops/loss.py
 
 
 def loss_of(run: Layers, kind: str, last: list[Sized], final: Parameter | None, head: Parameter | None, softcap: bool) -> tuple[Sized, Sized | None]:
     """[x [tokens, hidden]], which is emptied -> the loss, and the logits that the model returns with it."""
     h = norm(run, last.pop(), final, "final norm")  # the model holds it until it returns
     with run.book.said(term="logits and loss"):
-        if kind in ("chunks", "fastlora"):
+        if kind in ("chunks", "fastlora", "fastlora-min"):
             return _chunks(run, kind, h, head), None
         held = [_head(run, h, head)]
         if softcap:
@@ -71,9 +71,12 @@ def _chunks(run: Layers, kind: str, h: Sized, head: Parameter | None) -> Sized:
         rows = 1 << (max(1, -(-run.tokens // parts)) - 1).bit_length()
         per_logit: float = HALF + FP32
     else:
-        rows = max(128, FASTLORA_VALUES // shape.vocabulary)
-        per_logit = HALF
+        most = max(_ROWS, FASTLORA_VALUES // shape.vocabulary // _ROWS * _ROWS) if kind == "fastlora" else _ROWS
+        rows = -(-run.tokens // -(-run.tokens // most) // _TILE) * _TILE
+        per_logit = HALF + FP32
     rows = min(rows, run.tokens)
+    if kind.startswith("fastlora"):  # rows with a target, chosen before the head
+        h = apply("hidden states with a target", [h], h.elements, h.width)
     gradient = run.book.tensor("d x of the loss", h.elements, h.width)
     d_head = [run.book.tensor("d head", head.elements, FP32, "gradients")] if head is not None else []
     logits = run.book.tensor("logits of some rows", rows * shape.vocabulary, per_logit)

@@ -190,10 +190,11 @@ def _scratch(book: Book, size: float) -> Iterator[None]:
     del held
 
 
-def checkpointed(name: str, run: Callable[..., Sized], x: Sized, *, kept: bool = True) -> Sized:
+def checkpointed(name: str, run: Callable[..., Sized], x: Sized, *, kept: bool = True, after: Callable[[], object] = list) -> Sized:
     """`run(x)`, of which only x is kept: it runs again in backward, with its intermediate results (torch.utils.checkpoint).
 
     kept: False if x waits elsewhere (in host memory) until then.
+    after: called when backward is through.
     """
     book = x.book
     if not book.recording:
@@ -220,6 +221,7 @@ def checkpointed(name: str, run: Callable[..., Sized], x: Sized, *, kept: bool =
             result = run(inner)
             del inner
             backward(result, grad)
+        after()
         return got
 
     y.node = Node(next(book._order), [x.node], again)

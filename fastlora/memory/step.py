@@ -1,5 +1,6 @@
 """A training step, forward and backward, on tensors without values: what it holds at its peak, and when that is."""
 
+from collections import deque
 from dataclasses import dataclass
 
 from fastlora.memory.layer import Layer, Layers, scaled
@@ -15,7 +16,8 @@ class Step:
     """How a step runs over its layers.
 
     Attributes:
-        checkpointing: "none", "full" or "offload" (the inputs of layers wait in host memory).
+        checkpointing: "none", "full", "selective" (products and attention are kept) or "offload" (as full, and the inputs
+            of layers wait in host memory).
         again: as many bytes as the inputs of layers have once more, while layers are recomputed.
         loss: a name of `loss.KINDS`.
         logits_kept: whether what the model returned is alive in backward, as in a loop of one's own.
@@ -72,12 +74,21 @@ def _through(run: Layers, layer: Layer, x: Sized, step: Step, more: list[Sized])
     if step.checkpointing == "none":
         return layer(x)
 
+    kept: deque[Sized] = deque()
+
     def once(x: Sized) -> Sized:
-        if run.book.recording and step.again and not more:
+        again = run.book.recording
+        if again and step.again and not more:
             more.append(run.book.tensor("inputs of layers, again", x.elements * (run.shape.layers - 2), x.width))
+        if step.checkpointing == "selective":
+            run.kept = kept
+        if again and step.checkpointing == "full" and run.lora == "fastlora":
+            run.expanded = expanded
         found = layer(x)
-        if run.book.recording:
+        run.kept = run.expanded = None
+        if again:
             run.leave_autocast()
         return found
 
-    return checkpointed("input of a layer", once, x, kept=step.checkpointing != "offload")
+    expanded: list[Sized] = []
+    return checkpointed("input of a layer", once, x, kept=step.checkpointing != "offload", after=expanded.clear)
