@@ -10,14 +10,15 @@ from typing import Any
 
 from fastlora.memory import adapters, optimizer, overhead, weights
 from fastlora.memory.layer import Layers
+from fastlora.memory.loss import KINDS
 from fastlora.memory.runtimes import Runtime, runtime
 from fastlora.memory.shape import ModelShape
 from fastlora.memory.sizes import FP32, HALF, Book
 from fastlora.memory.step import Step, run_step
 
+CHECKPOINTING = ("none", "selective", "full", "offload")
+ATTENTION = ("flash", "sdpa", "eager")
 SHARDINGS = ("none", "ddp", "fsdp", "zero2", "zero3")
-TERMS = ("weights", "adapters", "gradients", "optimizer", "activations", "recomputed", "logits and loss", "scratch",
-         "batch", "workspaces")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,14 @@ def _checked(setup: Setup) -> Setup:
     for name in ("length", "batch", "r", "devices", "micro_batches", "bottleneck", "virtual_tokens"):
         if getattr(setup, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(setup, name)}")
-    if setup.sharding not in SHARDINGS:
-        raise ValueError(f"sharding must be one of {', '.join(SHARDINGS)}, not {setup.sharding!r}")
-    if setup.quantized not in ("", *weights.QUANTIZED):
-        raise ValueError(f"quantized must be one of {', '.join(weights.QUANTIZED)}, not {setup.quantized!r}")
+    choices = {
+        "method": adapters.METHODS, "sharding": SHARDINGS, "quantized": ("", *weights.QUANTIZED),
+        "checkpointing": ("", *CHECKPOINTING), "attention": ATTENTION, "optimizer": optimizer.OPTIMIZERS,
+        "loss": ("", *KINDS),
+    }  # fmt: skip
+    for name, possible in choices.items():
+        if (given := getattr(setup, name)) not in possible:
+            raise ValueError(f"{name} must be one of {', '.join(filter(None, possible))}, not {given!r}")
     if setup.method == "full" and setup.quantized:
         raise ValueError("full fine-tuning trains every weight: a quantized base cannot be trained")
     if setup.method == "qlora" and not setup.quantized:
