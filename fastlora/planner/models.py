@@ -84,7 +84,7 @@ def _of_size(params: str) -> Named:
     if not found or float(found[1]) == 0:
         raise ValueError(f"params: expected a number such as 7B or 350M, not {params!r}")
     wanted = float(found[1]) * {"b": 1e9, "m": 1e6}[found[2]]
-    shapes = [_proportioned(layers, hidden) for layers in range(8, 132, 4) for hidden in range(512, 20481, 128)
+    shapes = [_proportioned(layers, hidden) for layers in range(8, 132, 2) for hidden in range(512, 20481, 128)
               if 64 <= hidden / layers <= 160]  # fmt: skip
     nearest = min(shapes, key=lambda shape: abs(shape.parameters / wanted - 1))
     return Named(params, nearest, f"a shape in Llama's proportions with {nearest.parameters / 1e9:.2f} billion parameters")

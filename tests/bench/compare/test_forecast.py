@@ -21,7 +21,9 @@ import transformers
 from bench.compare import count
 from fastlora.memory.forecast import Setup, forecast
 from fastlora.memory.shape import shape_of
-transformers.Gemma3TextForCausalLM = transformers.Gemma3ForCausalLM
+from transformers import Gemma3ForCausalLM
+import sys
+sys.modules["transformers"].Gemma3TextForCausalLM = Gemma3ForCausalLM
 sizes = dict(num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=4, vocab_size=32000, hidden_size=2048,
              intermediate_size=5632)
 heads = dict(head_dim=256)
