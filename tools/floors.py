@@ -28,6 +28,7 @@ FLOORS = (
     "memory",
     "model",
     "adapters",
+    "methods",
     "training",
     "demo",
     "planner",

@@ -1,7 +1,7 @@
 """The forecast of memory held against measured runs: how often it is right, by runtime.
 
 `bench/cases/memory.csv` has public measurements, each with its settings, its meter and its source. Each is compared on
-its own meter: bytes allocated, or bytes reserved. What a source does that its settings do not say is in `_settings`, for the
+its own meter: bytes allocated, or bytes reserved. What a source does that its settings do not say is in a function for the
 whole source, never for one case:
 
     fms-acceleration   A100, TRL, flash attention, dropout .1, packed to 4,096. Fused LoRA only over quantized bases, an
@@ -55,7 +55,9 @@ class Compared(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m bench forecast`."""
-    parser.add_argument("--cases", type=Path, default=CASES, metavar="FILE", help="CSV with the columns of bench/cases/memory.csv")
+    parser.add_argument(
+        "--cases", type=Path, default=CASES, metavar="FILE", help="CSV with the columns of bench/cases/memory.csv"
+    )
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--write", action="store_true", help="write the planner's table of evidence")
     parser.add_argument("--list", action="store_true", help="print every case")
@@ -70,7 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
             said = each.reason or f"{each.error:+7.1%}"
             print(f"{said}  {row['runtime']:<10} {row['model'][-30:]:<30} {row['method']:<8} {row['quantized']:<10} "
                   f"{row['batch']} x {row['length'][:5]} x {row['gpus']}  {each.measured / 2**30:.3f} GiB")  # fmt: skip
-    print(f"{'runtime':<12}{'cases':>6}{'<= 5%':>8}{'<= 10%':>8}{'median':>8}{'most under':>12}{'most over':>11}{'half, <= 5%':>13}")
+    print(
+        f"{'runtime':<12}{'cases':>6}{'<= 5%':>8}{'<= 10%':>8}{'median':>8}{'most under':>12}{'most over':>11}"
+        f"{'half, <= 5%':>13}"
+    )
     for name in [*arguments.runtimes, "all"]:
         rows = [each for each in found if name in (each.row["runtime"], "all")]
         if rows:
@@ -119,9 +124,16 @@ def counted(path: Path = COUNTED) -> dict[tuple[str, str], list[float]]:
             if shape is None:
                 continue
             setup = Setup(
-                shape, length=int(row["M"]), r=int(row["R"]), quantized="nf4-nested", runtime=runtime, checkpointing=policy,
-                autocast=runtime != "fastlora", capability=90, loss="fastlora-min" if policy == "offload" else "",
-            )  # fmt: skip
+                shape,
+                length=int(row["M"]),
+                r=int(row["R"]),
+                quantized="nf4-nested",
+                runtime=runtime,
+                checkpointing=policy,
+                autocast=runtime != "fastlora",
+                capability=90,
+                loss="fastlora-min" if policy == "offload" else "",
+            )
             found[runtime, quantized].append(forecast(setup).allocated / 1e6 / float(row["p50"]) - 1)
     return found
 
@@ -132,6 +144,7 @@ def _rate(row: dict[str, str]) -> float | None:
     if not found or "fms" not in row["source"]:
         return None
     return float(found[1]) * operations(settings(row)) / card("a100-80gb").rate
+
 
 def _line(name: str, rows: list[Compared]) -> str:
     errors = sorted(abs(each.error) for each in rows)
@@ -181,10 +194,15 @@ def settings(row: dict[str, str]) -> Setup:
     short = (name.strip() for name in row["targets"].split(","))
     asked = tuple(full for name in short for full in (name, f"{name}_proj") if full in names)
     common = Setup(
-        shape, "full" if row["method"].startswith("full") else "lora", r=int(row["rank"] or 1), targets=asked or "all-linear",
-        quantized=_QUANTIZED[row["quantized"]], runtime=row["runtime"], batch=int(float(row["batch"])),
+        shape,
+        "full" if row["method"].startswith("full") else "lora",
+        r=int(row["rank"] or 1),
+        targets=asked or "all-linear",
+        quantized=_QUANTIZED[row["quantized"]],
+        runtime=row["runtime"],
+        batch=int(float(row["batch"])),
         checkpointing="full" if row["checkpointing"] == "yes" else "none",
-    )  # fmt: skip
+    )
     for source, change in _SOURCES.items():
         if source in row["source"]:
             return change(common, row)
@@ -197,18 +215,29 @@ def _fms(setup: Setup, row: dict[str, str]) -> Setup:
     losses = {"fused": f"fused{kept}", "liger": "chunks"}
     plain = setup.method == "full" or not setup.quantized
     return setup.with_(
-        length=min(4096, setup.shape.positions or 4096), dropout=0.1, repeats=setup.shape.model_type in ("mistral", "mixtral"), autocast="amp" in row["dtype"],
-        tables_cast=False, loss=losses.get(row["runtime"], f"hf-shifted{kept}"), devices=devices, gate="eager",
-        sharding="fsdp" if devices > 1 else "none", lora="peft" if plain else "",
+        length=min(4096, setup.shape.positions or 4096),
+        dropout=0.1,
+        repeats=setup.shape.model_type in ("mistral", "mixtral"),
+        autocast="amp" in row["dtype"],
+        tables_cast=False,
+        loss=losses.get(row["runtime"], f"hf-shifted{kept}"),
+        devices=devices,
+        gate="eager",
+        sharding="fsdp" if devices > 1 else "none",
+        lora="peft" if plain else "",
         runtime="peft-lean" if row["runtime"] == "peft" and devices > 1 else row["runtime"],
         optimizer="adamw-bf16" if setup.method == "full" else "adamw",
-    )  # fmt: skip
+    )
 
 
 def _fitcheck(setup: Setup, row: dict[str, str]) -> Setup:
     attention = re.search(r"attention (\w+)", row["notes"])
     return setup.with_(
-        length=int(row["length"]), attention=attention[1] if attention else "sdpa", repeats=True, logits_kept=True, capability=75
+        length=int(row["length"]),
+        attention=attention[1] if attention else "sdpa",
+        repeats=True,
+        logits_kept=True,
+        capability=75,
     )
 
 

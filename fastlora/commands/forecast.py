@@ -16,12 +16,16 @@ USAGE_ERROR = 3  # 2 is an answer here
 
 
 def forecast(
-    model: Annotated[str, typer.Argument(help="a folder with config.json, a hub name, a name such as llama-3-8b, or a recipe")] = "",
+    model: Annotated[
+        str, typer.Argument(help="a folder with config.json, a hub name, a name such as llama-3-8b, or a recipe")
+    ] = "",
     params: Annotated[str | None, typer.Option(help="instead of a model: its size, as 7B")] = None,
     method: Annotated[str, typer.Option(help="lora | qlora | full | houlsby | prefix | prompt | inference")] = "qlora",
     gpu: Annotated[str | None, typer.Option(help="a card, as a100-80gb or rtx-4090, or its memory, as 24gb")] = None,
     gpus: Annotated[int, typer.Option(help="devices")] = 1,
-    sharding: Annotated[str, typer.Option(help="none | ddp | fsdp | zero2 | zero3; by default what suits the method")] = "",
+    sharding: Annotated[
+        str, typer.Option(help="none | ddp | fsdp | zero2 | zero3; by default what suits the method")
+    ] = "",
     seq: Annotated[int, typer.Option(help="tokens of a sample")] = 2048,
     batch: Annotated[int, typer.Option(help="samples of one forward pass of one device")] = 1,
     accumulation: Annotated[int, typer.Option(help="forward passes before an optimizer step")] = 1,
@@ -31,21 +35,32 @@ def forecast(
     dropout: Annotated[float, typer.Option(help="on the adapters' input")] = 0.0,
     bottleneck: Annotated[int, typer.Option(help="features inside a Houlsby adapter")] = 64,
     virtual_tokens: Annotated[int, typer.Option(help="of prefix and prompt tuning")] = 20,
-    quantize: Annotated[str | None, typer.Option(help="none | nf4 | nf4-nested | int8 | gptq; by default by the method")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="none | nf4 | nf4-nested | int8 | gptq; by default by the method")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="of what is not quantized: bf16 | fp16 | fp32")] = "bf16",
-    optimizer: Annotated[str, typer.Option(help="adamw | adamw-bf16 | adamw-8bit | paged-adamw-8bit | adafactor | sgd")] = "",
-    checkpointing: Annotated[str, typer.Option(help="none | selective | full | offload; by default what the runtime does")] = "",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw | adamw-bf16 | adamw-8bit | paged-adamw-8bit | adafactor | sgd")
+    ] = "",
+    checkpointing: Annotated[
+        str, typer.Option(help="none | selective | full | offload; by default what the runtime does")
+    ] = "",
     attention: Annotated[str, typer.Option(help="flash | sdpa | eager")] = "flash",
-    runtime: Annotated[str, typer.Option(help="fastlora | peft | peft-lean | fused | liger | unsloth | torchtune | hf-full")] = "fastlora",
+    runtime: Annotated[
+        str, typer.Option(help="fastlora | peft | peft-lean | fused | liger | unsloth | torchtune | hf-full")
+    ] = "fastlora",
     tokens: Annotated[float | None, typer.Option(help="tokens to train on, as 1e7: says how long it takes")] = None,
     price: Annotated[float | None, typer.Option(help="of one device for one hour: says what it costs")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="each term with its formula, and the largest tensors")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="each term with its formula, and the largest tensors")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     plot: Annotated[Path | None, typer.Option(help="write a chart: FILE.png or FILE.svg")] = None,
 ) -> None:
     """Say what a run will hold in memory, whether that fits, and how sure that is.
 
-    Ends with 0 if it fits (or no card was named), 1 if it does not, 2 if it is uncertain, 3 if something was asked wrongly.
+    Ends with 0 if it fits (or no card was named), 1 if it does not, 2 if it is uncertain, 3 if something was asked
+    wrongly.
     """
     from rich.console import Console
 
@@ -98,7 +113,10 @@ def show(found: "Estimate", console: "Console") -> None:
     for name, size in sorted(found.terms.items(), key=lambda item: -item[1]):
         if size >= GIB / 1000:
             table.add_row(f"{size / GIB:.2f}", name)
-    table.add_row(f"[bold]{found.expected / GIB:.2f}[/]", f"[bold]in all[/], between {found.low / GIB:.2f} and {found.high / GIB:.2f}")
+    table.add_row(
+        f"[bold]{found.expected / GIB:.2f}[/]",
+        f"[bold]in all[/], between {found.low / GIB:.2f} and {found.high / GIB:.2f}",
+    )
     console.print(table)
     console.print(f"peak during {found.forecast.moment}; {found.allocated / GIB:.2f} GiB of tensors")
     if found.card:
@@ -110,7 +128,8 @@ def show(found: "Estimate", console: "Console") -> None:
         console.print("  nothing that was tried makes it fit on this card")
     console.print(f"evidence: {found.evidence}")
     for rule in rules_for(setup):
-        console.print(f"[dim]rule of thumb: {rule.size / 1e9:,.1f} GB ({rule.size / GIB:,.1f} GiB) by {rule.rule}; leaves out {rule.leaves_out}[/]")
+        said = f"{rule.size / 1e9:,.1f} GB ({rule.size / GIB:,.1f} GiB)"
+        console.print(f"[dim]rule of thumb: {said} by {rule.rule}; leaves out {rule.leaves_out}[/]")
 
 
 def _show_time(found: "Estimate", console: "Console", tokens: float | None, price: float | None) -> None:
@@ -119,7 +138,9 @@ def _show_time(found: "Estimate", console: "Console", tokens: float | None, pric
             console.print("time: unknown: name a card whose rate is known, and a runtime that was measured")
         return
     low, middle, high = found.tokens_per_second
-    console.print(f"predicted: {middle:,.0f} tokens/s ({low:,.0f} to {high:,.0f}), from the rates of measured runs on an A100")
+    console.print(
+        f"predicted: {middle:,.0f} tokens/s ({low:,.0f} to {high:,.0f}), from the rates of measured runs on an A100"
+    )
     if tokens:
         hours = tokens / middle / 3600
         devices = found.forecast.setup.devices
@@ -139,5 +160,8 @@ def _explain(found: "Estimate", console: "Console") -> None:
     console.print(f"[bold]held at the peak, during {found.forecast.moment}[/]")
     tokens = setup.batch * setup.length
     for term, name, size in found.forecast.largest[:20]:
-        console.print(f"  {size / GIB:8.3f} GiB  {term}: {name} = {size / tokens:,.0f} bytes x {tokens:,} tokens", markup=False)
-    console.print(f"[bold]slack[/]\n  tensors x {(found.expected - found.forecast.context) / found.allocated:.2f} (memory/overhead.py)")
+        console.print(
+            f"  {size / GIB:8.3f} GiB  {term}: {name} = {size / tokens:,.0f} bytes x {tokens:,} tokens", markup=False
+        )
+    reserved = (found.expected - found.forecast.context) / found.allocated
+    console.print(f"[bold]slack[/]\n  tensors x {reserved:.2f} (planner/estimate.py, RESERVED)")

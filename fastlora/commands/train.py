@@ -15,6 +15,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key; may be repeated")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lora | qlora | houlsby | prefix | prompt | full; as --set method=")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in output_dir")] = False,
 ) -> None:
     """Fine-tune a model by a recipe; without a recipe, run the demo on a small model that ships with fastlora.
@@ -25,13 +28,14 @@ def train(
     from fastlora.training import recipe as recipes
 
     console = plots.lasting_console()
+    overrides = [*(overrides or []), *([f"method={method}"] if method else [])]
     try:
         if recipe is None:
             from fastlora.demo import demo
 
-            result = demo.run(overrides or [], resume, console)
+            result = demo.run(overrides, resume, console)
         else:
-            loaded = recipes.load(recipe, overrides or [])
+            loaded = recipes.load(recipe, overrides)
             from fastlora.training.loop import train as run
 
             result = run(loaded, resume, console=console)
@@ -40,7 +44,7 @@ def train(
     except OSError as error:
         _fail(f"{error.filename or 'a file or connection'}: {error.strerror or error}. Mend that, then try again")
     if result.interrupted is not None:
-        set_again = [word for override in overrides or [] for word in ("--set", override)]
+        set_again = [word for override in overrides for word in ("--set", override)]
         words = ["fastlora", "train", *([recipe] if recipe else []), *set_again, "--resume"]
         if os.environ.get("RANK", "0") == "0":  # only one of several processes prints it
             console.print(f"continue with: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)

@@ -32,7 +32,6 @@ from transformers.utils import logging as transformers_logging
 
 from fastlora.demo import stdlib_data
 from fastlora.files import atomic
-from fastlora.layers.lora_linear import LoRALinear
 from fastlora.layers.nf4_linear import NF4Linear
 from fastlora.ops.backend import backend
 from fastlora.training import lock, plots
@@ -55,6 +54,13 @@ class Measured:
 
     answers: list[str]
     perplexity: float
+
+
+_OF_METHOD: dict[Any, dict[str, Any]] = {  # what differs from recipes/demo.yaml, which is for LoRA
+    "full": {"quantize": None, "learning_rate": 2e-4},
+    "prefix": {"learning_rate": 1e-2},
+    "prompt": {"learning_rate": 3e-2},
+}
 
 
 def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | None = None) -> Result:
@@ -84,7 +90,8 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
 
 def recipe_with_data(overrides: Iterable[str] = ()) -> Recipe:
     """`recipes/demo.yaml` with `overrides`, and the model and the data that it does not name."""
-    values = {"model_name_or_path": str(MODEL), **read("demo"), **parse_overrides(overrides)}
+    asked = parse_overrides(overrides)
+    values = {"model_name_or_path": str(MODEL), **read("demo"), **_OF_METHOD.get(asked.get("method"), {}), **asked}
     data = Path(str(values["output_dir"])) / "data"
     files = {"train_file": str(data / "train.jsonl"), "eval_file": str(data / "eval.jsonl")}
     return from_mapping({**values, **files}, source="demo")
@@ -99,7 +106,11 @@ class BeforeAndAfter(Hooks):
     def on_start(self, run: Run) -> None:
         self.pairs = _questions(stdlib_data.instruction_pairs(held_out=True))
         run.console.print(_introduction(run))
-        run.model.fastlora_report.print(run.console)  # type: ignore[operator, union-attr]
+        if (report := getattr(run.model, "fastlora_report", None)) is not None:
+            report.print(run.console)
+        if run.method.name not in ("lora", "houlsby"):  # with zeros for what they train these are the base model
+            self.before = measure(run, self.pairs)
+            return
         trained = [parameter.detach().clone() for parameter in run.trainable]  # of a resumed run
         for parameter in run.trainable:
             parameter.data.zero_()
@@ -148,7 +159,8 @@ def perplexity(run: Run) -> float:
     total, count = 0.0, 0
     for ids, mask in zip(batch["input_ids"].split(8), batch["attention_mask"].split(8), strict=True):
         labels = torch.where(mask[:, 1:] > 0, ids[:, 1:], IGNORED).flatten().to(run.accelerator.device)
-        logits = run.model(input_ids=ids.to(run.accelerator.device), use_cache=False).logits[:, :-1]
+        logits = run.model(input_ids=ids.to(run.accelerator.device), use_cache=False).logits
+        logits = logits[:, run.method.virtual_tokens : -1]
         total += float(F.cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum"))
         count += int((labels != IGNORED).sum())
     return math.exp(total / count)
@@ -159,7 +171,8 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
     """Open the saved adapter in peft, over the same dequantized base, and compare logits in fp32.
 
     Returns:
-        The largest difference on eight held-out examples, and the largest logit; None if peft is not installed.
+        The largest difference on eight held-out examples, and the largest logit; None if peft is not installed, or
+        does not have the method.
     Raises:
         RuntimeError: the logits differ by more than `SAME_LOGITS` of the largest.
     """
@@ -168,6 +181,8 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
         from peft import PeftModel
     except ModuleNotFoundError:
         return None
+    if run.method.name in ("houlsby", "full"):
+        return None
     assert run.eval_set is not None
     batch = collate(run.eval_set, range(8), run.tokenizer.pad_token_id)
     inputs = {key: batch[key].to(run.accelerator.device) for key in ("input_ids", "attention_mask")}
@@ -175,13 +190,15 @@ def difference_in_peft(run: Run) -> tuple[float, float] | None:
     base = load_base(run.recipe.replace(bf16=False, quantize=None))
     base = base.to(run.accelerator.device).eval()
     for name, module in ours.named_modules():
-        if isinstance(module, LoRALinear) and isinstance(module.base_layer, NF4Linear):
-            base.get_submodule(name).weight.copy_(module.base_layer.weight.dequantize(torch.float32))
+        if isinstance(module, NF4Linear):
+            plain = base.get_submodule(name.removesuffix(".base_layer"))
+            plain.weight.copy_(module.weight.dequantize(torch.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers'
         theirs = PeftModel.from_pretrained(base, str(run.directory)).eval()
     real = inputs["attention_mask"].bool()
-    expected, found = theirs(**inputs).logits[real], ours(**inputs).logits[real]  # type: ignore[operator]
+    of_text = slice(run.method.virtual_tokens, None)
+    expected, found = (model(**inputs).logits[:, of_text][real] for model in (theirs, ours))  # type: ignore[operator]
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
     if not difference <= SAME_LOGITS * largest:
         raise RuntimeError(f"the adapter gives other logits in peft: they differ by up to {difference:.2e}")
@@ -234,15 +251,26 @@ def _introduction(run: Run) -> Panel:
     text = (
         f"A Llama of {parameters:.1f} M parameters, pretrained on {tokens:.0f} M tokens of the standard library's "
         "source, learns to say what a function does.\n"
-        f"Base frozen in {(run.recipe.quantize or precision).upper()}, LoRA r={run.recipe.r} on every linear layer, "
+        f"{_method(run)}, base in {(run.recipe.quantize or precision).upper()}, "
         f"{run.total_steps} steps in {precision} on {device}, kernels: {backend(device).name}."
     )
     return Panel(text, title="fastlora demo", title_align="left")
 
 
+def _method(run: Run) -> str:
+    recipe = run.recipe
+    return {
+        "lora": f"LoRA r={recipe.r} on every linear layer",
+        "houlsby": f"Houlsby adapters of {recipe.bottleneck} after attention and MLP",
+        "prefix": f"A prefix of {recipe.num_virtual_tokens} trained keys and values in every layer",
+        "prompt": f"A prompt of {recipe.num_virtual_tokens} trained tokens",
+        "full": "Every parameter trained",
+    }[recipe.method]
+
+
 def _summary(run: Run, before: Measured, after: Measured, seconds: float) -> dict[str, Any]:
     first, last = run.eval_losses.get(0), run.eval_losses[max(run.eval_losses)]
-    weights = run.directory / "adapter_model.safetensors"
+    weights = run.directory / run.method.files[-1]
     trainable = sum(p.numel() for p in run.trainable)
     peft = difference_in_peft(run)
     return {
@@ -254,6 +282,7 @@ def _summary(run: Run, before: Measured, after: Measured, seconds: float) -> dic
         "trainable_parameters": trainable,
         "all_parameters": trainable + _frozen_parameters(run.model),
         "adapter_bytes": weights.stat().st_size,
+        "file": weights.name,
         "peft_largest_difference": None if peft is None else peft[0],
         "peft_largest_logit": None if peft is None else peft[1],
         "steps": run.total_steps,
@@ -299,9 +328,9 @@ def _numbers_table(summary: dict[str, Any]) -> Table:
     table.add_row("perplexity on plain source", *(f"{p:.2f}" for p in ppl), change)
     share = summary["trainable_parameters"] / summary["all_parameters"]
     table.add_row("trainable parameters", "", f"{summary['trainable_parameters']:,}", f"{share:.1%} of all")
-    table.add_row("adapter on disk", "", f"{summary['adapter_bytes'] / 1e6:.2f} MB", "adapter_model.safetensors")
+    table.add_row("on disk", "", f"{summary['adapter_bytes'] / 1e6:.2f} MB", summary["file"])
     if summary["peft_largest_difference"] is None:
-        table.add_row("the same adapter in peft", "", "not tried", "pip install peft")
+        table.add_row("the same adapter in peft", "", "not tried", "pip install peft, and a method that it has")
     else:
         found = f"largest difference, of logits up to {summary['peft_largest_logit']:.1f}"
         table.add_row("the same adapter in peft", "", f"{summary['peft_largest_difference']:.1e}", found)

@@ -28,7 +28,9 @@ def targeted(shape: ModelShape, targets: Collection[str] | str) -> list[Linear]:
     names = {linear.name for linear in shape.linears}
     wanted = set(targets.split(",") if isinstance(targets, str) else targets)
     if missing := sorted(wanted - names - {HEAD}):
-        raise ValueError(f"targets: {', '.join(missing)} not in this model, which has {', '.join(sorted(names))}, {HEAD}")
+        raise ValueError(
+            f"targets: {', '.join(missing)} not in this model, which has {', '.join(sorted(names))}, {HEAD}"
+        )
     return [linear for linear in shape.linears if linear.name in wanted]
 
 

@@ -179,9 +179,14 @@ def forecast(setup: Setup) -> Forecast:
         terms[term] = terms.get(term, 0) + size
     largest = sorted(((*key, size) for key, size in book.at_peak.items() if size), key=lambda item: -item[2])
     return Forecast(
-        setup, {k: v for k, v in terms.items() if v}, book.peak, overhead.context(setup.capability), book.moment, largest,
+        setup,
+        {k: v for k, v in terms.items() if v},
+        book.peak,
+        overhead.context(setup.capability),
+        book.moment,
+        largest,
         entries,
-    )  # fmt: skip
+    )
 
 
 def _checked(setup: Setup) -> Setup:
@@ -209,11 +214,29 @@ def _layers(setup: Setup, kind: Runtime, book: Book, norm_width: float, table_wi
         ranks = {each.name: setup.r for each in adapters.targeted(setup.shape, setup.targets)}
     extra = setup.virtual_tokens if setup.method == "prompt" else 0
     return Layers(
-        book, setup.shape, setup.batch * (setup.length + extra), setup.batch, ranks, setup.trained_width,
-        setup.dropout > 0, setup.quantized, setup.width, setup.autocast, norm_width, table_width, setup.lora or kind.lora, kind.norm,
-        kind.rotary, setup.gate or kind.gate, setup.attention, setup.repeats, kind.lora == "fastlora", setup.method == "full", setup.dora,
+        book,
+        setup.shape,
+        setup.batch * (setup.length + extra),
+        setup.batch,
+        ranks,
+        setup.trained_width,
+        setup.dropout > 0,
+        setup.quantized,
+        setup.width,
+        setup.autocast,
+        norm_width,
+        table_width,
+        setup.lora or kind.lora,
+        kind.norm,
+        kind.rotary,
+        setup.gate or kind.gate,
+        setup.attention,
+        setup.repeats,
+        kind.lora == "fastlora",
+        setup.method == "full",
+        setup.dora,
         setup.devices if setup.sharding in ("fsdp", "zero2", "zero3") else 1,
-    )  # fmt: skip
+    )
 
 
 def _hold_gathered(book: Book, setup: Setup, entries: list[weights.Entry]) -> None:

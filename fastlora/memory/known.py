@@ -1,13 +1,22 @@
-"""Shapes of well-known models, so that a name is enough where no config is at hand. From their published config.json."""
+"""Shapes of well-known models, from their published config.json, for a name where no config is at hand."""
 
 import re
 
 from fastlora.memory.shape import ModelShape, shape_of
 
-_COLUMNS = (
-    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "vocab_size tie_word_embeddings num_local_experts num_experts_per_tok"
-).split()
+_COLUMNS = [
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "num_local_experts",
+    "num_experts_per_tok",
+]
 _TABLE = """
 llama-2-7b           llama       4096 11008 32 32 32 128  32000 0 0 0
 llama-2-13b          llama       5120 13824 40 40 40 128  32000 0 0 0

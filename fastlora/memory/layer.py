@@ -1,7 +1,7 @@
 """One decoder layer's step: what its modules allocate, keep for backward and free, written down as they are written.
 
-Sources: `modeling_llama.py`, `modeling_mistral.py`, `modeling_gemma2.py`, `modeling_mixtral.py`, `modeling_gpt_bigcode.py`
-of transformers; `tuners/lora/layer.py` and `bnb.py` of peft; `autograd/_functions.py` of bitsandbytes; and, for what
+Sources: `modeling_llama.py` and those of mistral, gemma2, mixtral and gpt_bigcode, of transformers;
+ `tuners/lora/layer.py` and `bnb.py` of peft; `autograd/_functions.py` of bitsandbytes; and, for what
 autograd keeps, derivatives.yaml of PyTorch. Each local variable here is one there: when it is rebound, its bytes go.
 """
 
@@ -128,7 +128,11 @@ class Layer:
         t = run.tokens
         *inputs, output = self._linears("attn" if "gpt" in shape.flags else "self_attn")
         if len(inputs) == 3:
-            q, k, v = self._together(inputs, h) if run.lora == "fused" and run.ranks else [self._linear(each, h) for each in inputs]
+            q, k, v = (
+                self._together(inputs, h)
+                if run.lora == "fused" and run.ranks
+                else [self._linear(each, h) for each in inputs]
+            )
         else:
             joined = self._linear(inputs[0], h)
             q, k, v = (
@@ -162,7 +166,9 @@ class Layer:
             k, v = (apply(f"{name} repeated", [x], x.elements * groups, x.width) for x, name in ((k, "k"), (v, "v")))
         if run.attention != "eager":
             statistics = run.book.tensor("log sums of attention", t * shape.heads, FP32)
-            return run.product("attention", [q, k, v], t * shape.q_features, q.width, saves=[q, k, v, statistics], saves_result=True)
+            return run.product(
+                "attention", [q, k, v], t * shape.q_features, q.width, saves=[q, k, v, statistics], saves_result=True
+            )
         pairs = t * run.length * shape.heads
         if run.autocast:
             q, k, v = (cast(x, HALF, f"{name} in 16 bits") for x, name in ((q, "q"), (k, "k"), (v, "v")))
@@ -209,7 +215,9 @@ class Layer:
             x = apply("rows of an expert", [h], rows * shape.hidden, h.width)
             joined = self._linear(ups[0], x)
             del x
-            gate, up = (apply(name, [joined], joined.elements / 2, joined.width, in_place=joined) for name in ("gate", "up"))
+            gate, up = (
+                apply(name, [joined], joined.elements / 2, joined.width, in_place=joined) for name in ("gate", "up")
+            )
             del joined
             product = gated(run, gate, up)
             del gate, up
@@ -259,7 +267,7 @@ class Layer:
         return plus(y, update, linear.name)
 
     def _dora(self, linear: Linear, y: Sized, update: Sized) -> Sized:
-        """peft's DoRA: y + (m - 1) y + m (x A B) scaling, where m [n] is trained; each product keeps what m multiplies."""
+        """peft's DoRA: y + (m - 1) y + m (x A B) scaling. m [n] is trained, so each product keeps what m multiplies."""
         width, wide = y.width, max(y.width, self.run.trained)
         norms = 3 * linear.n * linear.k * FP32  # the weight with its update, for the norms
         part = apply(f"{linear.name}: (m - 1) y", [y], y.elements, wide, saves=[y], scratch=norms, scratch_back=0)
@@ -339,7 +347,13 @@ def frozen_linear(run: Layers, x: Sized, linear: Linear, t: float) -> Sized:
     width = x.width
     if run.quantized or run.autocast:
         x = cast(x, HALF, "x in 16 bits")
-    y = apply(linear.name, [x], t * linear.n, HALF if run.quantized or run.autocast else run.width, scratch=expansion(run, linear))
+    y = apply(
+        linear.name,
+        [x],
+        t * linear.n,
+        HALF if run.quantized or run.autocast else run.width,
+        scratch=expansion(run, linear),
+    )
     return cast(y, width, f"{linear.name}, cast back") if run.quantized.startswith("nf4") else y
 
 
@@ -352,7 +366,7 @@ def expansion(run: Layers, linear: Linear) -> float:
 
 
 def trained_linear(run: Layers, x: Sized, weight: Parameter, elements: float, name: str) -> Sized:
-    """A product with a trained weight: x and the weight are kept. Autocast makes and keeps a 16-bit copy of the weight."""
+    """A product with a trained weight, which keeps x and the weight. Autocast holds a 16-bit copy of the weight."""
     if run.autocast and weight.width == FP32:
         x = cast(x, HALF, f"{name}: x in 16 bits")
         copy = run.copies.get(id(weight))

@@ -4,21 +4,27 @@
     hf-shifted         before: the same and a copy of the fp32 logits without the last position
     hf-shifted-kept    the same, while the logits in 16 bits are alive
     fused, fused-kept  these two with a fused cross-entropy, which writes its gradient over the shifted copy
-    chunks             Liger-Kernel's fused linear cross-entropy: logits of some rows at a time, gradients made in forward
+    chunks             Liger-Kernel's fused linear cross-entropy: logits of some rows at a time, gradients in forward
     fastlora           the same, by the rows of `ops/loss.py`; -min: by the fewest
 
-Sources: `modeling_llama.py` and `loss/loss_utils.py` of transformers at these versions, `ops/fused_linear_cross_entropy.py`
-of Liger-Kernel, `aten/src/ATen/native/LossNLL.cpp` of PyTorch.
+Sources: `modeling_llama.py` and `loss/loss_utils.py` of transformers at these versions;
+`ops/fused_linear_cross_entropy.py` of Liger-Kernel; `aten/src/ATen/native/LossNLL.cpp` of PyTorch.
 """
 
 from fastlora.memory.layer import Layers, cast, norm, scaled
 from fastlora.memory.sizes import FP32, HALF, Parameter, Sized, apply
 
 KINDS = ("hf", "hf-shifted", "hf-shifted-kept", "fused", "fused-kept", "chunks", "fastlora", "fastlora-min")
-FASTLORA_VALUES, _ROWS, _TILE = 2**26, 128, 64  # logits at once, at most, and rows: `_VALUES`, `_ROWS`, `_TILE` of ops/loss.py
+FASTLORA_VALUES, _ROWS, _TILE = (
+    2**26,
+    128,
+    64,
+)  # logits at once, at most, and rows: `_VALUES`, `_ROWS`, `_TILE` of ops/loss.py
 
 
-def loss_of(run: Layers, kind: str, last: list[Sized], final: Parameter | None, head: Parameter | None, softcap: bool) -> tuple[Sized, Sized | None]:
+def loss_of(
+    run: Layers, kind: str, last: list[Sized], final: Parameter | None, head: Parameter | None, softcap: bool
+) -> tuple[Sized, Sized | None]:
     """[x [tokens, hidden]], which is emptied -> the loss, and the logits that the model returns with it."""
     h = norm(run, last.pop(), final, "final norm")  # the model holds it until it returns
     with run.book.said(term="logits and loss"):

@@ -2,7 +2,7 @@
 
     adamw         two moments in fp32                                     arXiv:1711.05101
     adamw-bf16    two moments in the dtype of 16-bit parameters, as torch keeps them
-    adamw-8bit    two moments of 1 byte, and a scale of 4 bytes for 256 of each; tensors below 4,096 values in fp32   arXiv:2110.02861
+    adamw-8bit    two moments of 1 byte, and a scale of 4 bytes for 256 of each     arXiv:2110.02861
     paged-adamw-8bit   the same, in memory that may move to the host: up to 0 here
     adafactor     a row and a column of fp32 a matrix: less than a hundredth     arXiv:1804.04235
     sgd           nothing
@@ -11,7 +11,14 @@
 While it updates, `foreach` AdamW holds one more fp32 value a parameter (the denominator); the fused one nothing.
 """
 
-BYTES = {"adamw": 8.0, "adamw-bf16": 4.0, "adamw-8bit": 2 + 2 * 4 / 256, "paged-adamw-8bit": 0.0, "adafactor": 0.08, "sgd": 0.0}
+BYTES = {
+    "adamw": 8.0,
+    "adamw-bf16": 4.0,
+    "adamw-8bit": 2 + 2 * 4 / 256,
+    "paged-adamw-8bit": 0.0,
+    "adafactor": 0.08,
+    "sgd": 0.0,
+}
 OPTIMIZERS = tuple(BYTES)
 
 
@@ -28,4 +35,8 @@ def state_bytes(values: int, optimizer: str) -> int:
 
 def update_bytes(values: int, width: float, optimizer: str) -> int:
     """Bytes more while the parameters are updated by a `foreach` optimizer, in the dtype of the moments."""
-    return round(values * (4 if optimizer == "adamw" and width == 4 else width)) if optimizer.startswith("adamw") and "8bit" not in optimizer else 0
+    return (
+        round(values * (4 if optimizer == "adamw" and width == 4 else width))
+        if optimizer.startswith("adamw") and "8bit" not in optimizer
+        else 0
+    )

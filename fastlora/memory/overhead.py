@@ -1,11 +1,11 @@
-"""What is not a tensor: cuBLAS's workspaces, the CUDA context, and memory that the allocator holds and cannot use.
+"""What is no tensor of a step: cuBLAS's workspaces and the CUDA context.
 
-    workspaces   torch gives each thread that multiplies (forward's and backward's) one from its own allocator: 8.125 MiB,
-                 32 MiB on sm_90 (`getChosenWorkspaceSize`, ATen/cuda/CublasHandlePool.cpp)
-    context      what the driver takes for a process with torch's kernels loaded: 141 MiB on a T4; 300 to 550 on newer cards
-    slack        reserved over allocated: fragments and rounding to 2 and 20 MiB
+    workspaces   torch gives each thread that multiplies (forward's and backward's) one from its own allocator:
+                 8.125 MiB, 32 MiB on sm_90 (`getChosenWorkspaceSize`, ATen/cuda/CublasHandlePool.cpp)
+    context      what the driver takes for a process with torch's kernels loaded: 141 MiB in 30 runs on a T4; on newer
+                 cards 450 MiB is assumed
 
-Evidence: 30 T4 runs give all three meters of one run; the A100 runs give allocated and reserved.
+Slack, which is reserved over allocated, is in `planner.estimate`: it widens a range and is no term.
 """
 
 MIB = 2**20

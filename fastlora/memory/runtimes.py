@@ -34,30 +34,54 @@ RUNTIMES = {
     runtime.name: runtime
     for runtime in (
         Runtime(
-            "peft", "transformers + peft + bitsandbytes after prepare_model_for_kbit_training", casts=True,
+            "peft",
+            "transformers + peft + bitsandbytes after prepare_model_for_kbit_training",
+            casts=True,
             validated="A100 and T4, NF4",
         ),
         Runtime("peft-lean", "transformers + peft without fp32 casts", validated="A100, T4 and L40S"),
         Runtime(
-            "fused", "peft with fused LoRA, norms, rotary embedding and cross-entropy, logits whole", lora="fused",
-            norm="fused", rotary="fused", loss="fused", validated="A100",
+            "fused",
+            "peft with fused LoRA, norms, rotary embedding and cross-entropy, logits whole",
+            lora="fused",
+            norm="fused",
+            rotary="fused",
+            loss="fused",
+            validated="A100",
         ),
         Runtime(
-            "liger", "peft with Liger-Kernel: norms, rotary embedding, gated MLP, loss in chunks", norm="fused",
-            rotary="fused", gate="fused", loss="chunks", validated="A100, with fused LoRA and an eager MLP",
+            "liger",
+            "peft with Liger-Kernel: norms, rotary embedding, gated MLP, loss in chunks",
+            norm="fused",
+            rotary="fused",
+            gate="fused",
+            loss="chunks",
+            validated="A100, with fused LoRA and an eager MLP",
         ),
         Runtime("hf-full", "transformers, every parameter trained", validated="A100, two shapes"),
         Runtime(
-            "unsloth", "Unsloth: fused LoRA, norms, rotary, MLP and loss; layers' inputs wait in host memory", lora="fused",
-            norm="fused", rotary="fused", gate="fused", loss="chunks", checkpointing="offload",
+            "unsloth",
+            "Unsloth: fused LoRA, norms, rotary, MLP and loss; layers' inputs wait in host memory",
+            lora="fused",
+            norm="fused",
+            rotary="fused",
+            gate="fused",
+            loss="chunks",
+            checkpointing="offload",
         ),
         Runtime("torchtune", "torchtune: LoRA and its loss in chunks", loss="chunks"),
         Runtime(
-            "fastlora", "fastlora.speed_up", lora="fastlora", norm="fused", rotary="fused", gate="fused", loss="fastlora",
+            "fastlora",
+            "fastlora.speed_up",
+            lora="fastlora",
+            norm="fused",
+            rotary="fused",
+            gate="fused",
+            loss="fastlora",
             validated="H100, Qwen3-0.6B; counted for Llama, Qwen3",
         ),
     )
-}  # fmt: skip
+}
 
 
 def runtime(name: str) -> Runtime:

@@ -160,7 +160,9 @@ def _llama(config: Mapping[str, Any], family: str, flags: frozenset[str]) -> Mod
     kv_heads = _size(config, "num_key_value_heads", default=heads)
     head_dim = _size(config, "head_dim", default=max(1, hidden // heads))
     experts = _size(config, "num_local_experts", "num_experts") if "experts" in flags else 0
-    inner = _size(config, "moe_intermediate_size", "intermediate_size") if experts else _size(config, "intermediate_size")
+    inner = (
+        _size(config, "moe_intermediate_size", "intermediate_size") if experts else _size(config, "intermediate_size")
+    )
     q, kv = heads * head_dim, kv_heads * head_dim
     every = bool(config.get("attention_bias", "all_bias" in flags))
     if family == "qwen2":
@@ -180,12 +182,24 @@ def _llama(config: Mapping[str, Any], family: str, flags: frozenset[str]) -> Mod
     head_norms = 2 * head_dim if "qk_norm" in flags else 0
     router = experts * hidden + (experts if "router_bias" in flags else 0)
     return ModelShape(
-        family, hidden, inner, _size(config, "num_hidden_layers"), heads, kv_heads, head_dim, _size(config, "vocab_size"),
+        family,
+        hidden,
+        inner,
+        _size(config, "num_hidden_layers"),
+        heads,
+        kv_heads,
+        head_dim,
+        _size(config, "vocab_size"),
         bool(config.get("tie_word_embeddings", "tied_by_default" in flags)),
-        (*attention, *up, down), hidden * (4 if "four_norms" in flags else 2) + head_norms, head_norms,
-        router + (heads if "sinks" in flags else 0), flags, 0, experts,
+        (*attention, *up, down),
+        hidden * (4 if "four_norms" in flags else 2) + head_norms,
+        head_norms,
+        router + (heads if "sinks" in flags else 0),
+        flags,
+        0,
+        experts,
         _size(config, "num_experts_per_tok") if experts else 0,
-    )  # fmt: skip
+    )
 
 
 def _gpt(config: Mapping[str, Any], flags: frozenset[str]) -> ModelShape:

@@ -1,4 +1,4 @@
-"""Tensors that have a size and no values, with an autograd of their own: a step runs, and what it would hold is counted.
+"""Tensors that have a size and no values, with an autograd of their own: a step runs, and what it holds is counted.
 
 A `Sized` is alive as long as Python refers to it, exactly as a tensor is, so a module that is written down here as
 transformers writes it holds what that module holds. `Book` counts bytes as storages come and go, and keeps what was
@@ -90,7 +90,9 @@ class Node:
 
     __slots__ = ("grad", "inputs", "order", "run")
 
-    def __init__(self, order: int, inputs: Sequence["Node | None"], run: Callable[["Sized"], list["Sized"]]) -> None:
+    def __init__(
+        self, order: int, inputs: Sequence["Node | None"], run: Callable[["Sized"], list["Sized | None"]]
+    ) -> None:
         self.order, self.inputs, self.run = order, inputs, run
         self.grad: Sized | None = None
 
@@ -130,7 +132,7 @@ class Parameter(Sized):
         self.grad: Sized | None = None
         self.node = Node(-1, (), self._take)
 
-    def _take(self, grad: Sized) -> list[Sized]:
+    def _take(self, grad: Sized) -> list[Sized | None]:
         self.grad = self.grad or grad
         return []
 
@@ -169,15 +171,16 @@ def apply(
     wanted = [None if x.node is None else (x.elements, x.width, isinstance(x, Parameter)) for x in inputs]
     back = scratch if scratch_back is None else scratch_back
 
-    def run(grad: Sized, held: list[Sized] = held) -> list[Sized]:
+    def gradient(elements: float, width: float, trained: bool) -> Sized:
+        if trained:
+            return book.tensor("of trained tensors", elements, width, "gradients")
+        return book.tensor(f"d {name}", elements, width)
+
+    def run(grad: Sized, held: list[Sized] = held) -> list[Sized | None]:
         if passes:
             return [grad.alias() for _ in wanted]
         with _scratch(book, back):
-            return [
-                None if want is None
-                else book.tensor("of trained tensors" if want[2] else f"d {name}", *want[:2], "gradients" if want[2] else "")
-                for want in wanted
-            ]  # fmt: skip
+            return [None if want is None else gradient(*want) for want in wanted]
 
     y.node = Node(next(book._order), [x.node for x in inputs], run)
     return y
@@ -190,8 +193,10 @@ def _scratch(book: Book, size: float) -> Iterator[None]:
     del held
 
 
-def checkpointed(name: str, run: Callable[..., Sized], x: Sized, *, kept: bool = True, after: Callable[[], object] = list) -> Sized:
-    """`run(x)`, of which only x is kept: it runs again in backward, with its intermediate results (torch.utils.checkpoint).
+def checkpointed(
+    name: str, run: Callable[..., Sized], x: Sized, *, kept: bool = True, after: Callable[[], object] = list
+) -> Sized:
+    """`run(x)`, of which only x is kept: it runs again in backward (torch.utils.checkpoint).
 
     kept: False if x waits elsewhere (in host memory) until then.
     after: called when backward is through.
@@ -205,14 +210,14 @@ def checkpointed(name: str, run: Callable[..., Sized], x: Sized, *, kept: bool =
     elements, width = x.elements, x.width
     y = Sized(found.storage, found.elements, found.width)
 
-    def again(grad: Sized) -> list[Sized]:
+    def again(grad: Sized) -> list[Sized | None]:
         nonlocal held
         inner = held if held is not None else book.tensor(name, elements, width)
         held = None
         inner = Sized(inner.storage, elements, width)
-        got: list[Sized] = []
+        got: list[Sized | None] = []
 
-        def end(grad: Sized) -> list[Sized]:
+        def end(grad: Sized) -> list[Sized | None]:
             got.append(grad)
             return []
 
@@ -265,7 +270,7 @@ def _step(node: Node, ready: list[Node], uses: Counter[int]) -> None:
             heapq.heappush(ready, target)
 
 
-def _walked(grad: Sized) -> list[Sized]:
+def _walked(grad: Sized) -> list[Sized | None]:
     raise RuntimeError("a graph was walked twice")
 
 

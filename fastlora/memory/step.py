@@ -7,7 +7,6 @@ from fastlora.memory.layer import Layer, Layers, scaled
 from fastlora.memory.loss import loss_of
 from fastlora.memory.sizes import INT64, Sized, apply, backward, checkpointed
 
-
 _SCALED = ("granite", "gemma", "gemma2", "gemma3_text")  # multiply their embeddings
 
 
@@ -16,8 +15,8 @@ class Step:
     """How a step runs over its layers.
 
     Attributes:
-        checkpointing: "none", "full", "selective" (products and attention are kept) or "offload" (as full, and the inputs
-            of layers wait in host memory).
+        checkpointing: "none", "full", "selective" (products and attention are kept) or "offload" (as full, and the
+            inputs of layers wait in host memory).
         again: as many bytes as the inputs of layers have once more, while layers are recomputed.
         loss: a name of `loss.KINDS`.
         logits_kept: whether what the model returned is alive in backward, as in a loop of one's own.

@@ -1,13 +1,13 @@
 """The term "weights": the frozen or trained base.
 
     16 or 32 bits   2 or 4 bytes a parameter
-    NF4             half a byte a weight of the layers' linears, and a scale for each 64 of them: 4 bytes, or with nested
-                    scales 1 byte and 4 for each 256 scales. Everything else (embeddings, head, norms, biases) as it is.
+    NF4             half a byte a weight of the layers' linears, and a scale for each 64 of them: 4 bytes,
+                    or with nested scales 1 byte and 4 for each 256 scales. Everything else (embeddings, head, norms, biases) as it is.
                     Source: arXiv:2305.14314, section 3; `functional.py` of bitsandbytes. Each linear has tables too,
                     of 16 and 256 values of 4 bytes, in blocks of 512 bytes.
     INT8            1 byte a weight, and 4 a row (LLM.int8())
-    GPTQ            half a byte a weight and, for each 128 weights of a column, a scale of 2 bytes and a zero of 4 bits; 4 bytes
-                    a row of x (`g_idx`)
+    GPTQ            half a byte a weight and, for each 128 weights of a column, a scale of 2 bytes and a zero of
+                    4 bits; 4 bytes a row of x (`g_idx`)
 
 `prepare_model_for_kbit_training` of peft casts what is not quantized to fp32. Under bf16, TRL casts embeddings and head
 back. A tied head is one table. Evidence: bytes after loading in the T4 cases, split by kind, to the MiB.
@@ -69,6 +69,6 @@ def _linears(shape: ModelShape, quantized: str, width: float) -> Entry:
     nested = quantized == "nf4-nested"
     tables = count * BLOCK * (1 + 2 + 1 if nested else 1)  # values of codes; of scales; the offset
     held = scales + scales // 256 * FP32 if nested else scales * FP32
-    each = f"(1 + 4/256)" if nested else "4"
+    each = "(1 + 4/256)" if nested else "4"
     how = f"{weights:,} weights / 2 + {scales:,} scales x {each} + tables"
     return Entry("linears, NF4", weights // 2 + held + tables, how)

@@ -5,10 +5,18 @@ from pathlib import Path
 from fastlora.planner.estimate import Estimate
 
 _COLOURS = {
-    "weights": "#8a8f98", "adapters": "#2f6fde", "gradients": "#7aa7f0", "optimizer": "#b6cdf7", "activations": "#e08a2e",
-    "logits": "#f2c078", "scratch": "#6fae75", "batch": "#b9dcbc", "workspaces": "#c9c3d9", "context": "#dcdcdc",
+    "weights": "#8a8f98",
+    "adapters": "#2f6fde",
+    "gradients": "#7aa7f0",
+    "optimizer": "#b6cdf7",
+    "activations": "#e08a2e",
+    "logits": "#f2c078",
+    "scratch": "#6fae75",
+    "batch": "#b9dcbc",
+    "workspaces": "#c9c3d9",
+    "context": "#dcdcdc",
     "slack": "#efefef",
-}  # fmt: skip
+}
 
 
 def draw(estimate: Estimate, path: Path) -> None:
@@ -37,7 +45,9 @@ def draw(estimate: Estimate, path: Path) -> None:
     if estimate.card:
         axes.axvline(estimate.card.memory / 2**30, color="#c0392b", label=f"{estimate.card.name}")
     setup = estimate.forecast.setup
-    axes.set_title(f"{estimate.model.name}, {setup.method}, {setup.batch} x {setup.length} tokens, {setup.runtime}: forecast")
+    axes.set_title(
+        f"{estimate.model.name}, {setup.method}, {setup.batch} x {setup.length} tokens, {setup.runtime}: forecast"
+    )
     axes.set_xlabel("GiB on each device")
     axes.set_yticks([])
     axes.spines[["top", "right", "left"]].set_visible(False)

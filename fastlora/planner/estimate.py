@@ -1,8 +1,8 @@
 """A forecast as a user asks for it: a model by name, a card, and an answer with its range and the evidence behind it.
 
 The range is what measured runs of the same runtime and kind of base allow: their worst errors under and over
-(`evidence.csv`, written by `python -m bench forecast --write`), and the memory that the allocator holds beyond what is in
-use. A runtime without measured runs gets the widest range and says so.
+(`evidence.csv`, written by `python -m bench forecast --write`), and the memory that the allocator holds beyond what is
+in use. A runtime without measured runs gets the widest range and says so.
 """
 
 import csv
@@ -104,20 +104,44 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        names = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch", "batch", "workspaces",
-                 "context", "slack")  # fmt: skip
+        names = (
+            "weights",
+            "adapters",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "scratch",
+            "batch",
+            "workspaces",
+            "context",
+            "slack",
+        )
         setup, shape = self.forecast.setup, self.model.shape
         return {
-            "model": self.model.name, "shape_from": self.model.source, "parameters": shape.parameters,
-            "trained_parameters": setup.trained, "method": setup.method, "runtime": setup.runtime,
-            "length": setup.length, "batch": setup.batch, "gpu": self.card and self.card.name, "gpus": setup.devices,
-            "gpu_bytes": self.card and self.card.memory, "total_bytes": self.expected, "low_bytes": self.low,
-            "high_bytes": self.high, "allocated_bytes": self.allocated,
+            "model": self.model.name,
+            "shape_from": self.model.source,
+            "parameters": shape.parameters,
+            "trained_parameters": setup.trained,
+            "method": setup.method,
+            "runtime": setup.runtime,
+            "length": setup.length,
+            "batch": setup.batch,
+            "gpu": self.card and self.card.name,
+            "gpus": setup.devices,
+            "gpu_bytes": self.card and self.card.memory,
+            "total_bytes": self.expected,
+            "low_bytes": self.low,
+            "high_bytes": self.high,
+            "allocated_bytes": self.allocated,
             **{f"{name}_bytes": self.terms.get(name, 0) for name in names},
-            "fits": self.fits, "verdict": self.verdict, "peak_during": self.forecast.moment, "evidence": str(self.evidence),
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "peak_during": self.forecast.moment,
+            "evidence": str(self.evidence),
             "ways": [{"change": change, "total_bytes": size} for change, size in self.ways],
             "tokens_per_second": self.tokens_per_second and self.tokens_per_second[1],
-        }  # fmt: skip
+        }
 
 
 def forecast(

@@ -47,7 +47,9 @@ def _cards() -> dict[str, Card]:
     found = {}
     for line in _TABLE.strip().splitlines():
         name, capability, memory, rate, bandwidth = line.split()
-        found[name] = Card(name, int(capability), round(float(memory) * GIB), float(rate) * 1e12, float(bandwidth) * 1e12)
+        found[name] = Card(
+            name, int(capability), round(float(memory) * GIB), float(rate) * 1e12, float(bandwidth) * 1e12
+        )
     return found
 
 

@@ -87,7 +87,9 @@ def _of_size(params: str) -> Named:
     shapes = [_proportioned(layers, hidden) for layers in range(8, 132, 2) for hidden in range(512, 20481, 128)
               if 64 <= hidden / layers <= 160]  # fmt: skip
     nearest = min(shapes, key=lambda shape: abs(shape.parameters / wanted - 1))
-    return Named(params, nearest, f"a shape in Llama's proportions with {nearest.parameters / 1e9:.2f} billion parameters")
+    return Named(
+        params, nearest, f"a shape in Llama's proportions with {nearest.parameters / 1e9:.2f} billion parameters"
+    )
 
 
 def _proportioned(layers: int, hidden: int) -> ModelShape:

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole or not at all, verified when read, and enough to continue bit for bit.
 
-    checkpoint-<step>/  adapter_model.safetensors, adapter_config.json   the adapter, in peft's format
+    checkpoint-<step>/  adapter_model.safetensors, adapter_config.json   the adapter, in peft's format; or, if the whole
+                        model is trained, model.safetensors and config.json
                         optimizer.pt, rng-<process>.pt                   moments; python, numpy, torch, CUDA generators
                         trainer_state.json                               step, recipe, and a hash of each other file
 
@@ -21,9 +22,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from fastlora.adapters.adapter import load_adapter, save_adapter
 from fastlora.files import atomic
 from fastlora.layers.quoted import reason
+from fastlora.methods import LoRA, Method
 
 STATE_FILE = "trainer_state.json"
 _KINDS = {"step": int, "processes": int, "train_data": str, "recipe": dict, "total_steps": int}
@@ -44,6 +45,7 @@ def save(
     directory: Path,
     step: int,
     model: nn.Module,
+    method: Method,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     facts: dict[str, Any],
@@ -62,14 +64,20 @@ def save(
             for left in directory.glob(".checkpoint-*.part"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             part.mkdir(parents=True)
-            save_adapter(model, part)
+            method.save(model, part)
             _save(optimizer.state_dict(), part / "optimizer.pt")
         accelerator.wait_for_everyone()
         _save(rng_state(), part / f"rng-{accelerator.process_index}.pt")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             hashes = {path.name: _sha256(path) for path in sorted(part.iterdir())}
-            state = {"step": step, "processes": accelerator.num_processes, **facts, "sha256": hashes}
+            state = {
+                "step": step,
+                "processes": accelerator.num_processes,
+                **facts,
+                "files": method.files,
+                "sha256": hashes,
+            }
             atomic.write_text(part / STATE_FILE, json.dumps(state, indent=1) + "\n")
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
@@ -100,7 +108,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        hashes, needed = dict(state["sha256"]), {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt"}
+        hashes, needed = dict(state["sha256"]), {*state.get("files", LoRA.files), "optimizer.pt"}
         needed |= {f"rng-{process}.pt" for process in range(min(state["processes"], len(hashes)))}
         whole = needed <= hashes.keys() and all(isinstance(state[key], kind) for key, kind in _KINDS.items())
         whole = whole and state["processes"] > 0 and path.name == f"checkpoint-{state['step']}"
@@ -134,9 +142,9 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any], list[str]]:
     raise ValueError(f"{directory}: nothing to resume from: {'; '.join(damaged) or 'it holds no checkpoint'}")
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, process: int) -> None:
-    """Set the adapter, the moments and one process's random generators to what they were when `path` was saved."""
-    load_adapter(model, path)
+def restore(path: Path, model: nn.Module, method: Method, optimizer: torch.optim.Optimizer, process: int) -> None:
+    """Set what is trained, the moments and one process's random generators to what they were when `path` was saved."""
+    method.load(model, path)
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     set_rng_state(torch.load(path / f"rng-{process}.pt", map_location="cpu", weights_only=True))
 

@@ -35,7 +35,6 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from fastlora.adapters.adapter import save_adapter
 from fastlora.files import atomic
 from fastlora.layers.causal_loss import smoothed, targets_known
 from fastlora.layers.quoted import clipped
@@ -56,7 +55,8 @@ class Hooks:
 
         By default it prints which layers were replaced, and what they run on.
         """
-        run.console.print(run.model.fastlora_report.summary(), highlight=False)  # type: ignore[operator, union-attr]
+        report = getattr(run.model, "fastlora_report", None)
+        run.console.print(report.summary() if report else _trained(run), highlight=False)
 
     def on_end(self, run: Run) -> None:
         """Called after the last step, once the adapter is saved; not called if the run is interrupted."""
@@ -125,6 +125,12 @@ def _train(recipe: Recipe, resume: bool, hooks: Hooks, console: Console) -> Resu
     return Result(run.directory, run.step, run.total_steps, run.loss, eval_loss, stopped_by)
 
 
+def _trained(run: Run) -> str:
+    trained = sum(p.numel() for p in run.trainable)
+    frozen = sum(p.numel() for p in run.model.parameters() if not p.requires_grad)
+    return f"{run.method.name}: {trained:,} trained parameters, {frozen:,} frozen ones"
+
+
 def _print_data(run: Run) -> None:
     """Say what there is to learn, and which columns of the data nothing reads."""
     unread: dict[str, None] = {}
@@ -191,7 +197,7 @@ def train_step(run: Run, caught: Sequence[str] = ()) -> tuple[dict[str, float], 
 
     rate = learning_rate(recipe, run.step, run.total_steps)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.loss = totals[0]
@@ -242,6 +248,9 @@ def target_loss(run: Run, model: nn.Module, batch: dict[str, Any]) -> Tensor:
     given = ("labels", "targets", "divisor")
     labels, divisor = batch["labels"], batch.get("divisor", 1)
     places = batch.get("targets")  # [targets], of the tokens before targets, in the rows one after the other
+    front = run.method.virtual_tokens
+    if front and places is not None:
+        places = places + front * (places // labels.shape[1] + 1)
     inputs = {"use_cache": False} | {name: value for name, value in batch.items() if name not in given}
     with run.autocast(), packing.packed() if run.padding_free else nullcontext():
         if any(row.part == "loss" and row.sped_up for row in getattr(run.model, "fastlora_parts", ())):
@@ -249,6 +258,8 @@ def target_loss(run: Run, model: nn.Module, batch: dict[str, Any]) -> Tensor:
                 loss: Tensor = model(**inputs, labels=labels, num_items_in_batch=divisor).loss
             return loss
         logits = model(**inputs).logits  # [rows, length, vocabulary]
+    if front:
+        labels = F.pad(labels, (front, 0), value=data.IGNORED)
     shifted = F.pad(labels, (0, 1), value=data.IGNORED)[:, 1:].flatten()
     if places is None:
         places = slice(None)
@@ -304,7 +315,7 @@ def _log(run: Run, record: dict[str, float]) -> None:
 
 def _finish(run: Run) -> None:
     if run.accelerator.is_main_process:
-        save_adapter(run.model, run.directory)
+        run.method.save(run.model, run.directory)
         plots.plot_losses(run.directory / "metrics.jsonl", run.directory / "loss.png")
         run.console.print(f"adapter, metrics and plot are in {run.directory}", highlight=False, markup=False)
     run.accelerator.wait_for_everyone()
@@ -334,7 +345,7 @@ def _rescued(run: Run) -> str:
     except OSError:
         return ""
     try:
-        save_adapter(run.model, folder)
+        run.method.save(run.model, folder)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         return ""
@@ -378,4 +389,4 @@ def _save_checkpoint(run: Run) -> None:
         "recipe": dataclasses.asdict(run.recipe),
     }
     keep = run.recipe.save_total_limit
-    checkpoint.save(run.directory, run.step, run.model, run.optimizer, run.accelerator, facts, keep)
+    checkpoint.save(run.directory, run.step, run.model, run.method, run.optimizer, run.accelerator, facts, keep)

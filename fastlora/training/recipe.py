@@ -31,6 +31,18 @@ _UNUSABLE = re.compile(r"[\0-\x1f\ud800-\udfff]")  # in a path
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 SAMPLING = ("random", "sequential", "group_by_length")
 CHECKPOINTING = ("min", "selective", "auto")
+OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
+_OF_METHOD = {  # method -> the keys that mean something only with it
+    "lora": (
+        "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
+        "loraplus_lr_ratio", "cuda_graphs",
+    ),
+    "houlsby": ("bottleneck",),
+    "prefix": ("num_virtual_tokens", "init_text", "prefix_projection", "encoder_hidden_size"),
+    "prompt": ("num_virtual_tokens", "init_text"),
+    "full": (),
+}  # fmt: skip
+METHODS = tuple(_OF_METHOD)
 
 # A resumed run may change these: they affect what is shown, kept or evaluated, never a training loss.
 # The training data are compared by content, so a file may move.
@@ -69,12 +81,21 @@ class Recipe:
     model_name_or_path: Annotated[str, "a directory in Hugging Face layout, or a hub name"] = ""
     quantize: Annotated[str | None, "nf4: the frozen base in 4 bits (QLoRA); null: bfloat16 or float32, by bf16"] = None
 
+    method: Annotated[str, "lora | houlsby | prefix | prompt | full; qlora is lora with quantize: nf4"] = "lora"
+
     r: Annotated[int, "rank of the adapters, 1 to 256"] = 16
     lora_alpha: Annotated[float, "the update is scaled by lora_alpha / r"] = 32.0
     lora_dropout: Annotated[float, "dropout on the adapters' input"] = 0.0
     target_modules: Annotated[str | list[str], "names or regular expression of the layers to adapt"] = "all-linear"
     exclude_modules: Annotated[str | list[str] | None, "names or regular expression of layers to leave out"] = None
     use_rslora: Annotated[bool, "scale by lora_alpha / sqrt(r) instead"] = False
+    init_lora_weights: Annotated[bool | str, "how A and B start: true, gaussian, pissa, olora, ..., as in peft"] = True
+    loraplus_lr_ratio: Annotated[float | None, "LoRA+: the rate of B over that of A"] = None
+    bottleneck: Annotated[int, "houlsby: features inside an adapter"] = 64
+    num_virtual_tokens: Annotated[int, "prefix, prompt: trained tokens before the text"] = 20
+    init_text: Annotated[str | None, "prefix, prompt: what they start as; null: words drawn at random"] = None
+    prefix_projection: Annotated[bool, "prefix: an MLP makes the keys and values while they are trained"] = False
+    encoder_hidden_size: Annotated[int, "prefix: features inside that MLP"] = 512
 
     train_file: Annotated[str | None, "JSONL or JSON (.gz) with text | prompt + completion | messages (+ tools)"] = None
     eval_file: Annotated[str | None, "the same, for evaluation"] = None
@@ -98,7 +119,8 @@ class Recipe:
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
     warmup_ratio: Annotated[float, "the same, as a share of all steps"] = 0.0
     label_smoothing_factor: Annotated[float, "share of a target spread over the vocabulary, in training"] = 0.0
-    weight_decay: Annotated[float, "AdamW's, on the adapters"] = 0.0
+    optim: Annotated[str, "adamw_torch | adamw_8bit | paged_adamw_8bit; the last two are bitsandbytes'"] = "adamw_torch"
+    weight_decay: Annotated[float, "AdamW's, on what is trained"] = 0.0
     adam_beta1: Annotated[float, "AdamW's"] = 0.9
     adam_beta2: Annotated[float, "AdamW's"] = 0.999
     adam_epsilon: Annotated[float, "AdamW's"] = 1e-8
@@ -125,6 +147,9 @@ class Recipe:
         for spec in dataclasses.fields(self):
             value = _coerced(spec.name, getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
+        if self.method == "qlora":
+            object.__setattr__(self, "method", "lora")
+            object.__setattr__(self, "quantize", "nf4")
         _check_ranges(self)
         _check_together(self)
 
@@ -138,6 +163,7 @@ class Recipe:
 
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
+_DEFAULTS = {spec.name: spec.default for spec in dataclasses.fields(Recipe)}
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -174,6 +200,9 @@ def _coerced(key: str, value: Any) -> Any:
 def _check_ranges(recipe: Recipe) -> None:
     at_least_one = [
         "r",
+        "bottleneck",
+        "num_virtual_tokens",
+        "encoder_hidden_size",
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
@@ -184,7 +213,7 @@ def _check_ranges(recipe: Recipe) -> None:
     ]
     not_negative = ["warmup_steps", "weight_decay", "max_grad_norm"]
     shares = ["lora_dropout", "label_smoothing_factor", "warmup_ratio", "adam_beta1", "adam_beta2"]
-    positive = ["lora_alpha", "learning_rate", "adam_epsilon"]
+    positive = ["lora_alpha", "loraplus_lr_ratio", "learning_rate", "adam_epsilon"]
     paths = ["model_name_or_path", "train_file", "eval_file", "dataset_name", "output_dir"]
     patterns = ["target_modules", "exclude_modules"]
     rules = [
@@ -200,6 +229,8 @@ def _check_ranges(recipe: Recipe) -> None:
         ("max_length", lambda v: v >= 2, "at least 2: a token is predicted from the one before"),
         ("max_steps", lambda v: v == -1 or v >= 1, "at least 1, or -1 for whole epochs"),
         ("quantize", lambda v: v == "nf4", "nf4 or null"),
+        ("method", lambda v: v in METHODS, " | ".join((*METHODS, "qlora"))),
+        ("optim", lambda v: v in OPTIMIZERS, " | ".join(OPTIMIZERS)),
         ("lr_scheduler_type", lambda v: v in SCHEDULES, " | ".join(SCHEDULES)),
         ("train_sampling_strategy", lambda v: v in SAMPLING, " | ".join(SAMPLING)),
         ("output_dir", lambda v: v != "", "a directory"),
@@ -227,6 +258,7 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("eval_file, dataset_test_split: give one of the two, or neither")
     if recipe.dataset_test_split is not None and recipe.dataset_name is None:
         raise ValueError("dataset_test_split: needs dataset_name; with files, give eval_file")
+    _check_method(recipe)
     if recipe.cuda_graphs and recipe.padding_free is False:
         raise ValueError("cuda_graphs: needs padding_free, which gives rows of few shapes")
     if recipe.torch_compile and not recipe.speed_up:
@@ -250,6 +282,24 @@ def _check_together(recipe: Recipe) -> None:
     evaluates = recipe.eval_file is not None or recipe.dataset_test_split is not None
     if not evaluates and (recipe.eval_steps is not None or recipe.eval_on_start):
         raise ValueError("eval_steps, eval_on_start: nothing to evaluate on; give eval_file or dataset_test_split")
+
+
+def _check_method(recipe: Recipe) -> None:
+    own = _OF_METHOD[recipe.method]
+    for method, keys in _OF_METHOD.items():
+        for key in keys:
+            if key not in own and getattr(recipe, key) != _DEFAULTS[key]:
+                raise ValueError(f"{key}, method: {key} means nothing with method {recipe.method}, only with {method}")
+    if recipe.method == "full" and recipe.quantize:
+        raise ValueError(
+            "quantize, method: full trains every weight, and one in 4 bits cannot be trained; set quantize to null"
+        )
+    if recipe.method in ("prefix", "prompt") and recipe.padding_free:
+        raise ValueError(f"padding_free, method: {recipe.method} is put before each row, so examples cannot share one")
+    if recipe.method == "prefix" and recipe.gradient_checkpointing:
+        raise ValueError("gradient_checkpointing, method: a layer that is recomputed drops its prefix; set it to false")
+    if not recipe.prefix_projection and recipe.encoder_hidden_size != _DEFAULTS["encoder_hidden_size"]:
+        raise ValueError("encoder_hidden_size: is of prefix_projection; set that to true")
 
 
 def from_mapping(values: Mapping[str, Any], source: str = "recipe") -> Recipe:

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
+from fastlora import methods
 from fastlora.files import atomic
 from fastlora.layers.quoted import clipped, reason, shown
+from fastlora.methods import Method
 from fastlora.model.checkpointing import checkpoint_layers
 from fastlora.model.names import matches, within
-from fastlora.model.replace import replace_linear
 from fastlora.model.sites import output_head
 from fastlora.model.speed_up import speed_up
 from fastlora.training import checkpoint, data, packing, plots
@@ -35,8 +36,8 @@ from fastlora.training.kept_weights import KeptWeights
 from fastlora.training.recipe import Recipe, check_resumable
 
 # The files that show a directory to hold a run.
-RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
-OTHER_FILES = ("recipe.yaml", "loss.png")
+RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "model.safetensors")
+OTHER_FILES = ("recipe.yaml", "loss.png", "config.json")
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ class Run:
 
     Args:
         model: the bare model, adapters included. wrapped: the same, prepared by accelerate for training.
+        method: says what is trained of it.
         step: the number of steps made.
         eval_losses: by the number of steps made, in nats per target token.
         padding_free: whether a micro-batch is one row, as `fastlora.training.packing` makes it.
@@ -57,6 +59,7 @@ class Run:
     console: Console
     tokenizer: Any
     model: nn.Module
+    method: Method
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     train_set: data.TokenSet
@@ -83,7 +86,7 @@ class Run:
     @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that the optimizer updates."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return self.method.parameters(self.model)
 
     def autocast(self) -> torch.autocast:
         """The precision of a forward pass, in training and evaluation alike."""
@@ -125,8 +128,11 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
     if recipe.quantize is None:
         model.to(accelerator.device)
     check_causal(model, recipe)
-    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "quantize", "use_rslora")
-    replace_linear(model, **{key: getattr(recipe, key) for key in keys})
+    method = method_of(recipe, tokenizer)
+    try:
+        method.attach(model)
+    except ValueError as error:
+        raise ValueError(f"method: {error}" if method.name != "lora" else str(error)) from error
     model.to(accelerator.device)  # with quantize only now, so that no whole model in 16 bits is ever on the device
     if recipe.speed_up:
         speed_up(model, compile=recipe.torch_compile)
@@ -142,14 +148,7 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
         except ValueError as error:
             raise ValueError(f"gradient_checkpointing, activation_offloading: {error}") from error
         console.print(f"checkpointing: {chosen}", highlight=False)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    optimizer = _optimizer(recipe, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, only in the newest torch
         wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -162,8 +161,72 @@ def prepare(recipe: Recipe, console: Console, saved: dict[str, Any] | None = Non
         accelerator.num_processes,
     )
     total = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * plan.steps_per_epoch)
-    parts = (recipe, accelerator, console, tokenizer, model, wrapped, optimizer, train_set, eval_set, plan, total)
+    parts = (
+        recipe,
+        accelerator,
+        console,
+        tokenizer,
+        model,
+        method,
+        wrapped,
+        optimizer,
+        train_set,
+        eval_set,
+        plan,
+        total,
+    )
     return Run(*parts, padding_free=padding_free)
+
+
+def method_of(recipe: Recipe, tokenizer: Any) -> Method:
+    """The method of a recipe, with its options.
+
+    Raises:
+        ValueError: an `init_text` without tokens.
+    """
+    if recipe.method == "lora":
+        keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "quantize", "use_rslora",
+                "init_lora_weights")  # fmt: skip
+        return methods.LoRA(**{key: getattr(recipe, key) for key in keys})
+    if recipe.method == "houlsby":
+        return methods.Houlsby(recipe.bottleneck)
+    if recipe.method == "full":
+        return methods.Full()
+    text = recipe.init_text
+    start = None if text is None else tokenizer(text, add_special_tokens=False)["input_ids"]
+    if recipe.method == "prompt":
+        return methods.Prompt(recipe.num_virtual_tokens, start)
+    return methods.Prefix(recipe.num_virtual_tokens, start, recipe.encoder_hidden_size * recipe.prefix_projection)
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is trained; with LoRA+, B in a group of its own, whose rate the loop scales by `lr_scale`.
+
+    Raises:
+        ValueError: one of bitsandbytes' that cannot be had here.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for _, p in named]}]
+    if ratio := recipe.loraplus_lr_ratio:
+        of_b = [p for name, p in named if "lora_B" in name.split(".") or "lora_embedding_B" in name.split(".")]
+        rest = [p for _, p in named if all(p is not b for b in of_b)]
+        groups = [{"params": rest, "lr_scale": 1.0}, {"params": of_b, "lr_scale": ratio}]
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate, "betas": (recipe.adam_beta1, recipe.adam_beta2), "eps": recipe.adam_epsilon,
+        "weight_decay": recipe.weight_decay,
+    }  # fmt: skip
+    if recipe.optim == "adamw_torch":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise ValueError(
+            f"optim: {recipe.optim} is bitsandbytes': pip install bitsandbytes, or set adamw_torch"
+        ) from error
+    if not named[0][1].is_cuda:
+        raise ValueError(f"optim: {recipe.optim} needs a CUDA device; set adamw_torch")
+    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    return kinds[recipe.optim](groups, **options)  # type: ignore[no-any-return]
 
 
 def _most_tokens(train_set: data.TokenSet, recipe: Recipe) -> int:
@@ -184,7 +247,7 @@ def _goes_without_padding(recipe: Recipe, model: Any, console: Console) -> bool:
     Raises:
         ValueError: the recipe asks for it, and the model cannot.
     """
-    if recipe.padding_free is False:
+    if recipe.padding_free is False or recipe.method in ("prefix", "prompt"):
         return False
     reason = packing.prepare(model, recipe.max_length)
     if reason and recipe.padding_free:
@@ -232,7 +295,8 @@ def load_base(recipe: Recipe, device: torch.device | None = None) -> Any:
     Raises:
         ValueError: nothing loadable under `model_name_or_path`, or files that lack a weight of the model.
     """
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if recipe.bf16 else torch.float32}
+    short = recipe.bf16 and recipe.method != "full"  # a weight that is trained in 16 bits loses its small updates
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if short else torch.float32}
     if getattr(load_config(recipe), "quantization_config", None) is None:
         with _quiet():
             plain = _read(recipe, device_map={"": torch.device("meta")})  # reads names and shapes, not the weights
@@ -399,7 +463,7 @@ def checked_directory(recipe: Recipe, resume: bool, console: Console) -> tuple[P
 
 def resume_from(run: Run, path: Path, state: dict[str, Any]) -> None:
     """Put a prepared run into the state that it had at this checkpoint."""
-    checkpoint.restore(path, run.model, run.optimizer, run.accelerator.process_index)
+    checkpoint.restore(path, run.model, run.method, run.optimizer, run.accelerator.process_index)
     run.step = state["step"]
     metrics = run.directory / "metrics.jsonl"
     if run.accelerator.is_main_process:

@@ -31,8 +31,22 @@ def test_the_exit_status_is_the_answer(words, status, said):
 
 def test_json_has_every_term_in_bytes():
     found = json.loads(_run("llama-3-8b", "--gpu", "24gb", "--json").stdout)
-    names = [f"{name}_bytes" for name in ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "scratch", "batch",
-             "workspaces", "context", "slack")]  # fmt: skip
+    names = [
+        f"{name}_bytes"
+        for name in (
+            "weights",
+            "adapters",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "scratch",
+            "batch",
+            "workspaces",
+            "context",
+            "slack",
+        )
+    ]
     assert sum(found[name] for name in names) == found["total_bytes"]
     assert found["fits"] is True
     assert found["trained_parameters"] == 41_943_040

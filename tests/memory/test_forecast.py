@@ -13,9 +13,16 @@ from fastlora.memory.weights import entries
 
 LLAMA = known_shape("llama-3-8b")
 SMALL = shape_of(
-    {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-     "num_key_value_heads": 2, "vocab_size": 1000}
-)  # fmt: skip
+    {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+    }
+)
 
 
 def _peak(**changes):
@@ -26,7 +33,17 @@ def _peak(**changes):
 def test_the_bytes_of_nf4_are_those_of_a_quantized_weight(quantized, nested):
     weight = fastlora.quantize(torch.zeros(512, 256, dtype=torch.bfloat16), double_quant=nested)
     held = sum(-(-t.numel() * t.element_size() // 512) * 512 for t in weight.tensors() if t is not None)
-    one = shape_of({"model_type": "gpt_bigcode", "n_embd": 256, "n_inner": 512, "n_layer": 1, "n_head": 4, "vocab_size": 8, "n_positions": 8})
+    one = shape_of(
+        {
+            "model_type": "gpt_bigcode",
+            "n_embd": 256,
+            "n_inner": 512,
+            "n_layer": 1,
+            "n_head": 4,
+            "vocab_size": 8,
+            "n_positions": 8,
+        }
+    )
     found = entries(one, quantized, 2, 2, 2)[0].size
     each = sum(linear.weights for linear in one.linears) / (512 * 256)
     assert found == pytest.approx(held * each, rel=0.02)
@@ -42,7 +59,16 @@ def test_counts_of_trained_values():
 
 
 def test_a_square_linear_trains_256_and_128_times_fewer_values():
-    one = shape_of({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 1, "num_hidden_layers": 1, "num_attention_heads": 32, "vocab_size": 1})
+    one = shape_of(
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 1,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 32,
+            "vocab_size": 1,
+        }
+    )
     assert adapters.lora(one, 8, "q_proj") == 65_536 == 4096 * 4096 // 256
     assert adapters.lora(one, 16, "q_proj") == 131_072 == 4096 * 4096 // 128
 
@@ -69,19 +95,34 @@ def test_checkpointing_holds_less_the_more_it_recomputes():
 
 def test_more_of_everything_holds_more():
     base = _peak()
-    for change in ({"batch": 4}, {"length": 256}, {"r": 32}, {"width": 4}, {"optimizer": "adamw"}, {"attention": "eager"}):
+    for change in (
+        {"batch": 4},
+        {"length": 256},
+        {"r": 32},
+        {"width": 4},
+        {"optimizer": "adamw"},
+        {"attention": "eager"},
+    ):
         assert _peak(**change) >= base, change
     assert _peak(runtime="peft", quantized="nf4") > _peak(runtime="peft-lean", quantized="nf4") > _peak(quantized="nf4")
-    assert _peak(runtime="peft-lean", dora=True, checkpointing="none") > _peak(runtime="peft-lean", checkpointing="none")
+    assert _peak(runtime="peft-lean", dora=True, checkpointing="none") > _peak(
+        runtime="peft-lean", checkpointing="none"
+    )
 
 
 def test_sharding_divides_what_it_shards():
     alone = forecast(Setup(LLAMA, "full", 128, optimizer="adamw-bf16"))
-    for sharding, divided in (("zero2", ("optimizer", "gradients")), ("fsdp", ("optimizer", "gradients")), ("zero3", ("optimizer",))):
+    for sharding, divided in (
+        ("zero2", ("optimizer", "gradients")),
+        ("fsdp", ("optimizer", "gradients")),
+        ("zero3", ("optimizer",)),
+    ):
         parts = forecast(Setup(LLAMA, "full", 128, optimizer="adamw-bf16", devices=4, sharding=sharding))
         for term in divided:
             assert parts.terms[term] == pytest.approx(alone.terms[term] / 4, rel=0.02), (sharding, term)
-    whole, shared = (forecast(Setup(LLAMA, "full", 128, devices=4, sharding=name)).terms["weights"] for name in ("ddp", "fsdp"))
+    whole, shared = (
+        forecast(Setup(LLAMA, "full", 128, devices=4, sharding=name)).terms["weights"] for name in ("ddp", "fsdp")
+    )
     assert shared < whole / 2
 
 

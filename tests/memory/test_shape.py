@@ -8,7 +8,11 @@ from fastlora.memory.shape import LAYOUT, shape_of
 from fastlora.memory.weights import entries
 
 transformers = pytest.importorskip("transformers")
-SMALL = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}, "gpt_bigcode": {"multi_query": False}}
+SMALL = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"attention_bias": True},
+    "gpt_bigcode": {"multi_query": False},
+}
 
 
 def _built(family, **changes):
