@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from fastlora.commands.doctor import doctor
 from fastlora.commands.forecast import forecast
 from fastlora.commands.keys import keys
+from fastlora.commands.recommend import recommend
 from fastlora.commands.train import train
 from fastlora.commands.version import version
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (train, forecast, keys, doctor, version):
+for command in (train, forecast, recommend, keys, doctor, version):
     app.command()(command)
 
 

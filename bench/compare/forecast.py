@@ -1,8 +1,8 @@
 """The forecast of memory held against measured runs: how often it is right, by runtime.
 
 `bench/cases/memory.csv` has public measurements, each with its settings, its meter and its source. Each is compared on
-its own meter: bytes allocated, or bytes reserved. What a source does that its settings do not say is in a function for the
-whole source, never for one case:
+its own meter: bytes allocated, or bytes reserved. What a source does that its settings do not say is in a function for
+the whole source, never for one case:
 
     fms-acceleration   A100, TRL, flash attention, dropout .1, packed to 4,096. Fused LoRA only over quantized bases, an
                        eager MLP. Two states of transformers' loss. FSDP casts nothing to fp32

@@ -38,7 +38,7 @@ def forecast(
     quantize: Annotated[
         str | None, typer.Option(help="none | nf4 | nf4-nested | int8 | gptq; by default by the method")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="of what is not quantized: bf16 | fp16 | fp32")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="of what is not quantized: bf16 | fp16 | fp32")] = "",
     optimizer: Annotated[
         str, typer.Option(help="adamw | adamw-bf16 | adamw-8bit | paged-adamw-8bit | adafactor | sgd")
     ] = "",

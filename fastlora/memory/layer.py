@@ -1,8 +1,8 @@
 """One decoder layer's step: what its modules allocate, keep for backward and free, written down as they are written.
 
 Sources: `modeling_llama.py` and those of mistral, gemma2, mixtral and gpt_bigcode, of transformers;
- `tuners/lora/layer.py` and `bnb.py` of peft; `autograd/_functions.py` of bitsandbytes; and, for what
-autograd keeps, derivatives.yaml of PyTorch. Each local variable here is one there: when it is rebound, its bytes go.
+`tuners/lora/layer.py` and `bnb.py` of peft; `autograd/_functions.py` of bitsandbytes; and, for what autograd keeps,
+derivatives.yaml of PyTorch. Each local variable here is one there: when it is rebound, its bytes go.
 """
 
 from collections import deque

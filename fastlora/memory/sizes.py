@@ -132,6 +132,10 @@ class Parameter(Sized):
         self.grad: Sized | None = None
         self.node = Node(-1, (), self._take)
 
+    def hold_gradient(self) -> None:
+        """Have a gradient, as after a backward."""
+        self.grad = self.book.tensor("of trained tensors", self.elements, self.width, "gradients")
+
     def _take(self, grad: Sized) -> list[Sized | None]:
         self.grad = self.grad or grad
         return []

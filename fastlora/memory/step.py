@@ -41,32 +41,33 @@ def run_step(run: Layers, step: Step) -> None:
     table = run.parameter(shape.embeddings, run.width) if run.full else None
     head = run.parameter(shape.head, run.width) if run.full and not shape.tied else table
     final = run.parameter(shape.final_norm, run.norm_width) if run.full else None
-    for micro_batch in range(min(step.micro_batches, 2)):  # the second has gradients to add to; a third is the same
-        again = " again" if micro_batch else ""
-        with book.said(doing=f"forward{again}"):
-            ids = book.tensor("ids, mask, labels", run.tokens * 3, INT64, "batch")
-            x = book.tensor("embeddings", run.tokens * shape.hidden, step.residual_width)
-            if table is not None:
-                x = apply("embeddings", [table], x.elements, x.width, in_place=x)
-            elif step.inputs_train:
-                x = apply("embeddings", [run.parameter(0, 0)], x.elements, x.width, in_place=x)
-            embedded = x  # a leaf that needs a gradient: the graph holds it
-            if shape.model_type in _SCALED:
-                x = scaled(x, "embeddings, scaled")
-            more: list[Sized] = []
-            for layer in layers:
-                x = _through(run, layer, x, step, more)
-        with book.said(doing=f"the loss{again}"):
-            last = [x]
-            del x
-            found, logits = loss_of(run, step.loss, last, final, head, "softcap" in shape.flags)
-            run.leave_autocast()
-            if not step.logits_kept:
-                logits = None
-        with book.said(doing=f"backward{again}"):
-            backward(found)
-            more.clear()
-        del found, logits, ids, embedded
+    if step.micro_batches > 1:  # as in the second: there are gradients to add to
+        for p in run.parameters:
+            p.hold_gradient()
+    with book.said(doing="forward"):
+        ids = book.tensor("ids, mask, labels", run.tokens * 3, INT64, "batch")
+        x = book.tensor("embeddings", run.tokens * shape.hidden, step.residual_width)
+        if table is not None:
+            x = apply("embeddings", [table], x.elements, x.width, in_place=x)
+        elif step.inputs_train:
+            x = apply("embeddings", [run.parameter(0, 0)], x.elements, x.width, in_place=x)
+        embedded = x  # a leaf that needs a gradient: the graph holds it
+        if shape.model_type in _SCALED:
+            x = scaled(x, "embeddings, scaled")
+        more: list[Sized] = []
+        for layer in layers:
+            x = _through(run, layer, x, step, more)
+    with book.said(doing="the loss"):
+        last = [x]
+        del x
+        found, logits = loss_of(run, step.loss, last, final, head, "softcap" in shape.flags)
+        run.leave_autocast()
+        if not step.logits_kept:
+            logits = None
+    with book.said(doing="backward"):
+        backward(found)
+        more.clear()
+    del found, logits, ids, embedded
 
 
 def _through(run: Layers, layer: Layer, x: Sized, step: Step, more: list[Sized]) -> Sized:

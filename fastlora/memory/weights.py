@@ -2,7 +2,7 @@
 
     16 or 32 bits   2 or 4 bytes a parameter
     NF4             half a byte a weight of the layers' linears, and a scale for each 64 of them: 4 bytes,
-                    or with nested scales 1 byte and 4 for each 256 scales. Everything else (embeddings, head, norms, biases) as it is.
+                    or with nested scales 1 byte and 4 for each 256 scales. Everything else as it is.
                     Source: arXiv:2305.14314, section 3; `functional.py` of bitsandbytes. Each linear has tables too,
                     of 16 and 256 values of 4 bytes, in blocks of 512 bytes.
     INT8            1 byte a weight, and 4 a row (LLM.int8())

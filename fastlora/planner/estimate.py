@@ -158,7 +158,7 @@ def forecast(
     bottleneck: int = 64,
     virtual_tokens: int = 20,
     quantize: str | None = None,
-    dtype: str = "bf16",
+    dtype: str = "",
     optimizer: str = "",
     checkpointing: str = "",
     attention: str = "flash",
@@ -167,6 +167,7 @@ def forecast(
     gpu: str | None = None,
     gpus: int = 1,
     sharding: str = "",
+    advise: bool = True,
 ) -> Estimate:
     """What a run will hold in the memory of each device.
 
@@ -174,12 +175,15 @@ def forecast(
         model: a folder with config.json, a hub name, or a known name as llama-3-8b; params: instead, as 7B.
         method: lora, qlora, full, houlsby, prefix, prompt or inference.
         length, batch: tokens of a sample, samples of one device's forward pass.
+        dtype: of what is not quantized: bf16, fp16 or fp32; "": bf16, and fp32 under autocast for full fine-tuning by
+            fastlora, which trains no weight in 16 bits.
         quantize: nf4, nf4-nested, int8 or gptq; None: nf4-nested for qlora, else none.
         optimizer: one of `memory.optimizer.OPTIMIZERS`; "": adamw, in bf16 for full fine-tuning of a bf16 model.
         checkpointing: none, selective, full or offload; "": what the runtime does.
         runtime: one of `memory.runtimes.RUNTIMES`.
         gpu: a card's name or size; None: no verdict.
         sharding: none, ddp, fsdp, zero2 or zero3; "": ddp over several devices, fsdp for full fine-tuning.
+        advise: look for changes that make it fit where it does not.
 
     Raises:
         ValueError: something unknown or out of range; the message names it and says what is possible.
@@ -188,6 +192,7 @@ def forecast(
     chosen = card(gpu) if gpu else None
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    dtype = dtype or ("fp32" if method == "full" and runtime == "fastlora" else "bf16")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
     if gpus > 1 and not sharding:
@@ -198,11 +203,11 @@ def forecast(
         named.shape, method, length, batch, r, targets, dora, bottleneck, virtual_tokens,
         quantized={"none": "", None: "nf4-nested" if method == "qlora" else ""}.get(quantize, quantize or ""),
         width=width, dropout=dropout, optimizer=optimizer or ("adamw-bf16" if full and width == HALF else "adamw"),
-        runtime=runtime, checkpointing=checkpointing, autocast=kind.lora != "fastlora" and not full and width == HALF,
+        runtime=runtime, checkpointing=checkpointing, autocast=width == FP32 if full else kind.lora != "fastlora" and width == HALF,
         attention=attention, micro_batches=micro_batches, devices=gpus, sharding=sharding or "none",
         capability=chosen.capability if chosen else 80,
     )  # fmt: skip
-    return _estimate(named, setup, chosen, advise=True)
+    return _estimate(named, setup, chosen, advise)
 
 
 def _estimate(named: Named, setup: Setup, chosen: Card | None, advise: bool) -> Estimate:

@@ -25,6 +25,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
+from fastlora.methods import LoRA
 from fastlora.ops import dequantize
 from fastlora.training import checkpoint, loop, plots
 from fastlora.training.loop import Hooks, train
@@ -463,7 +464,7 @@ def test_a_full_disk_at_the_end_does_not_lose_the_adapter(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert Path(found[1], name).read_bytes() == (whole / name).read_bytes()
 
-    monkeypatch.setattr(loop, "save_adapter", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(LoRA, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full") as error:
         train(recipe(base, tmp_path / "again"), console=QUIET)
     assert str(error.value.strerror).endswith("No checkpoint yet")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from fastlora.layers.nf4_linear import NF4Linear
+from fastlora.methods import lora as methods_lora
 from fastlora.training import run as runs
 from fastlora.training.loop import train
 from fastlora.training.run import prepare
@@ -189,7 +190,7 @@ def test_weights_become_nf4_as_they_are_read(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exclude: Any
 ) -> None:
     """The same layers and the same losses as when the whole model is loaded first and quantized then."""
-    real, read, quantized = runs.replace_linear, {}, {}
+    real, read, quantized = methods_lora.replace_linear, {}, {}
 
     def spied(model: nn.Module, **options: Any) -> nn.Module:
         read[name] = {key for key, module in model.named_modules() if isinstance(module, NF4Linear)}
@@ -199,7 +200,7 @@ def test_weights_become_nf4_as_they_are_read(
         }
         return model
 
-    monkeypatch.setattr(runs, "replace_linear", spied)
+    monkeypatch.setattr(methods_lora, "replace_linear", spied)
     made = {"quantize": "nf4", "exclude_modules": exclude, "max_steps": 3}
     name = "read"
     train(recipe(base, tmp_path / name, **made), console=QUIET)
