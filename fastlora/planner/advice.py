@@ -1,7 +1,8 @@
 """Which method, rank, rate and batch to choose on a card, each choice with the measurements behind it.
 
 The figures are those of `bench/cases/rates.csv` (35 models, test loss by learning rate and rank) and of
-`bench/cases/methods.csv` (peft's comparison on Llama-3.2-3B, MetaMathQA). `tests/planner/test_advice.py` computes them again.
+`bench/cases/methods.csv` (peft's comparison on Llama-3.2-3B, MetaMathQA). `tests/planner/test_advice.py` computes them
+again.
 """
 
 import gzip
@@ -45,8 +46,9 @@ class Plan:
     def recipe(self, data: str | None) -> str:
         """The recipe file of this plan, for `fastlora train`."""
         setup = self.estimate.forecast.setup
+        name = self.estimate.card.name if self.estimate.card else "any card"
         lines = [
-            f"# {self.title}: forecast {self.estimate.expected / 2**30:.2f} GiB on {self.estimate.card and self.estimate.card.name}",
+            f"# {self.title}: forecast {self.estimate.expected / 2**30:.2f} GiB on {name}",
             f"model_name_or_path: {json.dumps(self.estimate.model.name)}",
             f"train_file: {json.dumps(data or 'train.jsonl')}",
             f"method: {'lora' if setup.method == 'qlora' else setup.method}",
@@ -150,14 +152,16 @@ def _plan(found: Estimate, method: str, task: str, tasks: int) -> Plan:
     accuracy, forgets = MEASURED["full" if full else "lora"]
     each = setup.trained * (2 if full else 4)
     why = [
-        f"memory: {found.expected / 2**30:.1f} GiB ({found.low / 2**30:.1f} to {found.high / 2**30:.1f}); {found.evidence}"
+        f"memory: {found.expected / 2**30:.1f} GiB ({found.low / 2**30:.1f} to {found.high / 2**30:.1f}); "
+        f"{found.evidence}"
     ]
     if found.tokens_per_second:
         low, middle, high = found.tokens_per_second
         why.append(f"speed: {middle:,.0f} tokens/s predicted ({low:,.0f} to {high:,.0f})")
     if full:
         why.append(
-            f"rate {rate:g}: with it full fine-tuning was {accuracy:.3f} accurate in peft's comparison and forgot {forgets:.3f}"
+            f"rate {rate:g}: with it full fine-tuning was {accuracy:.3f} accurate in peft's comparison, and its loss "
+            f"on other text rose by {forgets:.3f}"
         )
     else:
         regret = min(REGRET_OF_RANK.items(), key=lambda item: abs(item[0] - rank))
@@ -166,8 +170,8 @@ def _plan(found: Estimate, method: str, task: str, tasks: int) -> Plan:
             f"1, 4, 16 and 64 cost {', '.join(f'{each:.2%}' for each in REGRET_OF_RANK.values())}",
             f"rate {rate:g}, constant: {REGRET_OF_RATE[3e-4]:.2%} from each model's best rate on average; "
             f"1e-4 costs {REGRET_OF_RATE[1e-4]:.2%}, 1e-3 {REGRET_OF_RATE[1e-3]:.2%}",
-            f"quality: in peft's comparison LoRA was {accuracy:.3f} accurate, full fine-tuning {MEASURED['full'][0]:.3f}, a prefix "
-            f"{MEASURED['prefix'][0]:.3f}, a prompt {MEASURED['prompt'][0]:.3f}",
+            f"quality: in peft's comparison LoRA was {accuracy:.3f} accurate, full fine-tuning "
+            f"{MEASURED['full'][0]:.3f}, a prefix {MEASURED['prefix'][0]:.3f}, a prompt {MEASURED['prompt'][0]:.3f}",
             f"forgetting: loss on other text rose by {forgets:.3f} (full {MEASURED['full'][1]:.3f}, rsLoRA r 64 "
             f"{MEASURED['rslora, r 64'][1]:.3f}): the size of the steps drives it, not the number of parameters",
         ]
@@ -194,9 +198,10 @@ def tutorial(found: list[Plan], task: str) -> str:
     first = "bf16 LoRA" if "lora" in methods else "QLoRA" if "qlora" in methods else "nothing"
     small = {"simple": 8, "moderate": 16, "complex": 32}[task]
     return (
-        f"a tutorial's rule (bf16 LoRA where it fits, else QLoRA; rank 8, 16 or 32 by task) says {first} with rank {small}. "
-        f"The first half holds; of the second, ranks from 16 on differ by less than {REGRET_OF_RANK[16]:.1%} in test loss, so "
-        f"memory, not quality, is the reason for a small one"
+        "a tutorial's rule (bf16 LoRA where it fits, else QLoRA; rank 8, 16 or 32 by task) says "
+        f"{first} with rank {small}. "
+        f"The first half holds; of the second, ranks from 16 on differ by less than {REGRET_OF_RANK[16]:.1%} in test "
+        "loss, so memory, not quality, is the reason for a small one"
     )
 
 

@@ -203,7 +203,8 @@ def forecast(
         named.shape, method, length, batch, r, targets, dora, bottleneck, virtual_tokens,
         quantized={"none": "", None: "nf4-nested" if method == "qlora" else ""}.get(quantize, quantize or ""),
         width=width, dropout=dropout, optimizer=optimizer or ("adamw-bf16" if full and width == HALF else "adamw"),
-        runtime=runtime, checkpointing=checkpointing, autocast=width == FP32 if full else kind.lora != "fastlora" and width == HALF,
+        runtime=runtime, checkpointing=checkpointing,
+        autocast=width == FP32 if full else kind.lora != "fastlora" and width == HALF,
         attention=attention, micro_batches=micro_batches, devices=gpus, sharding=sharding or "none",
         capability=chosen.capability if chosen else 80,
     )  # fmt: skip
