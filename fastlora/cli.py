@@ -12,9 +12,12 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the fastlora command needs the extra `train`: {install_line('train')}") from error
 
+from fastlora.commands.analyze import analyze
 from fastlora.commands.doctor import doctor
 from fastlora.commands.forecast import forecast
+from fastlora.commands.inspect import inspect
 from fastlora.commands.keys import keys
+from fastlora.commands.params import params
 from fastlora.commands.recommend import recommend
 from fastlora.commands.train import train
 from fastlora.commands.version import version
@@ -26,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (train, forecast, recommend, keys, doctor, version):
+for command in (train, forecast, recommend, params, inspect, analyze, keys, doctor, version):
     app.command()(command)
 
 

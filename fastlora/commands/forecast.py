@@ -56,6 +56,9 @@ def forecast(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     plot: Annotated[Path | None, typer.Option(help="write a chart: FILE.png or FILE.svg")] = None,
+    calibrate: Annotated[
+        list[Path] | None, typer.Option(help="folders of runs on a GPU: how right forecasts were")
+    ] = None,
 ) -> None:
     """Say what a run will hold in memory, whether that fits, and how sure that is.
 
@@ -66,10 +69,13 @@ def forecast(
 
     from fastlora.planner import forecast as estimate_of
 
+    if calibrate:
+        _calibrate(calibrate)
+        raise typer.Exit
     try:
         if not model and not params:
             raise ValueError("name a model, or its size with --params")
-        found = estimate_of(
+        found = _of_recipe(model, gpu, gpus) if _is_recipe(model) else estimate_of(
             model, params=params, method=method, length=seq, batch=batch, r=rank, targets=targets, dora=dora,
             dropout=dropout, bottleneck=bottleneck, virtual_tokens=virtual_tokens, quantize=quantize, dtype=dtype,
             optimizer=optimizer, checkpointing=checkpointing, attention=attention, micro_batches=accumulation,
@@ -91,6 +97,43 @@ def forecast(
         if explain:
             _explain(found, console)
     raise typer.Exit({"fits": 0, "does not fit": 1, "uncertain": 2}.get(found.verdict, 0))
+
+
+def _is_recipe(model: str) -> bool:
+    return Path(model).suffix in (".yaml", ".yml")
+
+
+def _of_recipe(path: str, gpu: str | None, gpus: int) -> "Estimate":
+    """The forecast of a recipe; what it says counts, and other options do not."""
+    from fastlora.planner.estimate import estimate_of
+    from fastlora.planner.models import resolve
+    from fastlora.training import recipe as recipes
+    from fastlora.training.forecast_of import setup_of
+
+    made = recipes.load(path)
+    named = resolve(made.model_name_or_path)
+    setup = setup_of(made, named.shape, devices=gpus, sharding="ddp" if gpus > 1 else "none")
+    return estimate_of(named, setup, gpu)
+
+
+def _calibrate(folders: list[Path]) -> None:
+    from rich.console import Console
+
+    from fastlora.training.forecast_of import compared
+
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        found = compared(folders)
+    except ValueError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(USAGE_ERROR) from error
+    for folder, facts, off in found:
+        measured = facts["measured_allocated_bytes"] / GIB
+        reserved = facts["measured_reserved_bytes"] / facts["measured_allocated_bytes"]
+        said = f"{off:+7.1%}  {measured:.2f} GiB measured, {reserved:.2f} times that reserved  {folder}"
+        console.print(said, markup=False)
+    errors = [off for *_, off in found]
+    console.print(f"{len(errors)} runs, mean {sum(errors) / len(errors):+.1%}, worst {max(errors, key=abs):+.1%}")
 
 
 def show(found: "Estimate", console: "Console") -> None:

@@ -41,6 +41,12 @@ def train(
             result = run(loaded, resume, console=console)
     except (ValueError, FloatingPointError) as error:
         _fail(str(error))
+    except MemoryError as error:
+        _fail(_out_of_memory(recipe, overrides, error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(_out_of_memory(recipe, overrides, error))
     except OSError as error:
         _fail(f"{error.filename or 'a file or connection'}: {error.strerror or error}. Mend that, then try again")
     if result.interrupted is not None:
@@ -49,6 +55,35 @@ def train(
         if os.environ.get("RANK", "0") == "0":  # only one of several processes prints it
             console.print(f"continue with: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(128 + signal.Signals[result.interrupted])
+
+
+def _out_of_memory(recipe: str | None, overrides: list[str], error: BaseException) -> str:
+    """What ran out, what was forecast, and what would need less."""
+    from fastlora.planner.estimate import estimate_of
+    from fastlora.planner.models import resolve
+    from fastlora.training import recipe as recipes
+    from fastlora.training.forecast_of import setup_of
+
+    said = f"the device ran out of memory ({str(error).partition(chr(10))[0][:200]})"
+    try:
+        made = recipes.load(str(recipe), overrides)
+        named = resolve(made.model_name_or_path)
+        found = estimate_of(named, setup_of(made, named.shape), None)
+    except ValueError:
+        return f"{said}. Lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true"
+    less: list[tuple[str, dict[str, object]]] = [
+        ("gradient_checkpointing: true", {"checkpointing": "full"}),
+        ("gradient_checkpointing: min", {"checkpointing": "offload"}),
+        ("per_device_train_batch_size: 1", {"batch": 1}),
+        ("quantize: nf4", {"quantized": "nf4-nested"}),
+    ]
+    setup = found.forecast.setup
+    if setup.method == "full":
+        less.pop()
+    sizes = [(name, estimate_of(named, setup.with_(**change), None, advise=False).expected) for name, change in less]
+    ways = ", ".join(f"{name} ({size / 2**30:.1f} GiB)" for name, size in sizes if size < 0.98 * found.expected)
+    forecast = f"{found.expected / 2**30:.1f} GiB"
+    return f"{said}. The forecast was {forecast}; less would do with {ways or 'a shorter max_length'}"
 
 
 def _fail(message: str) -> None:

@@ -168,8 +168,8 @@ def _true_config(base: Any, config: dict[str, Any], adapter_name: str) -> dict[s
     if not ranks or config.get("peft_type") != "LORA":
         return config
     for name, rank in ranks.items():
-        alpha = _meant(config, "lora_alpha", name)
-        if _meant(config, "r", name) != rank or not math.isclose(alpha, alphas[name], rel_tol=1e-5):
+        alpha = meant(config, "lora_alpha", name)
+        if meant(config, "r", name) != rank or not math.isclose(alpha, alphas[name], rel_tol=1e-5):
             break
     else:
         return config
@@ -177,7 +177,7 @@ def _true_config(base: Any, config: dict[str, Any], adapter_name: str) -> dict[s
     return config | {key: true[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")}
 
 
-def _meant(config: Mapping[str, Any], option: str, name: str) -> Any:
+def meant(config: Mapping[str, Any], option: str, name: str) -> Any:
     """r or lora_alpha of one layer by peft's rule: the first pattern that fits the name or its end, else the option."""
     patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[option]) or {}
     fits = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name))

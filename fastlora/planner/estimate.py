@@ -211,6 +211,16 @@ def forecast(
     return _estimate(named, setup, chosen, advise)
 
 
+def estimate_of(named: Named, setup: Setup, gpu: str | None, advise: bool = True) -> Estimate:
+    """As `forecast`, of a setup that is there already.
+
+    Raises:
+        ValueError: an unknown card.
+    """
+    chosen = card(gpu) if gpu else None
+    return _estimate(named, setup.with_(capability=chosen.capability) if chosen else setup, chosen, advise)
+
+
 def _estimate(named: Named, setup: Setup, chosen: Card | None, advise: bool) -> Estimate:
     found = memory.forecast(setup)
     known = evidence_for(setup)

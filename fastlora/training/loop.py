@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from fastlora.files import atomic
 from fastlora.layers.causal_loss import smoothed, targets_known
 from fastlora.layers.quoted import clipped
-from fastlora.training import checkpoint, data, lock, packing, plots
+from fastlora.training import checkpoint, data, forecast_of, lock, packing, plots
 from fastlora.training.graphed_step import GraphedStep
 from fastlora.training.kept_weights import KeptWeights
 from fastlora.training.recipe import Recipe, learning_rate
@@ -316,6 +316,10 @@ def _log(run: Run, record: dict[str, float]) -> None:
 def _finish(run: Run) -> None:
     if run.accelerator.is_main_process:
         run.method.save(run.model, run.directory)
+        if run.accelerator.device.type == "cuda":
+            devices = run.accelerator.num_processes
+            config = run.model.config
+            forecast_of.write(run.directory, run.recipe, config, run.accelerator.device, devices, run.most_tokens)
         plots.plot_losses(run.directory / "metrics.jsonl", run.directory / "loss.png")
         run.console.print(f"adapter, metrics and plot are in {run.directory}", highlight=False, markup=False)
     run.accelerator.wait_for_everyone()
