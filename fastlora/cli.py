@@ -13,6 +13,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"the fastlora command needs the extra `train`: {install_line('train')}") from error
 
 from fastlora.commands.analyze import analyze
+from fastlora.commands.compare import compare
 from fastlora.commands.doctor import doctor
 from fastlora.commands.forecast import forecast
 from fastlora.commands.inspect import inspect
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (train, forecast, recommend, params, inspect, analyze, keys, doctor, version):
+for command in (train, forecast, recommend, params, inspect, analyze, compare, keys, doctor, version):
     app.command()(command)
 
 

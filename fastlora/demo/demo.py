@@ -88,6 +88,19 @@ def run(overrides: Iterable[str] = (), resume: bool = False, console: Console | 
     return train(recipe, resume, BeforeAndAfter(began), console)
 
 
+def values_with_data(folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The demo's keys with `overrides`, and its data, written into `folder`."""
+    files = {"train_file": str(folder / "data" / "train.jsonl"), "eval_file": str(folder / "data" / "eval.jsonl")}
+    for name, held_out in (("train_file", False), ("eval_file", True)):
+        _write_pairs(Path(files[name]), stdlib_data.instruction_pairs(held_out=held_out))
+    return {"model_name_or_path": str(MODEL), **read("demo"), **overrides, **files}
+
+
+def plain_text() -> str:
+    """Source code of the standard library that the demo's model has not seen."""
+    return "\n".join(stdlib_data.plain_sources(held_out=True))
+
+
 def recipe_with_data(overrides: Iterable[str] = ()) -> Recipe:
     """`recipes/demo.yaml` with `overrides`, and the model and the data that it does not name."""
     asked = parse_overrides(overrides)
@@ -152,7 +165,7 @@ def answer(run: Run, prompt: str) -> str:
 
 def perplexity(run: Run) -> float:
     """Per token, on `WINDOWS` evenly spaced windows of the held-out modules' source, without questions."""
-    text = "\n".join(stdlib_data.plain_sources(held_out=True))
+    text = plain_text()
     starts = torch.linspace(0, len(text) - WINDOW_CHARS, WINDOWS).long().tolist()
     cuts = [text[start : start + WINDOW_CHARS] for start in starts]
     batch = run.tokenizer(cuts, truncation=True, max_length=WINDOW, padding=True, return_tensors="pt")

@@ -73,6 +73,7 @@ def test_a_runtime_that_is_modelled_whole_is_within_6_percent_everywhere(compare
 
 def test_the_planners_evidence_is_what_the_bench_finds(compared):
     assert EVIDENCE.read_text() == forecast.evidence(compared)
+    assert forecast.PAGE.read_text() == forecast.page(compared), "run `python -m bench forecast --write`"
 
 
 def test_a_case_that_cannot_be_forecast_says_why_and_counts_as_a_miss(tmp_path):
