@@ -20,6 +20,7 @@ from fastlora.commands.inspect import inspect
 from fastlora.commands.keys import keys
 from fastlora.commands.params import params
 from fastlora.commands.recommend import recommend
+from fastlora.commands.search import search
 from fastlora.commands.train import train
 from fastlora.commands.version import version
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-for command in (train, forecast, recommend, params, inspect, analyze, compare, keys, doctor, version):
+for command in (train, forecast, recommend, params, inspect, analyze, compare, search, keys, doctor, version):
     app.command()(command)
 
 

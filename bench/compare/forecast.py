@@ -20,7 +20,7 @@ import argparse
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare and print."""
-    found = [each for each in compare(arguments.cases) if each.row["runtime"] in arguments.runtimes]
+    found = list(compare(arguments.cases, arguments.runtimes))
     if arguments.list:
         for each in sorted(found, key=lambda each: each.error):
             row = each.row
@@ -86,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     for (name, base), errors in counted().items():
         print(f"{name}, {base}: {len(errors)} counted steps, {min(errors):+.1%} to {max(errors):+.1%}")
     print("measured cases of trust A; a case without a forecast counts as a miss")
+    if arguments.write and set(arguments.runtimes) != set(RUNTIMES):
+        raise ValueError("--write needs all runtimes")
     if arguments.write:
         EVIDENCE.write_text(evidence(found))
         PAGE.write_text(page(found))
@@ -179,11 +181,11 @@ def share(rows: list[Compared], within: float) -> float:
     return sum(not each.reason and abs(each.error) <= within for each in rows) / max(1, len(rows))
 
 
-def compare(path: Path = CASES) -> Iterator[Compared]:
-    """Every measured case of trust A of a runtime in `RUNTIMES`, with its forecast."""
+def compare(path: Path = CASES, runtimes: Collection[str] = RUNTIMES) -> Iterator[Compared]:
+    """Every measured case of trust A of these runtimes, with its forecast."""
     with path.open(newline="") as file:
         for line, row in enumerate(csv.DictReader(file)):
-            if row["kind"] != "measured" or row["trust"] != "A" or row["runtime"] not in RUNTIMES:
+            if row["kind"] != "measured" or row["trust"] != "A" or row["runtime"] not in runtimes:
                 continue
             measured = round(float(row["gib"]) * 2**30)
             try:
