@@ -154,6 +154,8 @@ def forecast(setup: Setup) -> Forecast:
         book.hold("gradients", "buckets of DDP", trained * setup.trained_width)
     checkpointing = setup.checkpointing or kind.checkpointing
     run = _layers(setup, kind, book, norm_width, table_width)
+    if setup.method == "prompt":
+        book.hold("gradients", "of the prompt", trained * setup.trained_width)
     step = Step(
         checkpointing=checkpointing,
         again=setup.sharding == "fsdp",
@@ -161,7 +163,7 @@ def forecast(setup: Setup) -> Forecast:
         logits_kept=kind.logits_kept if setup.logits_kept is None else setup.logits_kept,
         micro_batches=setup.micro_batches,
         residual_width=table_width if not setup.autocast or casts else setup.width,
-        inputs_train=not full,
+        inputs_train=not full and (setup.method not in ("houlsby", "prefix") or checkpointing != "none"),
     )
     if setup.method == "inference":
         step = replace(step, checkpointing="none")
@@ -231,11 +233,13 @@ def _layers(setup: Setup, kind: Runtime, book: Book, norm_width: float, table_wi
         kind.rotary,
         setup.gate or kind.gate,
         setup.attention,
-        setup.repeats,
+        setup.repeats or setup.method == "prefix",  # a mask with a prefix in it rules out grouped queries
         kind.lora == "fastlora",
         setup.method == "full",
         setup.dora,
         setup.devices if setup.sharding in ("fsdp", "zero2", "zero3") else 1,
+        setup.bottleneck if setup.method == "houlsby" else 0,
+        setup.virtual_tokens if setup.method == "prefix" else 0,
     )
 
 

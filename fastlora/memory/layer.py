@@ -31,6 +31,7 @@ class Layers:
         at_once: all experts in one call, not one after the other.
         full: every weight is trained.
         shards: devices that share a gradient.
+        bottleneck: features inside Houlsby adapters; prefix: trained keys and values before the text.
     """
 
     book: Book
@@ -55,6 +56,8 @@ class Layers:
     full: bool = False
     dora: bool = False
     shards: int = 1
+    bottleneck: int = 0
+    prefix: int = 0
     parameters: list[Parameter] = field(default_factory=list)
     copies: dict[int, Sized] = field(default_factory=dict)  # autocast's: 16-bit copies of trained weights
     expanded: list[Sized] | None = None  # NF4 weights kept from recomputation to backward
@@ -102,23 +105,41 @@ class Layer:
             elif r := run.ranks.get(linear.name, 0):
                 a = run.parameter(r * linear.k * linear.copies, run.trained)
                 self.pairs[key] = a, run.parameter(r * linear.n * linear.copies, run.trained)
+        self.adapters = []
+        if b := run.bottleneck:
+            sizes = (b * (shape.hidden + 1), shape.hidden * (b + 1))
+            self.adapters = [tuple(run.parameter(size, run.trained) for size in sizes) for _ in range(2)]
+        self.prefix = run.parameter(2 * run.prefix * shape.kv_features, run.trained) if run.prefix else None
         self.norms = [run.parameter(shape.hidden, run.norm_width) for _ in range(4)] if run.full else [None] * 4
 
     def __call__(self, x: Sized) -> Sized:
         """x [tokens, hidden] -> [tokens, hidden]."""
         shape, run = self.run.shape, self.run
         four = "four_norms" in shape.flags
-        y = self._attention(norm(run, x, self.norms[0]))
+        y = self._adapted(0, self._attention(norm(run, x, self.norms[0])))
         if four:
             y = norm(run, y, self.norms[2])
         x = plus(x, y, "residual")
         del y
         h = norm(run, x, self.norms[1])
-        y = self._experts(h) if shape.experts else self._mlp(h)
+        y = self._adapted(1, self._experts(h) if shape.experts else self._mlp(h))
         del h
         if four:
             y = norm(run, y, self.norms[3])
         return plus(x, y, "residual")
+
+    def _adapted(self, place: int, y: Sized) -> Sized:
+        """A Houlsby adapter after a branch, if there is one."""
+        if not self.adapters:
+            return y
+        run, (down, up) = self.run, self.adapters[place]
+        x = y if run.autocast else cast(y, run.trained, "x for an adapter")
+        h = trained_linear(run, x, down, run.tokens * run.bottleneck, "down of an adapter")
+        del x
+        h = apply("gelu of an adapter", [h], h.elements, h.width, saves=[h])
+        update = trained_linear(run, h, up, y.elements, "up of an adapter")
+        del h
+        return plus(y, cast(update, y.width, "update"), "after an adapter")
 
     def _linears(self, at: str) -> list[Linear]:
         return [linear for linear in self.run.shape.linears if linear.at.startswith(at)]
@@ -162,6 +183,14 @@ class Layer:
         t, groups = run.tokens, shape.heads // shape.kv_heads
         if run.attention == "flash" and q.width == FP32:
             q, k, v = (cast(x, HALF, f"{name} in 16 bits") for x, name in ((q, "q"), (k, "k"), (v, "v")))
+        if self.prefix is not None:
+            more = run.prefix * run.samples * shape.kv_features
+            before = apply("keys and values of a prefix", [self.prefix], 2 * more, k.width)
+            k, v = (
+                apply(f"{name} after a prefix", [x, before], x.elements + more, x.width)
+                for name, x in (("k", k), ("v", v))
+            )
+            del before
         if groups > 1 and (run.repeats or run.attention == "eager"):
             k, v = (apply(f"{name} repeated", [x], x.elements * groups, x.width) for x, name in ((k, "k"), (v, "v")))
         if run.attention != "eager":

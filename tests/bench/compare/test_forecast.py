@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.compare import forecast
+from bench.measure.tracker import Tracker
+from fastlora.memory.forecast import Setup
+from fastlora.memory.forecast import forecast as memory_forecast
+from fastlora.memory.shape import shape_of
+from fastlora.methods import METHODS
 from fastlora.planner.estimate import EVIDENCE
 
 pytest.importorskip("transformers")
@@ -102,3 +108,51 @@ def test_a_step_is_within_2_percent_of_what_fake_tensors_count_for_each_family()
     rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("[")]
     assert len(rows) == 6 * len(_POLICIES)
     assert {tuple(row[:3]): row[3] for row in rows if abs(row[3]) > 0.02} == {}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("name", ["full", "houlsby", "prefix", "prompt"])
+def test_a_methods_step_holds_what_a_computed_one_holds(name, checkpointing):
+    """In fp32, on the CPU. Without checkpointing the forecast of a prefix leaves out a mask of every pair of tokens."""
+    if (name, checkpointing) == ("prefix", "full"):
+        pytest.skip("layers that are recomputed drop a prefix: refused")
+    model, config = _small()
+    method = METHODS[name](**{"houlsby": {"bottleneck": 32}, "full": {}}.get(name, {"num_virtual_tokens": 16}))
+    method.attach(model)
+    if checkpointing == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    trained = method.parameters(model)
+    optimizer = torch.optim.AdamW(trained, foreach=True)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    rows, length = 2, 256
+    ids = torch.randint(0, config.vocab_size, (rows, length))
+    with Tracker("activations") as tracker:
+        own = set(trained)
+        tracker.hold([t for t in {*model.parameters(), *model.buffers()} if t not in own], "weights")
+        tracker.hold(trained, "adapters")
+        for state in optimizer.state.values():
+            tracker.hold([state["exp_avg"], state["exp_avg_sq"]], "optimizer")
+            tracker.hold([state["step"]], None)
+        model(input_ids=ids, labels=ids, use_cache=name == "prefix").loss.backward()
+        optimizer.step()
+    setup = Setup(
+        shape_of(config.to_dict()), name, length, rows, bottleneck=32, virtual_tokens=16, width=4, runtime="peft-lean",
+        checkpointing=checkpointing, attention="sdpa",
+    )  # fmt: skip
+    found = memory_forecast(setup)
+    held = found.allocated - found.terms["workspaces"] - found.terms.get("batch", 0)
+    assert held == pytest.approx(tracker.peak, rel=0.03)
+
+
+def _small():
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=2000, tie_word_embeddings=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).train(), config
