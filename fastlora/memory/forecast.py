@@ -168,6 +168,8 @@ def forecast(setup: Setup) -> Forecast:
     if setup.method == "inference":
         step = replace(step, checkpointing="none")
     if setup.method == "inference":
+        cache = 2 * shape.layers * shape.kv_features * setup.length * setup.batch * setup.width
+        book.hold("activations", "cache of keys and values", cache)
         with book.said(recording=False):
             run_step(run, step)
     else:

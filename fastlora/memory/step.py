@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastlora.memory.layer import Layer, Layers, scaled
 from fastlora.memory.loss import loss_of
-from fastlora.memory.sizes import INT64, Sized, apply, backward, checkpointed
+from fastlora.memory.sizes import FP32, INT64, Sized, apply, backward, checkpointed
 
 _SCALED = ("granite", "gemma", "gemma2", "gemma3_text")  # multiply their embeddings
 
@@ -57,6 +57,9 @@ def run_step(run: Layers, step: Step) -> None:
         more: list[Sized] = []
         for layer in layers:
             x = _through(run, layer, x, step, more)
+    if not book.recording:  # logits of the last token of each sample, as in generation
+        book.tensor("logits", run.samples * shape.vocabulary, FP32, "logits and loss")
+        return
     with book.said(doing="the loss"):
         last = [x]
         del x

@@ -151,3 +151,15 @@ def test_the_state_of_optimizers():
 def test_what_is_asked_wrongly_is_refused_by_name(changes, said):
     with pytest.raises(ValueError, match=said):
         forecast(Setup(SMALL, **changes))
+
+
+def test_inference_holds_weights_and_a_cache_of_keys_and_values():
+    """13.52 GB were measured for Llama-2-7B in 16 bits and a short text (litgpt's resource tables)."""
+    shape = known_shape("llama-2-7b")
+    short, long = (forecast(Setup(shape, "inference", length)) for length in (100, 1100))
+    assert short.allocated == pytest.approx(13.52e9, rel=0.01)
+    caches = [size for each in (short, long) for _, name, size in each.largest if name.startswith("cache")]
+    assert caches[1] - caches[0] == 1000 * 2 * 32 * 4096 * 2  # a key and a value a token, layer and feature
+    assert long.allocated - short.allocated > caches[1] - caches[0]
+    assert "gradients" not in short.terms
+    assert "optimizer" not in short.terms
