@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastlora.commands.forecast import USAGE_ERROR
+from fastlora.commands.usage import refuse
 
 
 def analyze(
@@ -35,8 +35,7 @@ def analyze(
         if plot:
             analysis.draw(found, plot)
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     most = max(update.r for update in found.updates)
     ranks = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     if json:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastlora.commands.forecast import USAGE_ERROR
+from fastlora.commands.usage import Overrides, refuse
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ def compare(
     ] = None,
     repeats: Annotated[int, typer.Option(help="seeds of each method")] = 1,
     rate: Annotated[list[str] | None, typer.Option(help="METHOD=LEARNING_RATE; may be repeated")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="of every run")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train with several methods on the same data for as many steps, and measure what each gives, costs and forgets.
 
@@ -59,8 +59,7 @@ def compare(
             text = demo.plain_text()
         rows = comparison.compare(values, chosen, text, out / "runs", repeats, console, rates)
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     wide = Console(highlight=False, width=max(console.width, 120))
     wide.print(_table(rows))
     wide.print(_by_tutorials())

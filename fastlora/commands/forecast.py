@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastlora.commands.usage import Bottleneck, Dora, Rank, Targets, VirtualTokens, refuse
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fastlora.planner.estimate import Estimate
 
 GIB = 2**30
-USAGE_ERROR = 3  # 2 is an answer here
 
 
 def forecast(
@@ -29,12 +30,12 @@ def forecast(
     seq: Annotated[int, typer.Option(help="tokens of a sample")] = 2048,
     batch: Annotated[int, typer.Option(help="samples of one forward pass of one device")] = 1,
     accumulation: Annotated[int, typer.Option(help="forward passes before an optimizer step")] = 1,
-    rank: Annotated[int, typer.Option(help="rank of LoRA")] = 16,
-    targets: Annotated[str, typer.Option(help="linears to adapt, with commas between them")] = "all-linear",
-    dora: Annotated[bool, typer.Option(help="DoRA")] = False,
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
+    dora: Dora = False,
     dropout: Annotated[float, typer.Option(help="on the adapters' input")] = 0.0,
-    bottleneck: Annotated[int, typer.Option(help="features inside a Houlsby adapter")] = 64,
-    virtual_tokens: Annotated[int, typer.Option(help="of prefix and prompt tuning")] = 20,
+    bottleneck: Bottleneck = 64,
+    virtual_tokens: VirtualTokens = 20,
     quantize: Annotated[
         str | None, typer.Option(help="none | nf4 | nf4-nested | int8 | gptq; by default by the method")
     ] = None,
@@ -86,8 +87,7 @@ def forecast(
 
             draw(found, plot)
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     if json:
         typer.echo(json_of.dumps(found.to_dict(), indent=2))
     else:
@@ -125,8 +125,7 @@ def _calibrate(folders: list[Path]) -> None:
     try:
         found = compared(folders)
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     for folder, facts, off in found:
         measured = facts["measured_allocated_bytes"] / GIB
         reserved = facts["measured_reserved_bytes"] / facts["measured_allocated_bytes"]

@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from fastlora.commands.forecast import USAGE_ERROR
+from fastlora.commands.usage import Bottleneck, Dora, Model, Rank, Targets, VirtualTokens, refuse
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="as of `fastlora forecast`")],
+    model: Model,
     method: Annotated[str, typer.Option(help="lora | qlora | houlsby | prefix | prompt | full")] = "lora",
-    rank: Annotated[int, typer.Option(help="of LoRA")] = 16,
-    targets: Annotated[str, typer.Option(help="linears to adapt, with commas between them")] = "all-linear",
-    dora: Annotated[bool, typer.Option(help="DoRA")] = False,
-    bottleneck: Annotated[int, typer.Option(help="features inside a Houlsby adapter")] = 64,
-    virtual_tokens: Annotated[int, typer.Option(help="of prefix and prompt tuning")] = 20,
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
+    dora: Dora = False,
+    bottleneck: Bottleneck = 64,
+    virtual_tokens: VirtualTokens = 20,
     svg: Annotated[Path | None, typer.Option(help="write the picture: FILE.svg")] = None,
 ) -> None:
     """Show a model's parts, frozen and trained, from its config alone.
@@ -46,8 +46,7 @@ def inspect(
         if svg:
             svg.write_text(picture.svg(model, setup), encoding="utf-8")
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     table = Table(box=None, pad_edge=False, title=f"{model}, {method}", title_justify="left")
     table.add_column("part")
     table.add_column("frozen", justify="right")

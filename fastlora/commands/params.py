@@ -4,17 +4,17 @@ from typing import Annotated
 
 import typer
 
-from fastlora.commands.forecast import USAGE_ERROR
+from fastlora.commands.usage import Bottleneck, Dora, Model, Rank, Targets, VirtualTokens, refuse
 
 
 def params(
-    model: Annotated[str, typer.Argument(help="as of `fastlora forecast`")],
+    model: Model,
     method: Annotated[str, typer.Option(help="lora | qlora | houlsby | prefix | prompt | full")] = "lora",
-    rank: Annotated[int, typer.Option(help="of LoRA")] = 16,
-    targets: Annotated[str, typer.Option(help="linears to adapt, with commas between them")] = "all-linear",
-    dora: Annotated[bool, typer.Option(help="DoRA")] = False,
-    bottleneck: Annotated[int, typer.Option(help="features inside a Houlsby adapter")] = 64,
-    virtual_tokens: Annotated[int, typer.Option(help="of prefix and prompt tuning")] = 20,
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
+    dora: Dora = False,
+    bottleneck: Bottleneck = 64,
+    virtual_tokens: VirtualTokens = 20,
     explain: Annotated[int | None, typer.Option(help="a printed count: say what gives it")] = None,
 ) -> None:
     """Count what is trained, linear by linear; or find which options give a count.
@@ -48,6 +48,5 @@ def params(
             for row in counts.rows(shape, rank, targets, dora):
                 console.print(f"{row.values:>15,}  {row.name} = {row.formula}", markup=False)
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     console.print(f"{total:>15,}  trained, {total / shape.parameters:.4%} of {shape.parameters:,} ({named.source})")

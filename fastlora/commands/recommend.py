@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlora.commands.forecast import USAGE_ERROR
+from fastlora.commands.usage import refuse
 
 
 def recommend(
@@ -42,8 +42,7 @@ def recommend(
             model, gpu=gpu, gpus=gpus, task=task, tasks=tasks, length=seq, data=held, params=params
         )
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     if held:
         console.print(
             f"{data}: {held.examples:,} examples, about {held.tokens:,} tokens, 99% up to {held.longest} (estimated)"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlora.commands.forecast import USAGE_ERROR
+from fastlora.commands.usage import Overrides, refuse
 
 
 def search(
@@ -15,7 +15,7 @@ def search(
     target: Annotated[float, typer.Option(help="share of the best gain to reach")] = 0.99,
     ranks: Annotated[str, typer.Option(help="with commas between them")] = "1,2,4,8,16,32,64",
     out: Annotated[Path, typer.Option(help="a folder; a search that was stopped there goes on")] = Path("runs/search"),
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="of every run")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train LoRA in several ranks on several sets of layers, drop what is beaten, and name the smallest that suffices.
 
@@ -43,8 +43,7 @@ def search(
         shape = searching.shape_for(values)
         best, found, steps = searching.search(values, shape, numbers, target, out, console)
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR) from error
+        refuse(error)
     except KeyboardInterrupt as stop:
         console.print("stopped; the same command goes on")
         raise typer.Exit(130) from stop
