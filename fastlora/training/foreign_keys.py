@@ -86,7 +86,6 @@ MEANINGS = {
     "bnb_4bit_compute_dtype": "bf16 says in which dtype is computed",
     "fp16": "not supported: bf16: true, or bf16: false for float32",
     "tf32": "not a key: torch.set_float32_matmul_precision in a script of your own",
-    "optim": _OPTIMIZER,
     "optim_args": _OPTIMIZER,
     "load_best_model_at_end": "not yet: checkpoints are kept by age; evaluation losses are in metrics.jsonl",
     "metric_for_best_model": "not yet: checkpoints are kept by age; evaluation losses are in metrics.jsonl",
