@@ -150,8 +150,8 @@ def forecast(setup: Setup) -> Forecast:
     book.hold("workspaces", "of cuBLAS", overhead.workspaces(setup.capability))
     if sharded > 1:
         _hold_gathered(book, setup, entries)
-    if trained and not full and setup.sharding == "ddp":
-        book.hold("gradients", "buckets of DDP", trained * setup.trained_width)
+    if trained and setup.sharding == "ddp":
+        book.hold("gradients", "buckets of DDP", trained * (setup.width if full else setup.trained_width))
     checkpointing = setup.checkpointing or kind.checkpointing
     run = _layers(setup, kind, book, norm_width, table_width)
     if setup.method == "prompt":
@@ -220,28 +220,28 @@ def _layers(setup: Setup, kind: Runtime, book: Book, norm_width: float, table_wi
     return Layers(
         book,
         setup.shape,
-        setup.batch * (setup.length + extra),
-        setup.batch,
-        ranks,
-        setup.trained_width,
-        setup.dropout > 0,
-        setup.quantized,
-        setup.width,
-        setup.autocast,
-        norm_width,
-        table_width,
-        setup.lora or kind.lora,
-        kind.norm,
-        kind.rotary,
-        setup.gate or kind.gate,
-        setup.attention,
-        setup.repeats or setup.method == "prefix",  # a mask with a prefix in it rules out grouped queries
-        kind.lora == "fastlora",
-        setup.method == "full",
-        setup.dora,
-        setup.devices if setup.sharding in ("fsdp", "zero2", "zero3") else 1,
-        setup.bottleneck if setup.method == "houlsby" else 0,
-        setup.virtual_tokens if setup.method == "prefix" else 0,
+        tokens=setup.batch * (setup.length + extra),
+        samples=setup.batch,
+        ranks=ranks,
+        trained=setup.trained_width,
+        dropout=setup.dropout > 0,
+        quantized=setup.quantized,
+        width=setup.width,
+        autocast=setup.autocast,
+        norm_width=norm_width,
+        head_width=table_width,
+        lora=setup.lora or kind.lora,
+        norm=kind.norm,
+        rotary=kind.rotary,
+        gate=setup.gate or kind.gate,
+        attention=setup.attention,
+        repeats=setup.repeats or setup.method == "prefix",  # a mask with a prefix in it rules out grouped queries
+        at_once=kind.lora == "fastlora",
+        full=setup.method == "full",
+        dora=setup.dora,
+        shards=setup.devices if setup.sharding in ("fsdp", "zero2", "zero3") else 1,
+        bottleneck=setup.bottleneck if setup.method == "houlsby" else 0,
+        prefix=setup.virtual_tokens if setup.method == "prefix" else 0,
     )
 
 

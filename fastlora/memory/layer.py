@@ -93,8 +93,8 @@ class Layers:
 class Layer:
     """A decoder layer; its trained tensors live as long as it does."""
 
-    def __init__(self, run: Layers, index: int) -> None:
-        self.run, self.index = run, index
+    def __init__(self, run: Layers) -> None:
+        self.run = run
         shape = run.shape
         self.pairs: dict[tuple[str, str], tuple[Parameter, Parameter]] = {}
         self.weights: dict[tuple[str, str], Parameter] = {}
@@ -149,11 +149,7 @@ class Layer:
         t = run.tokens
         *inputs, output = self._linears("attn" if "gpt" in shape.flags else "self_attn")
         if len(inputs) == 3:
-            q, k, v = (
-                self._together(inputs, h)
-                if run.lora == "fused" and run.ranks
-                else [self._linear(each, h) for each in inputs]
-            )
+            q, k, v = (self._linear(each, h) for each in inputs)
         else:
             joined = self._linear(inputs[0], h)
             q, k, v = (
@@ -224,8 +220,6 @@ class Layer:
             half = joined.elements / 2
             gate, up = (apply(name, [joined], half, joined.width, in_place=joined) for name in ("gate", "up"))
             del joined
-        elif run.gate == "fused" and run.lora == "fused" and set(run.ranks) & {"gate_proj", "up_proj"}:
-            gate, up = self._together(ups, h)
         else:
             gate, up = self._linear(ups[0], h), self._linear(ups[1], h)
         del h
@@ -256,12 +250,7 @@ class Layer:
             y = apply("sum of experts", [y, x], h.elements, h.width, in_place=y, passes=True)
         return y
 
-    def _together(self, linears: list[Linear], h: Sized) -> list[Sized]:
-        """Linears of one x in one autograd Function, which keeps x: one gradient of x."""
-        found = [self._linear(linear, h, first=not i) for i, linear in enumerate(linears)]
-        return found
-
-    def _linear(self, linear: Linear, x: Sized, first: bool = True) -> Sized:
+    def _linear(self, linear: Linear, x: Sized) -> Sized:
         run = self.run
         key = linear.at, linear.name
         t = x.elements / linear.k

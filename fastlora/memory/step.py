@@ -37,7 +37,7 @@ class Step:
 def run_step(run: Layers, step: Step) -> None:
     """Count a step in the book of `run`. What is there before it must have been held before."""
     shape, book = run.shape, run.book
-    layers = [Layer(run, i) for i in range(shape.layers)]
+    layers = [Layer(run) for _ in range(shape.layers)]
     table = run.parameter(shape.embeddings, run.width) if run.full else None
     head = run.parameter(shape.head, run.width) if run.full and not shape.tied else table
     final = run.parameter(shape.final_norm, run.norm_width) if run.full else None
