@@ -26,16 +26,16 @@ PREFIX = "base_model.model."
 _LONGEST_KEY = 500
 
 
-def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a saved adapter.
+def read_adapter(directory: Path, weights: str = WEIGHTS_NAME) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of a saved adapter. weights: the name of their file.
 
     Raises:
         ValueError: a file is missing or cannot be read, or a tensor holds NaN or inf.
     """
-    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    config_path, weights_path = directory / CONFIG_NAME, directory / weights
     for path in (config_path, weights_path):
         if not path.is_file():
-            pickled = path == weights_path and (directory / "adapter_model.bin").is_file()
+            pickled = path == weights_path and weights == WEIGHTS_NAME and (directory / "adapter_model.bin").is_file()
             hint = "; adapter_model.bin is a pickle, which is not read: convert it to safetensors" if pickled else ""
             raise ValueError(f"{path} does not exist{hint}")
     config, tensors = _read(config_path, weights_path)
@@ -69,11 +69,14 @@ def _read(config_path: Path, weights_path: Path) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"{weights_path} is truncated or not a safetensors file ({reason(error)})") from error
 
 
-def write_adapter(directory: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_adapter(
+    directory: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], weights: str = WEIGHTS_NAME
+) -> None:
     """Write both files, read them again, and put them in place only if they hold what was to be written.
 
     Args:
         directory: created if missing. tensors: contiguous, on the CPU, each in memory of its own.
+        weights: the name of the tensors' file.
     Raises:
         OSError: the files cannot be written, or hold something else. Those that were there are there still.
     """
@@ -81,7 +84,7 @@ def write_adapter(directory: Path, config: Mapping[str, Any], tensors: dict[str,
     text = json.dumps(config, indent=2, sort_keys=True)
     with (
         moved_into(directory / CONFIG_NAME) as config_path,
-        moved_into(directory / WEIGHTS_NAME) as weights_path,
+        moved_into(directory / weights) as weights_path,
     ):
         config_path.write_text(text, encoding="utf-8")
         save_file(tensors, weights_path, metadata={"format": "pt"})

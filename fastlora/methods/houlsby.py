@@ -1,5 +1,8 @@
 """Houlsby adapters: x + up(gelu(down(x))) after attention and after the MLP of every block. Source: arXiv:1902.00751.
 
+Files are AdapterHub's: `adapters` 1.3.0 (transformers 4.57) gave a Llama with a file of ours bit for bit the same
+logits, and the other way round.
+
 `up` starts at zero, so that a new adapter changes nothing; the source starts near zero. Each adapter is inside the
 residual branch: it changes what the branch adds.
 """
@@ -18,6 +21,22 @@ from fastlora.memory.shape import ModelShape
 from fastlora.methods.method import Method
 from fastlora.model.sites import blocks
 
+NAME, WEIGHTS = "default", "adapter.safetensors"  # of an adapter; AdapterHub's file
+_LAYERS = {"down": "adapter_down.0", "up": "adapter_up"}  # AdapterHub's names of the two linears
+_BOTTLENECK = {  # AdapterHub's `DoubleSeqBnConfig`; what is left out has its default
+    "adapter_residual_before_ln": False,
+    "dropout": 0.0,
+    "is_parallel": False,
+    "ln_after": False,
+    "ln_before": False,
+    "mh_adapter": True,
+    "non_linearity": "gelu",
+    "original_ln_after": True,
+    "original_ln_before": False,
+    "output_adapter": True,
+    "residual_before_ln": True,
+    "scaling": 1.0,
+}
 _BRANCHES = {
     "attention": ("self_attn", "attn", "attention", "self_attention"),
     "output": ("mlp", "feed_forward", "block_sparse_moe"),
@@ -49,6 +68,7 @@ class Houlsby(Method):
     """
 
     name = "houlsby"
+    files = ("adapter_config.json", WEIGHTS)
 
     def __init__(self, bottleneck: int = 64) -> None:
         if bottleneck < 1:
@@ -83,27 +103,51 @@ class Houlsby(Method):
         return found
 
     def _tensors(self, model: Any) -> dict[str, Tensor]:
-        return {name: p for name, p in model.named_parameters() if ".houlsby." in name}
+        """What is trained, by AdapterHub's names."""
+        found = {}
+        for name, p in model.named_parameters():
+            block, inside, rest = name.partition(".houlsby.")
+            if inside:
+                branch, layer, kind = rest.split(".")
+                found[f"{block}.{branch}_adapters.adapters.{NAME}.{_LAYERS[layer]}.{kind}"] = p
+        return found
+
+    def config(self, model: Any) -> dict[str, Any]:
+        """adapter_config.json, as AdapterHub's `adapters` has it for its `DoubleSeqBnConfig`."""
+        text = model.config.get_text_config()
+        inside = _BOTTLENECK | {"reduction_factor": text.hidden_size / self.bottleneck}
+        return {
+            "config": inside,
+            "hidden_size": text.hidden_size,
+            "model_class": (model.config.architectures or [type(model).__name__])[0],
+            "model_name": base_name(model),
+            "model_type": model.config.model_type,
+            "name": NAME,
+            "version": "adapters.1.3.0",
+        }
 
     def save(self, model: Any, folder: Path) -> None:
-        """adapter_config.json and adapter_model.safetensors, with the parameters' names as keys."""
-        config = {"base_model_name_or_path": base_name(model), "adapter_type": "HOULSBY", "bottleneck": self.bottleneck}
+        """In AdapterHub's format, which `adapters` reads into models of the Llama shape."""
         own = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in self._tensors(model).items()}
-        write_adapter(folder, config, own)
+        write_adapter(folder, self.config(model), own, WEIGHTS)
 
     def load(self, model: Any, folder: Path) -> None:
-        """From what `save` has written."""
-        config, tensors = read_adapter(folder)
-        if config.get("adapter_type") != "HOULSBY":
-            raise ValueError(f"{folder}: it holds no Houlsby adapter")
+        """From AdapterHub's format."""
+        config, tensors = read_adapter(folder, WEIGHTS)
+        held = config.get("config")
+        if not isinstance(held, dict) or not held.get("mh_adapter") or not held.get("output_adapter"):
+            raise ValueError(f"{folder}: it holds no adapters after attention and after the MLP")
+        if held.get("non_linearity") != "gelu":
+            raise ValueError(f"{folder}: its adapters have {held.get('non_linearity')} inside, and these have gelu")
+        given = f".adapters.{config.get('name', NAME)}."
+        tensors = {name.replace(given, f".adapters.{NAME}."): t for name, t in tensors.items()}
         own = self._tensors(model)
         for name in sorted(own.keys() | tensors.keys()):
             if name not in own or name not in tensors:
                 raise ValueError(f"{folder}: {name} is only in the {'file' if name in tensors else 'model'}")
             if own[name].shape != tensors[name].shape:
-                raise ValueError(
-                    f"{folder}: {name} is {list(tensors[name].shape)}, and the model needs {list(own[name].shape)}"
-                )
+                shapes = list(tensors[name].shape), list(own[name].shape)
+                raise ValueError(f"{folder}: {name} is {shapes[0]}, and the model needs {shapes[1]}")
         for name, p in own.items():
             p.data.copy_(tensors[name])
 

@@ -36,7 +36,13 @@ from fastlora.training.kept_weights import KeptWeights
 from fastlora.training.recipe import Recipe, check_resumable
 
 # The files that show a directory to hold a run.
-RUN_FILES = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "model.safetensors")
+RUN_FILES = (
+    "metrics.jsonl",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "adapter.safetensors",
+    "model.safetensors",
+)
 OTHER_FILES = ("recipe.yaml", "loss.png", "config.json")
 
 

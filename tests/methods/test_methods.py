@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from fastlora.files.peft_files import read_adapter, write_adapter
 from fastlora.memory.shape import shape_of
 from fastlora.methods import METHODS, Full, Houlsby, LoRA
-from fastlora.methods.houlsby import Adapter
+from fastlora.methods.houlsby import WEIGHTS, Adapter
 from tests.methods.models import FAMILIES, batch, tiny
 
 OPTIONS = {
@@ -154,3 +155,34 @@ def test_only_what_changes_weights_is_merged():
         with pytest.raises(ValueError, match="cannot be merged"):
             METHODS[name]().merge(tiny("llama"))
     Full().merge(tiny("llama"))
+
+
+def test_a_houlsby_file_has_adapterhubs_names_and_one_under_another_name_is_read(tmp_path):
+    """The names and the config are those that `adapters` 1.3.0 writes for a Llama."""
+    model, other = tiny("llama"), tiny("llama")
+    method = Houlsby(8)
+    method.attach(model)
+    for p in method.parameters(model):
+        torch.nn.init.normal_(p, std=0.3)
+    method.save(model, tmp_path)
+    config, tensors = read_adapter(tmp_path, WEIGHTS)
+    kinds = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
+    assert tensors.keys() == {
+        f"model.layers.{layer}.{place}_adapters.adapters.default.{kind}"
+        for layer in range(2) for place in ("attention", "output") for kind in kinds
+    }  # fmt: skip
+    assert config["config"]["reduction_factor"] == 4
+    assert (config["hidden_size"], config["model_type"], config["name"]) == (32, "llama", "default")
+    renamed = {name.replace(".default.", ".mine."): t for name, t in tensors.items()}
+    write_adapter(tmp_path / "mine", {**config, "name": "mine"}, renamed, WEIGHTS)
+    again = Houlsby(8)
+    again.attach(other)
+    again.load(other, tmp_path / "mine")
+    assert torch.equal(other(**batch(other)).logits, model(**batch(model)).logits)
+    for change, said in (
+        ({"non_linearity": "swish"}, "have swish inside"),
+        ({"mh_adapter": False}, "it holds no adapters"),
+    ):
+        write_adapter(tmp_path / "no", {**config, "config": {**config["config"], **change}}, tensors, WEIGHTS)
+        with pytest.raises(ValueError, match=said):
+            again.load(other, tmp_path / "no")

@@ -52,7 +52,7 @@ def test_every_method_is_measured_on_the_same_data(base: Path, tmp_path: Path) -
 
 
 def compare_file(method: str) -> str:
-    return "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    return {"full": "model.safetensors", "houlsby": "adapter.safetensors"}.get(method, "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
