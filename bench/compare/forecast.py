@@ -20,10 +20,11 @@ import argparse
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.compare.estimators import installed
 from fastlora.memory import adapters
 from fastlora.memory.forecast import Setup, forecast
 from fastlora.memory.known import known_shape
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
             print("".join(f"{cell:>{width}}" for cell, width in zip(_cells(name, rows), _WIDTHS, strict=True)))
     for (name, base), errors in counted().items():
         print(f"{name}, {base}: {len(errors)} counted steps, {min(errors):+.1%} to {max(errors):+.1%}")
+    for name, estimate in installed().items():
+        print(_of_estimator(name, estimate, found))
     print("measured cases of trust A; a case without a forecast counts as a miss")
     if arguments.write and set(arguments.runtimes) != set(RUNTIMES):
         raise ValueError("--write needs all runtimes")
@@ -93,6 +96,27 @@ def run(arguments: argparse.Namespace) -> int:
         PAGE.write_text(page(found))
         print(f"wrote {EVIDENCE} and the table of {PAGE}")
     return 0
+
+
+def _of_estimator(name: str, estimate: Callable[[Setup], int], found: list[Compared]) -> str:
+    """The score of another estimator, on the cases that it has words for and whose meter is bytes allocated."""
+    errors, ours = [], []
+    for each in found:
+        if each.reason or "reserved" in each.row["meter"].partition(";")[0]:
+            continue
+        try:
+            errors.append(abs(estimate(settings(each.row)) / each.measured - 1))
+        except ValueError:
+            continue
+        ours.append(abs(each.error))
+    if not errors:
+        return f"{name}: no case that it has words for"
+    within = [f"{sum(error <= 0.05 for error in part) / len(part):.1%}" for part in (errors, ours)]
+    median = sorted(errors)[len(errors) // 2]
+    return (
+        f"{name}: {len(errors)} cases, within 5% {within[0]}, median error {median:.1%}; "
+        f"fastlora's on these {within[1]}"
+    )
 
 
 def page(found: list[Compared]) -> str:

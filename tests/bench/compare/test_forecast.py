@@ -176,3 +176,21 @@ def test_what_an_h100_measured_of_a_step_of_qwen3_is_forecast(runtime, within):
     found = memory_forecast(setup)
     before = sum(found.terms.get(name, 0) for name in ("weights", "adapters", "optimizer", "workspaces", "batch"))
     assert found.allocated - before == pytest.approx(float(row["p50"]) * 1e6, rel=within)
+
+
+def test_another_estimator_is_scored_on_the_cases_that_it_has_words_for(compared, monkeypatch):
+    sizes = {id(each.row): each.measured for each in compared}
+    monkeypatch.setattr(forecast, "settings", lambda row: sizes[id(row)])
+
+    def exact(size):
+        if size > 2**34:
+            raise ValueError("too large for it")
+        return size
+
+    small = [each for each in compared if not each.reason and each.measured <= 2**34]
+    small = [each for each in small if "reserved" not in each.row["meter"].partition(";")[0]]
+    said = forecast._of_estimator("it", exact, compared)
+    assert said.startswith(f"it: {len(small)} cases, within 5% 100.0%, median error 0.0%")
+    assert "within 5% 0.0%" in forecast._of_estimator("it", lambda size: 2 * size, compared)
+    monkeypatch.setattr(forecast, "settings", lambda row: 2**40)
+    assert forecast._of_estimator("it", exact, compared) == "it: no case that it has words for"
